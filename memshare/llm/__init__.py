@@ -1,0 +1,1 @@
+"""The LLM backends, the agent and the scorers."""

@@ -1,0 +1,95 @@
+"""The one protocol every LLM backend follows, and what it can raise."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypedDict
+
+
+class Message(TypedDict):
+    """One chat turn; ``role`` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class LLMError(RuntimeError):
+    """The LLM refused a request (a 4xx, a context too long): repeating it won't help."""
+
+
+class LLMUnavailable(LLMError):
+    """The LLM can't be reached or stayed mute after every retry; the message names URL and model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One whole answer. ``finish_reason`` as OpenAI's: ``length`` means it was cut off."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    raw: Mapping[str, Any] = field(default_factory=dict)  # the backend's whole reply, if it has one
+
+
+class LogLikelihood(NamedTuple):
+    """Sum of a continuation's token log-likelihoods (nats) and how many tokens it has."""
+
+    sum: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return self.sum / self.tokens
+
+
+class LLM(Protocol):
+    """An instruct model behind a chat template. Every method may be called concurrently."""
+
+    model: str  # what identifies the weights: part of cache keys and provenance
+    context_length: int  # tokens of prompt and answer together
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """Answer ``messages``. ``json_schema`` asks for structured output; ``extra`` passes through."""
+        ...
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> AsyncIterator[Mapping[str, Any]]:
+        """Yield OpenAI ``chat.completion.chunk`` objects (as dicts) until the answer ends."""
+        ...
+
+    async def loglikelihood(self, context: Sequence[Message], continuation: str) -> LogLikelihood:
+        """Log-likelihood of ``continuation`` as the assistant's reply to ``context``."""
+        ...
+
+    async def label_probabilities(
+        self, context: Sequence[Message], labels: Sequence[str]
+    ) -> list[float]:
+        """Probability of each label as the reply's first token, renormalised over ``labels``."""
+        ...
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Tokens of the rendered prompt, generation header included."""
+        ...
+
+    async def aclose(self) -> None:
+        """Release connections, threads and weights."""
+        ...

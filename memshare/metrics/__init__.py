@@ -1,0 +1,1 @@
+"""BERTScore, IR metrics and bootstrap intervals: pure functions."""

@@ -1,0 +1,43 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere (logs, SLURM, CI)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+_LINE_EVERY_SECONDS = 10.0
+
+
+def log(message: str) -> None:
+    """One plain line on standard error, with the time, flushed."""
+    print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield ``items`` while showing how far they are; ``total`` defaults to ``len(items)``."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            yield from bar.track(items, total=total, description=description)
+        return
+    last = time.monotonic()
+    done = 0
+    for done, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - last >= _LINE_EVERY_SECONDS:
+            last = time.monotonic()
+            log(f"{description}: {done}" + (f"/{total}" if total else ""))
+    log(f"{description}: {done} done")

@@ -1,0 +1,163 @@
+"""The plain, frozen data that every part of memshare passes around.
+
+Nothing here imports torch, FAISS or a database. Words follow the glossary in the README.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ChangeKind = Literal["add", "delete", "hold", "release"]
+AppendStatus = Literal["stored", "duplicate"]
+
+
+def normalise(text: str) -> str:
+    """Fold what does not make two texts different memories: Unicode form, case and white space."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def content_key(pool: str, prompt: str, answer: str) -> str:
+    """Hex SHA-256 over the normalised content; two memories of one pool with equal keys are one."""
+    joined = "\x1f".join((pool, normalise(prompt), normalise(answer)))
+    return hashlib.sha256(joined.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class NewMemory:
+    """A memory on its way into a pool; ``created_at`` is ISO 8601 in UTC, None means now."""
+
+    pool: str
+    prompt: str
+    answer: str
+    score: float | None = None
+    agent: str | None = None
+    model: str | None = None
+    created_at: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """One stored prompt-answer pair. ``seq`` is its position in the pool (1, 2, ...)."""
+
+    id: str
+    pool: str
+    prompt: str
+    answer: str
+    score: float | None
+    agent: str | None
+    model: str | None
+    created_at: str
+    metadata: Mapping[str, Any]
+    seq: int
+    held: bool = False
+
+    def wire(self) -> dict[str, Any]:
+        """The form on the wire: REST bodies and JSONL exports."""
+        return {
+            "id": self.id,
+            "pool": self.pool,
+            "prompt": self.prompt,
+            "answer": self.answer,
+            "score": self.score,
+            "agent": self.agent,
+            "model": self.model,
+            "created_at": self.created_at,
+            "metadata": dict(self.metadata),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class AppendResult:
+    """What became of one appended memory; a duplicate names the memory that was there first."""
+
+    id: str
+    status: AppendStatus
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One entry of a pool's change log."""
+
+    pool: str
+    seq: int
+    kind: ChangeKind
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolInfo:
+    """A pool: its rubric (name or file), the score from which a pair is stored, its position."""
+
+    name: str
+    rubric: str
+    threshold: float
+    last_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A memory proposed by BM25 for one training query.
+
+    ``bm25_rank`` counts from 0. ``loglik`` is the mean log-likelihood per token, in nats, of the
+    query's own answer when this memory is shown before the query; None where nothing measured it.
+    ``answer_key`` is the hash of the candidate's normalised answer: equal answers are never
+    negatives of each other.
+    """
+
+    id: str
+    text: str
+    bm25_rank: int
+    loglik: float | None
+    answer_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training query with every scored candidate; positives are chosen when training.
+
+    ``query_id`` is the id of the memory whose prompt is the query; ``principal`` is who wrote it;
+    ``round`` the continual round that mined it; ``baseline_loglik`` the likelihood with no example.
+    ``labels`` says how ``loglik`` came about (none, given, likelihood, prompted, reward).
+    """
+
+    query_id: str
+    query: str
+    answer: str
+    pool: str
+    principal: str | None
+    round: int
+    seq: int
+    scorer: str
+    labels: str
+    baseline_loglik: float | None
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One search result: a memory's id and its cosine similarity to the query."""
+
+    id: str
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True)
+class SearchAnswer:
+    """Best-first hits, all of them found by one generation."""
+
+    generation: int
+    hits: tuple[Hit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """A scorer's verdict in 0..100; ``value`` None means unusable, which always rejects."""
+
+    value: float | None
+    reason: str = ""

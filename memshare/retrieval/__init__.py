@@ -1,0 +1,1 @@
+"""Encoder, BM25, index, generations and the hot-swapping searcher."""

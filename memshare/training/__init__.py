@@ -1,0 +1,1 @@
+"""Mining, examples, batching, loss and the training step: pure pieces."""
