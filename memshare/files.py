@@ -26,7 +26,7 @@ def fsync_dir(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write ``path`` so that a reader, or a crash, sees the old content or the new, never a part."""
+    """Write ``path`` so that readers and crashes see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,0 +1,43 @@
+"""Retrieval metrics per query, computed by ir-measures (the field's reference implementations)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+import ir_measures
+from ir_measures import RR, P, R, nDCG
+
+METRICS = ("P@1", "MRR@10", "nDCG@10", "recall@10")
+_MEASURES = {P @ 1: "P@1", RR @ 10: "MRR@10", nDCG @ 10: "nDCG@10", R @ 10: "recall@10"}
+
+
+def ir_metrics(
+    runs: Mapping[str, Sequence[str]], qrels: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, float]]:
+    """Metrics of each query.
+
+    ``runs``: query id -> document ids, best first. ``qrels``: query id -> document id -> grade
+    (0 or absent: not relevant). Every query of ``runs`` gets a row; one without any relevant
+    document, or without results, scores 0 everywhere. Returns query id -> metric -> value.
+    """
+    rows = {query: dict.fromkeys(METRICS, 0.0) for query in runs}
+    judged = {query: dict(qrels[query]) for query in runs if any(qrels.get(query, {}).values())}
+    scored = {
+        # Descending scores by rank: the order given is the order judged, ties can't reshuffle it.
+        query: {document: float(-rank) for rank, document in enumerate(runs[query])}
+        for query in judged
+        if runs[query]
+    }
+    if scored:
+        for found in ir_measures.iter_calc(list(_MEASURES), judged, scored):
+            if found.query_id in rows:
+                rows[found.query_id][_MEASURES[found.measure]] = float(found.value)
+    return rows
+
+
+def mean_metrics(per_query: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each metric over queries; all zero for no queries."""
+    if not per_query:
+        return dict.fromkeys(METRICS, 0.0)
+    return {metric: fmean(row[metric] for row in per_query.values()) for metric in METRICS}
