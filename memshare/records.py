@@ -26,9 +26,18 @@ def content_key(pool: str, prompt: str, answer: str) -> str:
     return hashlib.sha256(joined.encode()).hexdigest()
 
 
+def answer_key(answer: str) -> str:
+    """Hex SHA-256 of the normalised answer; memories with equal keys are never each other's negatives."""
+    return hashlib.sha256(normalise(answer).encode()).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class NewMemory:
-    """A memory on its way into a pool; ``created_at`` is ISO 8601 in UTC, None means now."""
+    """A memory on its way into a pool; ``created_at`` is ISO 8601 in UTC, None means now.
+
+    ``id`` is None except in an administrator's import, where it makes an export round-trip: it is
+    kept unless a memory, living or deleted, has had it before.
+    """
 
     pool: str
     prompt: str
@@ -38,6 +47,7 @@ class NewMemory:
     model: str | None = None
     created_at: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
