@@ -27,7 +27,7 @@ def content_key(pool: str, prompt: str, answer: str) -> str:
 
 
 def answer_key(answer: str) -> str:
-    """Hex SHA-256 of the normalised answer; memories with equal keys are never each other's negatives."""
+    """Hex SHA-256 of the normalised answer; equal keys are never each other's negatives."""
     return hashlib.sha256(normalise(answer).encode()).hexdigest()
 
 
