@@ -1,0 +1,20 @@
+"""What can go wrong with a pool."""
+
+from __future__ import annotations
+
+
+class PoolError(RuntimeError):
+    """The pool's database can't do what was asked; the message says why and what to do."""
+
+
+class UnknownPool(PoolError):
+    """No pool has this name."""
+
+
+class InvalidMemory(ValueError):
+    """A memory that no pool takes; ``field`` names the offending part."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        """Build the message ``field: problem``."""
+        super().__init__(f"{field}: {problem}")
+        self.field = field

@@ -1,0 +1,73 @@
+"""From rows of the database to records, and the queries that several methods share."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any
+
+import sqlalchemy as sa
+
+from memshare.pool.errors import PoolError, UnknownPool
+from memshare.pool.schema import memories, pools
+from memshare.records import Memory, PoolInfo
+
+ALIVE = memories.c.deleted_at.is_(None)
+
+
+def find_pool(connection: sa.Connection, name: str, lock: bool = False) -> PoolInfo | None:
+    """The pool or None; ``lock`` keeps other writers off it until the transaction ends."""
+    query = sa.select(pools).where(pools.c.name == name)
+    # SQLite has no row locks and needs none: its writers are alone.
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+    return None if row is None else pool_info(row)
+
+
+def need_pool(connection: sa.Connection, name: str, lock: bool = False) -> PoolInfo:
+    """As `find_pool`, but raises `UnknownPool` naming the pools that are there."""
+    info = find_pool(connection, name, lock)
+    if info is None:
+        known = ", ".join(connection.scalars(sa.select(pools.c.name).order_by("name").limit(20)))
+        raise UnknownPool(f"no pool {name!r} (there: {known or 'none'}); create it first")
+    return info
+
+
+def pool_info(row: Any) -> PoolInfo:
+    """A row of ``pools``."""
+    return PoolInfo(row.name, row.rubric, row.threshold, row.last_seq)
+
+
+def memory_of(row: Any) -> Memory:
+    """A row of ``memories``."""
+    return Memory(
+        row.id, row.pool, row.prompt, row.answer, row.score, row.agent, row.model, row.created_at,
+        row.metadata, row.seq, row.held,
+    )  # fmt: skip
+
+
+def page_of(
+    connection: sa.Connection, pool: str, after: int, until: int, limit: int, include_held: bool
+) -> list[Memory]:
+    """Up to ``limit`` living memories with ``after < seq <= until``, in order."""
+    query = sa.select(memories).where(
+        memories.c.pool == pool, memories.c.seq > after, memories.c.seq <= until, ALIVE
+    )
+    if not include_held:
+        query = query.where(~memories.c.held)
+    return [memory_of(r) for r in connection.execute(query.order_by(memories.c.seq).limit(limit))]
+
+
+def make_cursor(seq: int) -> str:
+    """The opaque cursor of the page after ``seq``."""
+    return base64.urlsafe_b64encode(b"s%d" % seq).decode().rstrip("=")
+
+
+def read_cursor(cursor: str) -> int:
+    """The seq in a cursor; raises `PoolError`."""
+    try:
+        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+        if text[:1] != "s":
+            raise ValueError
+        return int(text[1:])
+    except (ValueError, binascii.Error):
+        raise PoolError(f"cursor: {cursor!r} is none of ours; start again without one") from None

@@ -1,0 +1,304 @@
+"""The pool store: where memories live. Text is the source of truth; vectors are derived from it.
+
+Writes are transactions. Each takes its ``seq`` numbers from the pool's row, which stays locked
+until the commit, so numbers become visible in order: a reader that has seen ``seq <= s`` never
+finds a new row there later. Appends, deletes, holds and releases share one sequence and one log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import sqlalchemy as sa
+
+from memshare.pool import stats as figures
+from memshare.pool.append import append_to_pool
+from memshare.pool.engine import Database
+from memshare.pool.errors import InvalidMemory, PoolError
+from memshare.pool.rows import (
+    ALIVE,
+    find_pool,
+    make_cursor,
+    memory_of,
+    need_pool,
+    page_of,
+    pool_info,
+    read_cursor,
+)
+from memshare.pool.schema import changes, decisions, memories, pools
+from memshare.pool.stats import PoolStats
+from memshare.pool.validate import (
+    MAX_TEXT_CHARS,
+    check_memory,
+    check_pool_name,
+    check_score,
+    check_text,
+    now,
+)
+from memshare.records import AppendResult, Change, ChangeKind, Memory, NewMemory, PoolInfo
+
+PAGE = 1000
+_IDS_PER_QUERY = 500
+
+
+class PoolStore:
+    """Pools in one database. Thread-safe; several processes may share the database."""
+
+    def __init__(self, url: str, max_text_chars: int = MAX_TEXT_CHARS) -> None:
+        """Use the database at ``url``, whose schema must be current; see `open`."""
+        self.max_text_chars = max_text_chars
+        self._db = Database(url)
+
+    @classmethod
+    def open(cls, url: str, max_text_chars: int = MAX_TEXT_CHARS) -> PoolStore:
+        """Open ``url`` (such as ``sqlite:///runs/demo/pool.db``), creating or migrating it.
+
+        Raises `PoolError`: a URL that can't be used, or a database newer than this code.
+        """
+        store = cls(url, max_text_chars)
+        try:
+            store._db.migrate()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._db.engine.dispose()
+
+    def __enter__(self) -> PoolStore:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+    # Pools
+
+    def create_pool(self, name: str, rubric: str = "general", threshold: float = 80.0) -> PoolInfo:
+        """Create a pool, or return the one that has this name, its settings untouched."""
+        check_pool_name(name)
+        _check_settings(rubric, threshold)
+        with self._db.write() as connection:
+            if find_pool(connection, name) is None:
+                connection.execute(
+                    sa.insert(pools).values(
+                        name=name, rubric=rubric, threshold=float(threshold), last_seq=0
+                    )
+                )
+            return need_pool(connection, name)
+
+    def set_pool(
+        self, name: str, rubric: str | None = None, threshold: float | None = None
+    ) -> PoolInfo:
+        """Change a pool's settings; None leaves one as it is. Raises `UnknownPool`."""
+        with self._db.write() as connection:
+            info = need_pool(connection, name)
+            rubric = info.rubric if rubric is None else rubric
+            threshold = info.threshold if threshold is None else threshold
+            _check_settings(rubric, threshold)
+            connection.execute(
+                sa.update(pools)
+                .where(pools.c.name == name)
+                .values(rubric=rubric, threshold=float(threshold))
+            )
+            return need_pool(connection, name)
+
+    def pool(self, name: str) -> PoolInfo:
+        """One pool; raises `UnknownPool`."""
+        with self._db.read() as connection:
+            return need_pool(connection, name)
+
+    def pools(self) -> list[PoolInfo]:
+        """Every pool, by name."""
+        with self._db.read() as connection:
+            return [pool_info(row) for row in connection.execute(sa.select(pools).order_by("name"))]
+
+    def last_seq(self, pool: str) -> int:
+        """The pool's position: the seq of its latest change, 0 for an empty pool."""
+        return self.pool(pool).last_seq
+
+    def stats(self, pool: str) -> PoolStats:
+        """Counts, scores and decisions of one pool."""
+        with self._db.read() as connection:
+            return figures.collect(connection, need_pool(connection, pool))
+
+    # Writing memories
+
+    def append(self, new: Sequence[NewMemory]) -> list[AppendResult]:
+        """Append in one transaction; durable when this returns. Results are in input order.
+
+        A memory whose content (normalised prompt and answer) its pool has already, or that came
+        earlier in ``new``, is a duplicate and changes nothing. Nothing is written when one memory
+        is invalid (`InvalidMemory`) or its pool unknown (`UnknownPool`).
+        """
+        checked = [check_memory(memory, self.max_text_chars) for memory in new]
+        results: list[AppendResult | None] = [None] * len(checked)
+        with self._db.write() as connection:
+            # Sorted, so that two transactions over the same pools never wait for each other.
+            for name in sorted({memory.pool for memory in checked}):
+                need_pool(connection, name, lock=True)
+                places = [i for i, memory in enumerate(checked) if memory.pool == name]
+                stored = append_to_pool(connection, name, [checked[i] for i in places])
+                for i, result in zip(places, stored, strict=True):
+                    results[i] = result
+        return [result for result in results if result is not None]
+
+    def delete(self, id: str) -> bool:
+        """Erase a memory's text and metadata; False if there is no such living memory.
+
+        Its id stays taken and the log tells of it; the same content appended later is a new memory.
+        """
+        erased: dict[str, Any] = {
+            "prompt": "", "answer": "", "metadata": {}, "content_key": None, "held": False,
+            "deleted_at": now(),
+        }  # fmt: skip
+        return self._change(id, "delete", ALIVE, erased)
+
+    def hold(self, id: str) -> bool:
+        """Take a memory out of retrieval and training; False if it is held, deleted or unknown."""
+        return self._change(id, "hold", sa.and_(ALIVE, ~memories.c.held), {"held": True})
+
+    def release(self, id: str) -> bool:
+        """Undo `hold`; False if it is not held."""
+        return self._change(id, "release", sa.and_(ALIVE, memories.c.held), {"held": False})
+
+    def _change(
+        self, id: str, kind: ChangeKind, condition: sa.ColumnElement[bool], values: dict[str, Any]
+    ) -> bool:
+        with self._db.write() as connection:
+            pool = connection.execute(
+                sa.select(memories.c.pool).where(memories.c.id == id)
+            ).scalar()
+            if pool is None:
+                return False
+            need_pool(connection, pool, lock=True)
+            done = connection.execute(
+                sa.update(memories).where(memories.c.id == id, condition).values(**values)
+            )
+            if done.rowcount == 0:
+                return False
+            seq = connection.execute(
+                sa.update(pools)
+                .where(pools.c.name == pool)
+                .values(last_seq=pools.c.last_seq + 1)
+                .returning(pools.c.last_seq)
+            ).scalar_one()
+            connection.execute(
+                sa.insert(changes).values(pool=pool, seq=seq, kind=kind, memory_id=id)
+            )
+            return True
+
+    # Reading memories
+
+    def get(self, id: str) -> Memory | None:
+        """A living memory, held or not; None if it is unknown or deleted."""
+        return self.get_many([id]).get(id)
+
+    def get_many(self, ids: Sequence[str]) -> dict[str, Memory]:
+        """The living memories among ``ids``, held ones too, by id."""
+        found: dict[str, Memory] = {}
+        unique = list(dict.fromkeys(ids))
+        with self._db.read() as connection:
+            for start in range(0, len(unique), _IDS_PER_QUERY):
+                part = unique[start : start + _IDS_PER_QUERY]
+                rows = connection.execute(sa.select(memories).where(memories.c.id.in_(part), ALIVE))
+                found.update((row.id, memory_of(row)) for row in rows)
+        return found
+
+    def changes(self, pool: str, since: int, limit: int = 1000) -> list[Change]:
+        """Up to ``limit`` changes with ``seq > since``, in order. Raises `UnknownPool`."""
+        with self._db.read() as connection:
+            need_pool(connection, pool)
+            rows = connection.execute(
+                sa.select(changes)
+                .where(changes.c.pool == pool, changes.c.seq > since)
+                .order_by(changes.c.seq)
+                .limit(limit)
+            )
+            return [Change(row.pool, row.seq, row.kind, row.memory_id) for row in rows]
+
+    def list(
+        self, pool: str, cursor: str | None = None, limit: int = 100, include_held: bool = False
+    ) -> tuple[list[Memory], str | None]:
+        """One page in seq order and the cursor of the next, None at the end.
+
+        Raises `UnknownPool`, and `PoolError` for a cursor that this store did not make.
+        """
+        if limit < 1:
+            raise PoolError(f"limit: {limit} is not positive")
+        after = 0 if cursor is None else read_cursor(cursor)
+        with self._db.read() as connection:
+            info = need_pool(connection, pool)
+            page = page_of(connection, pool, after, info.last_seq, limit + 1, include_held)
+        if len(page) <= limit:
+            return page, None
+        return page[:limit], make_cursor(page[limit - 1].seq)
+
+    def iter(
+        self,
+        pool: str,
+        after_seq: int = 0,
+        until_seq: int | None = None,
+        include_held: bool = False,
+    ) -> Iterator[Memory]:
+        """Stream the living memories with ``after_seq < seq <= until_seq`` in seq order.
+
+        ``until_seq`` None: the pool's position now. Read page by page: memory use does not grow
+        with the pool, no transaction stays open between pages, and what is deleted meanwhile is
+        left out. Raises `UnknownPool` at once.
+        """
+        last = self.last_seq(pool)
+        return self._pages(pool, after_seq, last if until_seq is None else until_seq, include_held)
+
+    def _pages(self, pool: str, after: int, until: int, include_held: bool) -> Iterator[Memory]:
+        while after < until:
+            with self._db.read() as connection:
+                page = page_of(connection, pool, after, until, PAGE, include_held)
+            yield from page
+            if len(page) < PAGE:
+                return
+            after = page[-1].seq
+
+    # Decisions
+
+    def record_decision(
+        self,
+        pool: str,
+        reason: str,
+        prompt_hash: str,
+        score: float | None,
+        agent: str | None,
+        memory_id: str | None,
+    ) -> None:
+        """Put on record what became of a graded pair: ``stored``, or why it was rejected."""
+        check_text("reason", reason)
+        with self._db.write() as connection:
+            need_pool(connection, pool)
+            connection.execute(
+                sa.insert(decisions).values(
+                    pool=pool, decided_at=now(), reason=reason, prompt_hash=prompt_hash,
+                    score=check_score(score), agent=agent, memory_id=memory_id,
+                )
+            )  # fmt: skip
+
+    def decisions(self, pool: str) -> dict[str, int]:
+        """Reason to count, most frequent first; accepted pairs count as ``stored``."""
+        with self._db.read() as connection:
+            need_pool(connection, pool)
+            return figures.decision_counts(connection, pool)
+
+
+def _check_settings(rubric: str, threshold: float) -> None:
+    check_text("rubric", rubric)
+    if check_score(threshold, "threshold") is None:
+        raise InvalidMemory("threshold", "a number in 0..100 expected")
