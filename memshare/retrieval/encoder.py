@@ -1,0 +1,264 @@
+"""The encoder: texts to unit vectors, by any Hugging Face text encoder.
+
+A query is its prompt, a memory is prompt + newline + answer, each after a prefix of its own. The
+folder written by `Encoder.save` is a sentence-transformers model: ``SentenceTransformer(folder)``
+gives the same vectors, its prompts ``query`` and ``memory`` being the prefixes. Mean and CLS
+pooling as in Sentence-BERT (Reimers & Gurevych 2019).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from memshare.config import EncoderConfig
+from memshare.retrieval import encoder_folder
+from memshare.retrieval.encoder_folder import EncoderError, Pooling, Settings, resolve_encoder
+from memshare.retrieval.text import memory_text
+
+__all__ = [
+    "Encoder",
+    "EncoderError",
+    "Pooling",
+    "cut_batches",
+    "memory_text",
+    "pool_embeddings",
+    "resolve_encoder",
+]
+
+_BLOCK_TEXTS = 8192  # texts tokenized and sorted at a time: bounds memory, keeps padding small
+# What says nothing about how text becomes a vector, and differs between versions and folders.
+_VOLATILE_CONFIG = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "model_type", "gradient_checkpointing", "_attn_implementation",
+}  # fmt: skip
+
+
+def pool_embeddings(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """Pool token vectors to one unit vector a row, in float32.
+
+    ``hidden`` is (batch, tokens, dim), ``mask`` (batch, tokens) with 1 for real tokens, at least
+    one a row; returns (batch, dim). ``mean`` averages the real tokens, ``cls`` takes the first.
+    """
+    hidden = hidden.float()
+    if pooling == "cls":
+        first = mask.to(torch.int64).argmax(dim=1)
+        pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
+    elif pooling == "mean":
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
+    else:
+        raise ValueError(f"pooling {pooling!r}: expected mean or cls")
+    return functional.normalize(pooled, dim=-1)
+
+
+def cut_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Positions of ``lengths`` in batches, longest first, each at most ``batch_tokens`` padded.
+
+    A text longer than the budget has a batch to itself. Sorting by length leaves next to no
+    padding; longest first means that what doesn't fit in memory fails at once.
+    """
+    batches: list[list[int]] = []
+    width = 0
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * width > batch_tokens:
+            batches.append([])
+            width = max(lengths[position], 1)
+        batches[-1].append(position)
+    return batches
+
+
+class Encoder:
+    """A text encoder with its tokenizer and settings. Not thread-safe: one thread owns it."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, settings: Settings, device: str, batch_tokens: int = 8192
+    ) -> None:
+        """Use `load` or `from_folder`; ``model`` is a transformers model in float32."""
+        self.device = encoder_folder.pick_device(device)
+        self.model = model.to(self.device).eval()
+        self.tokenizer = tokenizer
+        self.pooling: Pooling = settings.pooling
+        self.query_prefix = settings.query_prefix
+        self.memory_prefix = settings.memory_prefix
+        self.max_length = settings.max_length
+        self.batch_tokens = batch_tokens
+        self.dim = int(model.config.hidden_size)
+
+    @classmethod
+    def load(cls, config: EncoderConfig) -> Encoder:
+        """The configured encoder.
+
+        What ``config`` sets explicitly (pooling, prefixes, max_length) wins; the rest is taken from
+        the folder where it is a sentence-transformers one, else from the config's defaults. Raises
+        `EncoderError`.
+        """
+        folder = encoder_folder.local_folder(config.model)
+        chosen = config.model_dump(
+            include={"pooling", "query_prefix", "memory_prefix", "max_length"}
+        )
+        explicit = {name: chosen[name] for name in config.model_fields_set if name in chosen}
+        settings = Settings(**{**chosen, **encoder_folder.stored_settings(folder), **explicit})
+        return cls._open(folder, settings, config.device, config.batch_tokens)
+
+    @classmethod
+    def from_folder(
+        cls, path: str | Path, device: str = "auto", batch_tokens: int = 8192
+    ) -> Encoder:
+        """An encoder as its folder describes it: pooling, prefixes (prompts) and max_length.
+
+        A plain transformers folder gets mean pooling, no prefixes, 256 tokens. Raises
+        `EncoderError`.
+        """
+        folder = encoder_folder.local_folder(str(path))
+        stored = encoder_folder.stored_settings(folder)
+        return cls._open(folder, Settings(**stored), device, batch_tokens)
+
+    @classmethod
+    def _open(cls, folder: Path, settings: Settings, device: str, batch_tokens: int) -> Encoder:
+        model, tokenizer, limit = encoder_folder.load_parts(folder, settings.lower_case)
+        encoder = cls(model, tokenizer, settings.capped(limit), device, batch_tokens)
+        try:
+            encoder.encode(["probe"])
+        except (TypeError, ValueError, AttributeError) as error:
+            raise EncoderError(
+                f"{folder}: not a text encoder ({type(model).__name__}: {error}); "
+                "give a model that returns token vectors, such as a BERT"
+            ) from error
+        return encoder
+
+    def tokenize_to_ids(self, texts: Sequence[str], prefix: str = "") -> list[list[int]]:
+        """Token ids of ``prefix + text``, special tokens included, truncated at ``max_length``."""
+        if not texts:
+            return []
+        rows: list[list[int]] = self.tokenizer(
+            [prefix + text for text in texts],
+            truncation=True,
+            max_length=self.max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        # A tokenizer without special tokens leaves nothing of an empty text, and a mean of nothing.
+        return [row or [self._filler] for row in rows]
+
+    @property
+    def _filler(self) -> int:
+        for name in ("unk_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self.tokenizer, name, None)
+            if value is not None:
+                return int(value)
+        return 0
+
+    def collate(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Token ids, padded on the right, on the encoder's device.
+
+        Gives ``input_ids`` and ``attention_mask``, both (batch, tokens) int64.
+        """
+        pad = self.tokenizer.pad_token_id
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), 0 if pad is None else pad, dtype=torch.int64)
+        mask = torch.zeros((len(rows), width), dtype=torch.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+            mask[i, : len(row)] = 1
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Unit vectors (batch, dim) float32, with gradients, of (batch, tokens) ids and mask."""
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        return pool_embeddings(output.last_hidden_state, attention_mask, self.pooling)
+
+    def embed(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """`forward` of what `collate` gives: (batch, dim) unit rows with gradients."""
+        return self.forward(batch["input_ids"], batch["attention_mask"])
+
+    def encode(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
+        """Unit vectors (n, dim) float32 of ``prefix + text``, in the order of ``texts``.
+
+        Sorted by length and cut by ``batch_tokens``; no gradients; the model's train or eval mode
+        is as before afterwards. Raises `EncoderError` where the model gives NaN or infinity.
+        """
+        vectors = np.empty((len(texts), self.dim), dtype=np.float32)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                for start in range(0, len(texts), _BLOCK_TEXTS):
+                    block = texts[start : start + _BLOCK_TEXTS]
+                    for positions, rows in self._batches(block, prefix):
+                        out = self.embed(self.collate(rows)).cpu().numpy()
+                        vectors[np.asarray(positions) + start] = out
+        finally:
+            self.model.train(training)
+        if not np.isfinite(vectors).all():
+            row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+            raise EncoderError(
+                f"the encoder gave NaN or infinity for text {row} ({texts[row][:60]!r}): "
+                "its weights are damaged or its training diverged; use an earlier generation"
+            )
+        return vectors
+
+    def _batches(
+        self, texts: Sequence[str], prefix: str
+    ) -> Iterator[tuple[list[int], list[list[int]]]]:
+        rows = self.tokenize_to_ids(texts, prefix)
+        for positions in cut_batches([len(row) for row in rows], self.batch_tokens):
+            yield positions, [rows[i] for i in positions]
+
+    def encode_queries(self, prompts: Sequence[str]) -> np.ndarray:
+        """Unit vectors (n, dim) float32 of questions."""
+        return self.encode(prompts, self.query_prefix)
+
+    def encode_memories(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Unit vectors (n, dim) float32 of (prompt, answer) pairs."""
+        return self.encode([memory_text(*pair) for pair in pairs], self.memory_prefix)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the sentence-transformers folder; weights as safetensors. LoRA must be merged."""
+        settings = Settings(
+            pooling=self.pooling,
+            query_prefix=self.query_prefix,
+            memory_prefix=self.memory_prefix,
+            max_length=self.max_length,
+        )
+        encoder_folder.save_parts(Path(folder), self.model, self.tokenizer, settings, self.dim)
+
+    def query_fingerprint(self) -> str:
+        """Hex SHA-256 of all that decides a query's vector: equal means equal vectors."""
+        return self._fingerprint(self.query_prefix)
+
+    def memory_fingerprint(self) -> str:
+        """Hex SHA-256 of all that decides a memory's vector: while it stays, an index stays valid.
+
+        With one tower for both it differs from `query_fingerprint` only through the prefix.
+        """
+        return self._fingerprint(self.memory_prefix)
+
+    def _fingerprint(self, prefix: str) -> str:
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in _VOLATILE_CONFIG}
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        # Left there by the last call; `tokenize_to_ids` sets both anew each time.
+        tokenizer.pop("truncation", None)
+        tokenizer.pop("padding", None)
+        settings = {
+            "model": config,
+            "tokenizer": tokenizer,
+            "pooling": self.pooling,
+            "prefix": prefix,
+            "max_length": self.max_length,
+        }
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, value in sorted(self.model.state_dict().items()):
+            tensor = value.detach().cpu().contiguous()
+            digest.update(f"\x1f{name} {tensor.dtype} {tuple(tensor.shape)}\x1f".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""A tiny random encoder for tests: a real BERT with a real tokenizer, in a few kilobytes."""
+
+from __future__ import annotations
+
+import string
+from itertools import product
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder_folder import Settings
+
+MAX_POSITIONS = 128
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """WordPiece over letters, letter pairs, digits and punctuation; anything else is [UNK]."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    alphabet = string.ascii_lowercase + string.digits
+    pairs = ["".join(pair) for pair in product(string.ascii_lowercase, repeat=2)]
+    pieces += [*alphabet, *pairs, *string.punctuation]
+    pieces += [f"##{piece}" for piece in (*alphabet, *pairs)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def tiny_encoder(
+    folder: Path,
+    seed: int = 0,
+    dim: int = 32,
+    *,
+    pooling: str = "mean",
+    query_prefix: str = "",
+    memory_prefix: str = "",
+    max_length: int = 64,
+) -> Path:
+    """Write a two-layer BERT with weights from ``seed`` as a sentence-transformers folder.
+
+    Its word vectors outweigh the rest, so texts that share words are near each other. Global
+    random state is left as it was.
+    """
+    tokenizer = _tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=dim,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=2 * dim,
+        max_position_embeddings=MAX_POSITIONS,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = BertModel(config, add_pooling_layer=False)
+        with torch.no_grad():
+            model.embeddings.word_embeddings.weight.mul_(10)
+    settings = Settings(
+        pooling="cls" if pooling == "cls" else "mean",
+        query_prefix=query_prefix,
+        memory_prefix=memory_prefix,
+        max_length=max_length,
+    )
+    Encoder(model, tokenizer, settings, device="cpu").save(folder)
+    return folder
