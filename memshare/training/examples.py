@@ -1,0 +1,170 @@
+"""Training examples on disk: Parquet shards, one folder a round, whole once its marker stands.
+
+``examples/000003/shard-00000.parquet, ..., round.json``. Every scored candidate is kept; positives
+and negatives are chosen when training. The shards carry the features of `datasets`, so that
+``datasets.load_dataset("parquet", data_files=...)`` reads them too; here they are read straight
+from the file, since a cache elsewhere would outlive the deletion of a memory.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, List, Value
+from datasets.table import InMemoryTable
+
+from memshare.files import write_atomic, write_json
+from memshare.records import Candidate, Example
+
+MARKER = "round.json"
+
+FEATURES = Features(
+    {
+        "query_id": Value("string"),
+        "query": Value("string"),
+        "answer": Value("string"),
+        "pool": Value("string"),
+        "principal": Value("string"),
+        "round": Value("int64"),
+        "seq": Value("int64"),
+        "scorer": Value("string"),
+        "labels": Value("string"),
+        "baseline_loglik": Value("float64"),
+        "candidates": List(
+            {
+                "id": Value("string"),
+                "text": Value("string"),
+                "bm25_rank": Value("int64"),
+                "loglik": Value("float64"),
+                "answer_key": Value("string"),
+            }
+        ),
+    }
+)
+
+
+class ExamplesError(RuntimeError):
+    """A folder of examples is unfinished, damaged or not one; the message names the file."""
+
+
+def round_dir(examples_dir: Path, number: int) -> Path:
+    """Where round ``number`` (1, 2, ...) keeps its examples."""
+    return examples_dir / f"{number:06d}"
+
+
+def round_dirs(examples_dir: Path) -> list[Path]:
+    """The finished rounds, oldest first."""
+    return sorted(path.parent for path in examples_dir.glob(f"[0-9]*/{MARKER}"))
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """File of shard ``index`` (0, 1, ...) of a round."""
+    return folder / f"shard-{index:05d}.parquet"
+
+
+def write_shard(path: Path, examples: Iterable[Example]) -> None:
+    """Write one shard, atomically; equal examples give equal bytes."""
+    rows = [asdict(example) for example in examples]
+    _write_table(path, pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    write_atomic(path, buffer.getvalue())
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise ExamplesError(
+            f"{path}: damaged or unreadable ({error}); delete it and run train/mine.py again"
+        ) from error
+    if not table.schema.equals(FEATURES.arrow_schema):
+        raise ExamplesError(f"{path}: not a shard of training examples (its columns differ)")
+    return table
+
+
+def to_example(row: Mapping[str, Any]) -> Example:
+    """One row of `load_examples` as a record."""
+    candidates = tuple(Candidate(**candidate) for candidate in row["candidates"])
+    return Example(**{**row, "candidates": candidates})
+
+
+def read_shard(path: Path) -> list[Example]:
+    """The examples of one shard. Raises `ExamplesError` naming a damaged file."""
+    return [to_example(row) for row in _read_table(path).to_pylist()]
+
+
+def write_marker(folder: Path, marker: Mapping[str, Any]) -> None:
+    """Declare a round whole; ``marker`` holds at least ``shards``. Written last."""
+    write_json(folder / MARKER, dict(marker))
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """What `write_marker` wrote. Raises `ExamplesError` for an unfinished round."""
+    path = folder / MARKER
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+        int(marker["shards"])
+    except FileNotFoundError:
+        raise ExamplesError(
+            f"{folder}: no finished round of examples; run train/mine.py to finish it"
+        ) from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ExamplesError(f"{path}: damaged ({error!r})") from error
+    assert isinstance(marker, dict)
+    return marker
+
+
+def _shards(folder: Path) -> list[Path]:
+    return [shard_path(folder, index) for index in range(int(read_marker(folder)["shards"]))]
+
+
+def load_examples(folders: Sequence[Path]) -> Dataset:
+    """All rows of finished rounds, in the order given, as one in-memory data set.
+
+    Raises `ExamplesError` naming the folder that is unfinished or the shard that is damaged or
+    missing.
+    """
+    tables = [_read_table(path) for folder in folders for path in _shards(folder)]
+    if not tables:
+        tables = [FEATURES.arrow_schema.empty_table()]
+    return Dataset(InMemoryTable(pa.concat_tables(tables)))
+
+
+def read_examples(folder: Path) -> Iterator[Example]:
+    """The examples of one finished round, shard by shard."""
+    for path in _shards(folder):
+        yield from read_shard(path)
+
+
+def erase(examples_dir: Path, memory_ids: Collection[str]) -> int:
+    """Erase deleted memories from every shard, as queries and as candidates.
+
+    Unfinished rounds are cleansed too. Returns the number of shards rewritten.
+    """
+    gone = set(memory_ids)
+    rewritten = 0
+    for path in sorted(examples_dir.glob("[0-9]*/shard-*.parquet")) if gone else ():
+        before = read_shard(path)
+        after = [_without(example, gone) for example in before if example.query_id not in gone]
+        if after != before:
+            write_shard(path, after)
+            rewritten += 1
+    return rewritten
+
+
+def _without(example: Example, gone: set[str]) -> Example:
+    kept = tuple(candidate for candidate in example.candidates if candidate.id not in gone)
+    if len(kept) == len(example.candidates):
+        return example
+    return replace(example, candidates=kept)

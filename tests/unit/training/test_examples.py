@@ -1,0 +1,160 @@
+"""Training examples on disk: what is written comes back, and what is broken is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memshare.records import Candidate, Example, answer_key
+from memshare.training.examples import (
+    FEATURES,
+    ExamplesError,
+    erase,
+    load_examples,
+    read_examples,
+    read_shard,
+    round_dir,
+    round_dirs,
+    shard_path,
+    to_example,
+    write_marker,
+    write_shard,
+)
+
+
+def example(query_id: str, candidates: tuple[str, ...] = ("c1", "c2"), text: str = "t") -> Example:
+    return Example(
+        query_id=query_id,
+        query=f"question {query_id} 春雨",
+        answer="an answer",
+        pool="main",
+        principal=None,
+        round=1,
+        seq=7,
+        scorer="tiny",
+        labels="likelihood",
+        baseline_loglik=-2.5,
+        candidates=tuple(
+            Candidate(name, f"{text} {name}", rank, -1.25 if rank else None, answer_key(name))
+            for rank, name in enumerate(candidates)
+        ),
+    )
+
+
+def finished(folder: Path, *shards: list[Example]) -> Path:
+    for index, rows in enumerate(shards):
+        write_shard(shard_path(folder, index), rows)
+    write_marker(folder, {"shards": len(shards)})
+    return folder
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    rows = [example("a"), example("b", ()), example("c", ("x",))]
+    folder = finished(round_dir(tmp_path, 1), rows[:2], [], rows[2:])
+    assert list(read_examples(folder)) == rows
+    data = load_examples([folder, folder])
+    assert data.features == FEATURES
+    assert [to_example(row) for row in data] == rows * 2
+
+
+def test_datasets_reads_the_shards(tmp_path: Path) -> None:
+    folder = finished(round_dir(tmp_path, 1), [example("a")])
+    loaded = datasets.load_dataset(
+        "parquet", data_files=str(shard_path(folder, 0)), cache_dir=str(tmp_path / "c")
+    )
+    assert loaded["train"].features == FEATURES
+    assert to_example(loaded["train"][0]) == example("a")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.text(st.characters(exclude_categories=("Cs",))), st.floats(allow_nan=False))
+def test_any_text_and_number_survives(
+    tmp_path_factory: pytest.TempPathFactory, text, value
+) -> None:
+    path = tmp_path_factory.mktemp("t") / "shard-00000.parquet"
+    row = Example(
+        text, text, text, text, text, 1, 2, text, text, value,
+        (Candidate(text, text, -1, value, text),),
+    )  # fmt: skip
+    write_shard(path, [row])
+    assert read_shard(path) == [row]
+
+
+def test_equal_examples_give_equal_bytes(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a", [example("a")])
+    write_shard(tmp_path / "b", [example("a")])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_no_folders_is_an_empty_data_set() -> None:
+    assert len(load_examples([])) == 0
+    assert load_examples([]).features == FEATURES
+
+
+def test_unfinished_round_is_refused(tmp_path: Path) -> None:
+    write_shard(shard_path(tmp_path, 0), [example("a")])
+    with pytest.raises(ExamplesError, match=r"no finished round.*train/mine\.py"):
+        load_examples([tmp_path])
+    assert round_dirs(tmp_path.parent) == []
+
+
+def test_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = finished(tmp_path, [example("a")], [example("b")])
+    shard_path(folder, 1).unlink()
+    with pytest.raises(ExamplesError, match=r"shard-00001\.parquet"):
+        load_examples([folder])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+def test_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
+    folder = finished(tmp_path, [example("a")], [example("b")])
+    path = shard_path(folder, 1)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        pq.write_table(pa.table({"x": [1]}), path)
+    with pytest.raises(ExamplesError, match=r"shard-00001\.parquet"):
+        load_examples([folder])
+
+
+def test_a_flipped_byte_is_never_read_as_data(tmp_path: Path) -> None:
+    path, rows = tmp_path / "shard", [example(f"q{i}", text=f"text {i} " * 50) for i in range(50)]
+    write_shard(path, rows)
+    content, refused = path.read_bytes(), 0
+    for position in range(0, len(content), 97):
+        flipped = bytearray(content)
+        flipped[position] ^= 0xFF
+        path.write_bytes(flipped)
+        try:
+            assert read_shard(path) == rows  # a byte that no reader needs
+        except ExamplesError:
+            refused += 1
+    assert refused > len(content) / 97 / 3
+
+
+def test_damaged_marker_is_named(tmp_path: Path) -> None:
+    folder = finished(tmp_path, [example("a")])
+    (folder / "round.json").write_text("{}")
+    with pytest.raises(ExamplesError, match=r"round\.json"):
+        load_examples([folder])
+
+
+def test_erase_reaches_queries_and_candidates_of_every_round(tmp_path: Path) -> None:
+    first = finished(round_dir(tmp_path, 1), [example("a"), example("b")], [example("c", ("a",))])
+    write_shard(shard_path(round_dir(tmp_path, 2), 0), [example("d", ("c1", "zz"))])  # unfinished
+    untouched = shard_path(first, 0).stat().st_mtime_ns
+    assert erase(tmp_path, ["zz"]) == 1
+    assert shard_path(first, 0).stat().st_mtime_ns == untouched
+    assert erase(tmp_path, {"a", "c1"}) == 3
+    assert [row.query_id for row in read_examples(first)] == ["b", "c"]
+    assert [[c.id for c in row.candidates] for row in read_examples(first)] == [["c2"], []]
+    assert read_shard(shard_path(round_dir(tmp_path, 2), 0))[0].candidates == ()
+    assert erase(tmp_path, {"a", "c1"}) == 0
+    everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*.parquet"))
+    assert b"question a" not in everything
