@@ -1,0 +1,213 @@
+"""Which examples make a step, which texts it needs, and which process encodes which of them.
+
+A step's *global batch* is ``num_processes * training.batch_size`` queries of one pool, cut from a
+shuffle that depends on the seed and the epoch alone. Every process works out the whole batch for
+itself, so that no text, size or mask has to be exchanged: only vectors are. Each distinct text of
+the global batch is encoded once, by one process; texts are dealt by length, so that all processes
+have equally many tokens, and padded to the longest of a micro-batch of equally long ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from memshare.retrieval.encoder import Encoder
+from memshare.training.select import Selected
+
+Ints = npt.NDArray[np.int64]
+_TOKENISE_AT_ONCE = 8192
+
+
+class TokenTable:
+    """Token ids of distinct prefixed texts, made once: a ragged array of int32.
+
+    ``index`` maps a (prefix, text) pair to its row, ``lengths`` (rows,) are in tokens.
+    ``truncated`` counts the texts that were longer than the encoder's ``max_length``.
+    """
+
+    def __init__(self, texts: Iterable[tuple[str, str]], encoder: Encoder) -> None:
+        self.index: dict[tuple[str, str], int] = {}
+        by_prefix: dict[str, list[str]] = defaultdict(list)
+        for prefix, text in dict.fromkeys(texts):
+            by_prefix[prefix].append(text)
+        self.truncated = 0
+        pieces: list[npt.NDArray[np.int32]] = []
+        for prefix, some in by_prefix.items():
+            for start in range(0, len(some), _TOKENISE_AT_ONCE):
+                block = some[start : start + _TOKENISE_AT_ONCE]
+                rows = encoder.tokenize_to_ids(block, prefix)
+                full = [i for i, row in enumerate(rows) if len(row) >= encoder.max_length]
+                self.truncated += _longer(encoder, [prefix + block[i] for i in full])
+                for text, row in zip(block, rows, strict=True):
+                    self.index[prefix, text] = len(pieces)
+                    pieces.append(np.array(row, dtype=np.int32))
+        self.lengths: Ints = np.array([len(piece) for piece in pieces], dtype=np.int64)
+        self._offsets: Ints = np.concatenate(([0], np.cumsum(self.lengths)))
+        self._tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+
+    def rows(self, which: Ints) -> list[list[int]]:
+        """The token ids of some rows, as `Encoder.collate` takes them."""
+        ends = self._offsets
+        return [self._tokens[ends[row] : ends[row + 1]].tolist() for row in which.tolist()]
+
+
+def _longer(encoder: Encoder, texts: list[str]) -> int:
+    """How many of ``texts`` have more tokens than the encoder takes."""
+    if not texts:
+        return 0
+    # `verbose` would warn of what is counted here.
+    whole = encoder.tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
+    return sum(len(row) > encoder.max_length for row in whole)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One step's global batch: g queries, m distinct docs, n = m + distinct queries texts.
+
+    ``texts`` (n,) are rows of the token table, docs first. ``rows`` (g,) says where in ``texts``
+    each query stands. ``positives`` (p, 2) and ``masked`` (k, 2) are pairs of query and doc,
+    ordered by query. ``query_answers`` (g, s), padded with -1, and ``doc_answers`` (m,) number the
+    answers: a doc with an answer of the query's is no negative of it.
+    """
+
+    query_ids: tuple[str, ...]
+    texts: Ints
+    docs: int
+    rows: Ints
+    positives: Ints
+    masked: Ints
+    query_answers: Ints
+    doc_answers: Ints
+
+    def masks(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Positive and valid masks (stop - start, m) of some queries, as `info_nce_rows` wants."""
+        shape = (stop - start, self.docs)
+        positive = torch.zeros(shape, dtype=torch.bool, device=device)
+        masked = torch.zeros(shape, dtype=torch.bool, device=device)
+        for target, pairs in ((positive, self.positives), (masked, self.masked)):
+            low, high = np.searchsorted(pairs[:, 0], (start, stop))
+            at = torch.from_numpy(pairs[low:high]).to(device)
+            target[at[:, 0] - start, at[:, 1]] = True
+        answers = torch.from_numpy(self.query_answers[start:stop]).to(device)
+        columns = torch.from_numpy(self.doc_answers).to(device)
+        for slot in range(answers.shape[1]):
+            masked |= answers[:, slot : slot + 1] == columns
+        return positive, positive | ~masked
+
+
+class Batches:
+    """The data order: ``batch(step)`` for step 0, 1, ...; equal on every process.
+
+    ``digest`` identifies items, order and seed; processes compare it before they start. The
+    batches of an epoch are as even as the items allow, so that no tiny one is left over.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Selected],
+        encoder: Encoder,
+        *,
+        global_batch: int,
+        seed: int,
+    ) -> None:
+        if not items:
+            raise ValueError("no examples to make batches of")
+        self.items = items
+        self._prefixes = (encoder.query_prefix, encoder.memory_prefix)
+        self._global_batch = global_batch
+        self._seed = seed
+        self._pools: dict[str, list[int]] = defaultdict(list)
+        for index, item in enumerate(items):
+            self._pools[item.pool].append(index)
+        self.steps_per_epoch = sum(-(-len(p) // global_batch) for p in self._pools.values())
+        self.table = TokenTable(self._texts(), encoder)
+        self.digest = self._digest()
+        # Epochs are walked in order; the one before is kept for a step at the seam.
+        self._epoch = lru_cache(maxsize=2)(self._shuffle)
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        query_prefix, memory_prefix = self._prefixes
+        for item in self.items:
+            yield query_prefix, item.query
+            for passage in (*item.positives, *item.negatives):
+                yield memory_prefix, passage.text
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(repr((self._seed, self._global_batch, self._prefixes)).encode())
+        for item in self.items:
+            passages = [(p.id, p.text, p.answer) for p in (*item.positives, *item.negatives)]
+            never = sorted(item.never_negative)
+            known = (item.query_id, item.query, item.pool, len(item.positives), passages, never)
+            digest.update(repr(known).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def _shuffle(self, epoch: int) -> list[Ints]:
+        rng = np.random.default_rng([self._seed, epoch])
+        batches: list[Ints] = []
+        for pool in sorted(self._pools):
+            members = rng.permutation(np.array(self._pools[pool], dtype=np.int64))
+            batches.extend(np.array_split(members, -(-len(members) // self._global_batch)))
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def batch(self, step: int) -> StepBatch:
+        """The global batch of a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self._assemble([self.items[i] for i in self._epoch(epoch)[position]])
+
+    def _assemble(self, items: Sequence[Selected]) -> StepBatch:
+        query_prefix, memory_prefix = self._prefixes
+        docs: dict[int, int] = {}  # row of the token table -> column
+        queries: dict[int, int] = {}
+        columns: dict[str, set[int]] = defaultdict(set)  # text key or id -> columns
+        numbers: dict[str, int] = {}  # answer key -> number
+        doc_answers: list[int] = []
+        positives: list[tuple[int, int]] = []
+        rows: list[int] = []
+        for row, item in enumerate(items):
+            at = self.table.index[query_prefix, item.query]
+            rows.append(queries.setdefault(at, len(queries)))
+            for passage in (*item.positives, *item.negatives):
+                at = self.table.index[memory_prefix, passage.text]
+                column = docs.setdefault(at, len(docs))
+                if column == len(doc_answers):
+                    doc_answers.append(numbers.setdefault(passage.answer, len(numbers)))
+                columns[passage.key].add(column)
+                columns[passage.id].add(column)
+                if passage in item.positives:
+                    positives.append((row, column))
+        masked: list[tuple[int, int]] = []
+        answers: list[list[int]] = []
+        for row, item in enumerate(items):
+            hit = set[int]().union(*(columns.get(key, ()) for key in item.never_negative))
+            masked.extend((row, column) for column in sorted(hit))
+            keys = dict.fromkeys((item.answer, *(p.answer for p in item.positives)))
+            answers.append([numbers[key] for key in keys if key in numbers])
+        width = max(1, max(len(known) for known in answers))
+        padded = [known + [-1] * (width - len(known)) for known in answers]
+        return StepBatch(
+            query_ids=tuple(item.query_id for item in items),
+            texts=np.array([*docs, *queries], dtype=np.int64),
+            docs=len(docs),
+            rows=np.array(rows, dtype=np.int64) + len(docs),
+            positives=np.array(positives, dtype=np.int64).reshape(-1, 2),
+            masked=np.array(masked, dtype=np.int64).reshape(-1, 2),
+            query_answers=np.array(padded, dtype=np.int64).reshape(len(items), width),
+            doc_answers=np.array(doc_answers, dtype=np.int64),
+        )
+
+
+def deal(lengths: Ints, processes: int) -> list[Ints]:
+    """Share texts (n,) out by length, longest first and back and forth: positions per process."""
+    order = np.argsort(-lengths, kind="stable")
+    turn = np.arange(len(order)) % (2 * processes)
+    owner = np.where(turn < processes, turn, 2 * processes - 1 - turn)
+    return [order[owner == process] for process in range(processes)]

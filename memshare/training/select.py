@@ -1,0 +1,209 @@
+"""Choose positives and negatives from scored candidates, when training and not when mining.
+
+Every scored candidate stays in the examples on disk, so that v, the margins and the rules below can
+change without asking an LLM again. For one example:
+
+* positives are the best ``training.positives`` candidates by likelihood, of those that beat the
+  likelihood with no example by more than ``training.margin`` (without a baseline: the best ones);
+* hard negatives are the worst ``training.hard_negatives`` of the rest. Never one of them: the
+  query's own memory or a copy of it, a copy of a positive, a memory with the query's own answer or
+  a positive's, a candidate within ``training.false_negative_margin`` of the worst positive chosen;
+* what can't be a hard negative of this query can't be its in-batch negative either, wherever else
+  in the batch it turns up: ``Selected.never_negative`` carries the keys.
+
+With ``labels: none`` the query's own memory is the positive and BM25's candidates are the
+negatives, first ranks first. With ``labels: given`` a candidate of log-likelihood 0 has the query's
+label and is a positive; there is no baseline to beat. An example without hard negatives is kept,
+since the batch gives it negatives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from memshare.config import TrainingConfig
+from memshare.records import Candidate, Example, answer_key, normalise
+from memshare.retrieval.text import memory_text
+
+NO_CANDIDATES = "no candidates"
+NOT_SCORED = "no candidate has a usable score"
+NOT_BETTER = "no positive beats the baseline"
+NO_LABEL = "no candidate has the query's label"
+
+
+def text_key(text: str) -> str:
+    """Key of a text up to Unicode form, case and white space: copies have equal keys."""
+    return hashlib.blake2b(normalise(text).encode(), digest_size=12).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One memory as the encoder sees it: its text, and the keys that tell copies and answers."""
+
+    id: str
+    text: str
+    key: str
+    answer: str
+
+    @classmethod
+    def of(cls, candidate: Candidate) -> Passage:
+        """The passage of one mined candidate."""
+        key = text_key(candidate.text)
+        return cls(candidate.id, candidate.text, key, candidate.answer_key)
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """One training query, ready for batching.
+
+    ``answer`` is the key of the query's own answer; ``never_negative`` the text keys and ids that
+    must not count against this query even if another query of the batch brings them in.
+    """
+
+    query_id: str
+    query: str
+    pool: str
+    principal: str | None
+    round: int
+    answer: str
+    positives: tuple[Passage, ...]
+    negatives: tuple[Passage, ...]
+    never_negative: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What `select` made of a set of examples; ``dropped`` counts by reason."""
+
+    items: tuple[Selected, ...]
+    dropped: dict[str, int]
+    without_negatives: int
+
+    def __str__(self) -> str:
+        reasons = "".join(f"; {count} dropped: {why}" for why, count in self.dropped.items())
+        return (
+            f"{len(self.items)} usable examples ({self.without_negatives} without hard "
+            f"negatives){reasons}"
+        )
+
+
+def select(examples: Iterable[Example], config: TrainingConfig) -> Selection:
+    """Choose positives and hard negatives of every example; unusable ones are counted."""
+    items: list[Selected] = []
+    dropped: Counter[str] = Counter()
+    for example in examples:
+        chosen = select_one(example, config)
+        if isinstance(chosen, str):
+            dropped[chosen] += 1
+        else:
+            items.append(chosen)
+    bare = sum(not item.negatives for item in items)
+    return Selection(tuple(items), dict(sorted(dropped.items())), bare)
+
+
+def select_one(example: Example, config: TrainingConfig) -> Selected | str:
+    """One example's positives and negatives, or the reason why it can't be used."""
+    own_text = memory_text(example.query, example.answer)
+    own = Passage(example.query_id, own_text, text_key(own_text), answer_key(example.answer))
+    others = _distinct(example.candidates, own)
+    if example.labels == "none":
+        return _selected(example, own, [own], others, floor=math.inf, count=config.hard_negatives)
+    if not others:
+        return NO_CANDIDATES
+    # A score that is missing or not finite says nothing; such a candidate is neither.
+    scored = [c for c in others if c.loglik is not None and math.isfinite(c.loglik)]
+    if not scored:
+        return NOT_SCORED
+    scored.sort(key=lambda c: (-_score(c), c.bm25_rank, c.id))
+    if example.labels == "given":
+        good = [c for c in scored if _score(c) >= 0.0]
+        if not good:
+            return NO_LABEL
+    else:
+        least = -math.inf
+        if example.baseline_loglik is not None:
+            least = example.baseline_loglik + config.margin
+        good = [c for c in scored if _score(c) > least]
+        if not good:
+            return NOT_BETTER
+    best = good[: config.positives]
+    # Given labels are sure: the margin, in nats, is for scores that a LM measured.
+    slack = 0.0 if example.labels == "given" else config.false_negative_margin
+    floor = _score(best[-1]) - slack
+    taken = {c.id for c in best}
+    rest = [c for c in reversed(scored) if c.id not in taken]  # worst first
+    positives = [Passage.of(c) for c in best]
+    return _selected(example, own, positives, rest, floor=floor, count=config.hard_negatives)
+
+
+def _score(candidate: Candidate) -> float:
+    assert candidate.loglik is not None  # callers keep scored candidates only
+    return candidate.loglik
+
+
+def _distinct(candidates: Sequence[Candidate], own: Passage) -> list[Candidate]:
+    """Candidates in BM25 order without the query's own memory, copies of it, and repeats."""
+    seen_ids, seen_keys = {own.id}, {own.key}
+    kept: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (c.bm25_rank, c.id)):
+        key = text_key(candidate.text)
+        if candidate.id in seen_ids or key in seen_keys:
+            continue
+        seen_ids.add(candidate.id)
+        seen_keys.add(key)
+        kept.append(candidate)
+    return kept
+
+
+def _selected(
+    example: Example,
+    own: Passage,
+    positives: Sequence[Passage],
+    rest: Sequence[Candidate],
+    *,
+    floor: float,
+    count: int,
+) -> Selected:
+    """Take the first ``count`` of ``rest`` that may be negatives; ``floor``: at or above is not."""
+    answers = {own.answer, *(p.answer for p in positives)}
+    never = {own.id, own.key}
+    for passage in positives:
+        never |= {passage.id, passage.key}
+    negatives: list[Passage] = []
+    for candidate in rest:
+        passage = Passage.of(candidate)
+        if candidate.loglik is not None and candidate.loglik >= floor:
+            never |= {passage.id, passage.key}
+        elif passage.answer not in answers and len(negatives) < count:
+            negatives.append(passage)
+    return Selected(
+        query_id=example.query_id,
+        query=example.query,
+        pool=example.pool,
+        principal=example.principal,
+        round=example.round,
+        answer=own.answer,
+        positives=tuple(positives),
+        negatives=tuple(negatives),
+        never_negative=frozenset(never),
+    )
+
+
+def mix_replay(
+    new: Sequence[Selected], earlier: Sequence[Selected], count: int, seed: int
+) -> list[Selected]:
+    """``new`` plus ``count`` examples drawn from ``earlier`` without replacement, by ``seed``.
+
+    An earlier example of a query that is in ``new`` is left out: the newer scores win. Fewer than
+    ``count`` are drawn where there are fewer.
+    """
+    fresh = {item.query_id for item in new}
+    old = [item for item in earlier if item.query_id not in fresh]
+    drawn = np.random.default_rng(seed).permutation(len(old))[:count]
+    return [*new, *(old[i] for i in sorted(drawn.tolist()))]
