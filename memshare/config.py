@@ -114,6 +114,7 @@ class LLMConfig(Section):
     retries: NonNegativeInt = 4
     max_concurrency: PositiveInt = 32
     batch_size: PositiveInt = 16
+    batch_tokens: PositiveInt = 8192  # padded tokens per forward pass of the transformers backend
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     server: VLLMServerConfig = VLLMServerConfig()
@@ -170,8 +171,11 @@ class TrainingConfig(Section):
     """Step 6: InfoNCE over v positives, hard negatives and in-batch negatives.
 
     ``margin``: nats per token by which a positive must beat the likelihood with no example, or the
-    example is dropped. ``false_negative_margin``: candidates within it of the best positive are
-    masked out of the negatives.
+    example is dropped. ``false_negative_margin``: candidates within it of the worst positive chosen
+    are masked out of the negatives. ``batch_tokens``: padded tokens of a micro-batch;
+    ``graph_tokens``: padded tokens whose activations are kept for the backward pass, the rest of a
+    step is encoded twice (gradient caching), so that memory does not grow with the batch.
+    ``dropout``: as the encoder's own configuration has it, or none.
     """
 
     positives: PositiveInt = 1
@@ -179,10 +183,13 @@ class TrainingConfig(Section):
     margin: Annotated[float, Field(ge=0.0)] = 0.0
     false_negative_margin: Annotated[float, Field(ge=0.0)] = 0.0
     batch_size: PositiveInt = 16  # queries per process and step
-    batch_tokens: PositiveInt = 4096  # padded tokens per micro-batch
+    batch_tokens: PositiveInt = 4096
+    graph_tokens: NonNegativeInt = 16384
+    dropout: bool = True
     epochs: PositiveFloat = 1.0
-    max_steps: PositiveInt | None = None
+    max_steps: PositiveInt | None = None  # wins over epochs
     lr: PositiveFloat = 3e-5
+    schedule: Literal["linear", "cosine"] = "linear"  # after the warm-up, down to 0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     warmup_ratio: Fraction = 0.1
     max_grad_norm: PositiveFloat = 1.0
@@ -222,7 +229,12 @@ class ContinualConfig(Section):
 
 
 class GatewayConfig(Section):
-    """The HTTP service's limits and its default pool."""
+    """The HTTP service's limits and its default pool.
+
+    ``score_writes``: memories that clients write are graded before they are stored, as answers are.
+    ``scoring_queue`` bounds the pairs that wait for the scorer, ``scoring_wait_seconds`` how long an
+    answer waits for a place there, ``shutdown_seconds`` how long a stopping gateway works it off.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -230,7 +242,13 @@ class GatewayConfig(Section):
     max_body_bytes: PositiveInt = 1_000_000
     max_text_chars: PositiveInt = 32_768
     max_k: PositiveInt = 1000
+    score_writes: bool = False
     scoring_workers: PositiveInt = 4
+    scoring_queue: PositiveInt = 1024
+    scoring_wait_seconds: Annotated[float, Field(ge=0.0)] = 2.0
+    shutdown_seconds: PositiveFloat = 30.0
+    visible_timeout_seconds: PositiveFloat = 30.0
+    threads: PositiveInt = 16  # for blocking calls of the store, reads and writes apart
 
 
 class BootstrapConfig(Section):
@@ -342,7 +360,6 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
                 raise ConfigError(f"--set {item}: {parent} is set to a value already")
             node = child
         node[leaf] = yaml.safe_load(value)
-
 
     class FromFile(Config):
         """`Config` with this file as the source of least priority."""

@@ -1,0 +1,118 @@
+"""What the processes of a training run tell each other: vectors, gradients, and little else.
+
+Plain collectives, no autograd through them and no DDP wrapper: the loss is a function of all
+vectors of the step, so each process takes the gradient of its own queries' loss with respect to
+*all* vectors, these gradients are summed over the processes, and each process back-propagates the
+sum through the texts that it encoded itself. Parameter gradients are then summed, not averaged:
+with the loss divided by the global batch, that is the one-process gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memshare.training.batching import Ints
+
+_BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32 at a time
+
+
+class DifferentData(RuntimeError):
+    """The processes of one run see different data or settings."""
+
+
+class World:
+    """The process group: ``rank`` of ``size``. One process without a group is a world of 1."""
+
+    def __init__(self, device: torch.device) -> None:
+        """``device`` is where this process's tensors are; the group must be initialised first."""
+        grouped = dist.is_available() and dist.is_initialized()
+        self.size = dist.get_world_size() if grouped else 1
+        self.rank = dist.get_rank() if grouped else 0
+        self.device = device
+
+    def gather_rows(self, local: Tensor, owners: Sequence[Ints]) -> Tensor:
+        """Every process's rows in their places.
+
+        ``local`` (n_rank, d) are this process's rows, ``owners[r]`` the places of process r's; they
+        may have different numbers of rows. Returns (n, d), with no gradient history.
+        """
+        total = sum(len(places) for places in owners)
+        out = local.new_empty(total, local.shape[1])
+        if self.size == 1:
+            out[torch.from_numpy(owners[0]).to(self.device)] = local
+            return out
+        most = max(len(places) for places in owners)
+        padded = local.new_zeros(most, local.shape[1])
+        padded[: len(local)] = local
+        everything = local.new_empty(self.size * most, local.shape[1])
+        dist.all_gather_into_tensor(everything, padded)
+        for rank, places in enumerate(owners):
+            rows = everything[rank * most : rank * most + len(places)]
+            out[torch.from_numpy(places).to(self.device)] = rows
+        return out
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Sum ``.grad`` over all processes, in buckets.
+
+        A parameter that no process used keeps None, so that the optimizer leaves it alone.
+        """
+        if self.size == 1:
+            return
+        params = list(parameters)
+        used = torch.tensor([p.grad is not None for p in params], device=self.device).int()
+        dist.all_reduce(used, op=dist.ReduceOp.MAX)
+        bucket: list[Tensor] = []
+        size = 0
+        for param, flag in zip(params, used.tolist(), strict=True):
+            if not flag:
+                continue
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            bucket.append(param.grad)
+            size += param.grad.numel()
+            if size >= _BUCKET_ELEMENTS:
+                self._sum_bucket(bucket)
+                bucket, size = [], 0
+        if bucket:
+            self._sum_bucket(bucket)
+
+    def _sum_bucket(self, tensors: list[Tensor]) -> None:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+        for tensor, piece in zip(tensors, pieces, strict=True):
+            tensor.copy_(piece.view_as(tensor))
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Make every process's tensors those of process 0, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def check_same(self, value: str, what: str) -> None:
+        """Raise `DifferentData` on every process unless all give the same ``value``."""
+        if self.size == 1:
+            return
+        values: list[str] = [""] * self.size
+        dist.all_gather_object(values, value)
+        odd = [rank for rank, other in enumerate(values) if other != values[0]]
+        if odd:
+            raise DifferentData(
+                f"processes {odd} see other {what} than process 0: give every process the same "
+                "files and settings (a shared file system, or equal copies)"
+            )
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()

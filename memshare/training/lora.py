@@ -1,0 +1,37 @@
+"""Low-rank adapters (Hu et al. 2022, "LoRA") through peft, on by ``training.lora.enabled``."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from memshare.config import LoRAConfig
+from memshare.retrieval.encoder import Encoder, EncoderError
+
+
+def add_adapters(encoder: Encoder, config: LoRAConfig, seed: int) -> None:
+    """Freeze the encoder and give it adapters whose first weights depend on ``seed`` alone.
+
+    Raises `EncoderError` where the model has none of the modules that the configuration names.
+    """
+    torch.manual_seed(seed)
+    settings = LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.target_modules),
+        bias="none",
+    )
+    try:
+        encoder.model = get_peft_model(encoder.model, settings)
+    except ValueError as error:
+        raise EncoderError(
+            f"training.lora.target_modules {list(config.target_modules)} fit no module of "
+            f"{type(encoder.model).__name__}: {error}"
+        ) from error
+
+
+def merge_adapters(encoder: Encoder) -> None:
+    """Add the adapters to the weights they belong to; the encoder is a plain model again."""
+    if isinstance(encoder.model, PeftModel):
+        encoder.model = encoder.model.merge_and_unload()

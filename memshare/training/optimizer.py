@@ -1,0 +1,61 @@
+"""AdamW (Loshchilov & Hutter 2019), the learning-rate schedule, and their state by name."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from memshare.config import TrainingConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters; vectors (biases, norms) without weight decay."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=True)
+
+
+def lr_factor(
+    step: int, total: int, warmup_ratio: float, schedule: Literal["linear", "cosine"]
+) -> float:
+    """Share of the peak learning rate at ``step`` (0, 1, ...) of ``total``.
+
+    Rises linearly over the first ``warmup_ratio`` of the steps, then falls to 0 at ``total``.
+    """
+    warmup = round(total * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    left = (total - step) / max(1, total - warmup)
+    return left if schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use ``lr`` in every group from now on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as ``parameter name/entry`` -> tensor; all of AdamW's are tensors."""
+    return {
+        f"{name}/{entry}": value.detach()
+        for name, param in model.named_parameters()
+        for entry, value in optimizer.state.get(param, {}).items()
+    }
+
+
+def load_state_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `state_tensors` gave. Raises `KeyError` for a parameter that is not there."""
+    params = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        param = params[name]
+        optimizer.state[param][entry] = value.to(param.device)

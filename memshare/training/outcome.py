@@ -1,0 +1,71 @@
+"""How a training program ends: exit codes, ``result.json``, and stopping when asked to.
+
+``accelerate launch`` turns every exit code but 0 into 1, so whoever launches a training reads
+``status`` in ``DIR/result.json``; the exit codes are for those who start the program directly.
+
+=========  ====  ================================================================
+status     code  meaning
+=========  ====  ================================================================
+trained    0     ``DIR/encoder`` is there
+empty      66    no usable example: nothing to train on, the round has no encoder
+stopped    75    a signal came; run the same command again to continue
+failed     1     the message says why; nothing of an earlier encoder was touched
+(none)     2     the command line or the configuration is wrong
+=========  ====  ================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from memshare.files import write_json
+
+Status = Literal["trained", "empty", "stopped", "failed"]
+EXIT_CODES: dict[Status, int] = {"trained": 0, "empty": 66, "stopped": 75, "failed": 1}
+EXIT_USAGE = 2
+
+
+def write_result(output: Path, status: Status, **figures: Any) -> int:
+    """Write ``output/result.json`` and return the exit code that goes with ``status``."""
+    write_json(output / "result.json", {"status": status, **figures})
+    return EXIT_CODES[status]
+
+
+def read_result(output: Path) -> dict[str, Any] | None:
+    """What the last training into ``output`` ended with; None where it did not end by itself."""
+    try:
+        result = json.loads((output / "result.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    assert isinstance(result, dict)
+    return result
+
+
+class StopRequest:
+    """Whether a signal asked this process to stop."""
+
+    def __init__(self) -> None:
+        """Nobody has, yet."""
+        self.signal: str | None = None
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Turn SIGTERM and SIGUSR1 (a scheduler's warning) into a request, seen between two steps."""
+    request = StopRequest()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        request.signal = signal.Signals(number).name
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,164 @@
+"""One contrastive step: from a batch to the gradient of its global loss, in bounded memory.
+
+Gradient caching (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory
+Limited Setup") is the one engine, for any number of processes:
+
+1. encode this process's texts in length-sorted micro-batches of ``batch_tokens`` padded tokens;
+2. gather all vectors of the step from all processes;
+3. loss of this process's queries against all docs, in tiles of rows, and its gradient with respect
+   to all vectors, summed over the processes;
+4. push that gradient back through each micro-batch.
+
+Micro-batches keep their graph as long as they fit in ``graph_tokens``; the others are encoded again
+in 4, with the random state of their first pass, so that dropout is the same. The loss is divided by
+the global batch, so W processes with batch B have the loss and gradient of one with W * B.
+
+Random numbers are drawn from a seed made of (run seed, step, process, micro-batch) before each
+micro-batch, so a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memshare.config import TrainingConfig
+from memshare.retrieval.encoder import Encoder, cut_batches
+from memshare.training.batching import Ints, StepBatch, TokenTable, deal
+from memshare.training.gather import World
+from memshare.training.loss import info_nce_rows
+
+_TILE_ROWS = 1024  # queries whose similarities to all docs are in memory at a time
+
+
+class NonFinite(RuntimeError):
+    """The loss or its gradient became NaN or infinite; the message names the queries."""
+
+    def __init__(self, what: str, step: int, batch: StepBatch) -> None:
+        """``step`` counts from 0; it is the step that failed."""
+        some = ", ".join(batch.query_ids[:16])
+        more = f" and {len(batch.query_ids) - 16} more" if len(batch.query_ids) > 16 else ""
+        super().__init__(
+            f"step {step + 1}: {what} is not finite; the batch's queries are {some}{more}. The "
+            "weights are those of the last checkpoint; lower training.lr or look at these examples"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Global figures of a step. ``tokens`` are real ones, ``padded`` include the padding.
+
+    ``stop`` is true where any process was asked to stop.
+    """
+
+    loss: float
+    tokens: int
+    padded: int
+    stop: bool
+
+
+class ContrastiveStep:
+    """Computes gradients; the optimizer is the caller's. Draws from torch's global generator."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        table: TokenTable,
+        config: TrainingConfig,
+        world: World,
+        *,
+        seed: int,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self._encoder = encoder
+        self._table = table
+        self._config = config
+        self._world = world
+        self._seed = seed
+        self._autocast = autocast
+        encoder.model.train(config.dropout)
+
+    def backward(self, batch: StepBatch, step: int, stop: bool = False) -> StepResult:
+        """Leave the global loss's gradient in ``.grad``; equal on all processes.
+
+        ``step`` counts from 0. Raises `NonFinite` on every process, with the gradients unusable.
+        """
+        world, table = self._world, self._table
+        owners = deal(table.lengths[batch.texts], world.size)
+        mine = batch.texts[owners[world.rank]]  # rows of the token table, longest first
+        lengths = table.lengths[mine].tolist()
+        micro = [np.array(m) for m in cut_batches(lengths, self._config.batch_tokens)]
+        local = torch.zeros(len(mine), self._encoder.dim, device=world.device)
+        graphs: dict[int, Tensor] = {}
+        padded = 0
+        for index, places in enumerate(micro):
+            padded += len(places) * int(table.lengths[mine[places]].max())
+            keep = padded <= self._config.graph_tokens
+            with torch.set_grad_enabled(keep):
+                vectors = self._encode(mine[places], step, index)
+            local[torch.from_numpy(places).to(world.device)] = vectors.detach()
+            if keep:
+                graphs[index] = vectors
+
+        loss, gradient = self._loss(world.gather_rows(local, owners), batch)
+        figures = torch.tensor([float(padded), float(stop)], dtype=torch.float64)
+        total = world.sum(torch.cat([loss.double().reshape(1), figures.to(world.device)])).tolist()
+        if not math.isfinite(total[0]):
+            raise NonFinite("the loss", step, batch)
+        places_of_mine = torch.from_numpy(owners[world.rank]).to(world.device)
+        gradient = world.sum(gradient).index_select(0, places_of_mine)
+
+        for index, places in enumerate(micro):
+            kept = graphs.pop(index, None)
+            vectors = self._encode(mine[places], step, index) if kept is None else kept
+            here = torch.from_numpy(places).to(world.device)
+            torch.autograd.backward(vectors, gradient.index_select(0, here))
+        world.sum_gradients(p for p in self._encoder.model.parameters() if p.requires_grad)
+        return StepResult(
+            loss=total[0],
+            tokens=int(table.lengths[batch.texts].sum()),
+            padded=int(total[1]),
+            stop=total[2] > 0,
+        )
+
+    def _encode(self, rows: Ints, step: int, index: int) -> Tensor:
+        """Unit vectors (b, d) of a micro-batch; the same random numbers whenever it is called."""
+        name = f"{self._seed}/{step}/{self._world.rank}/{index}".encode()
+        seed = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) >> 1
+        torch.manual_seed(seed)
+        inputs = self._encoder.collate(self._table.rows(rows))
+        # A context of its own each time: autocast caches the cast weights, and casts made without
+        # gradients must not serve the pass that needs them.
+        with self._autocast():
+            return self._encoder.embed(inputs)
+
+    def _loss(self, vectors: Tensor, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """This process's share of the loss, and its gradient (n, d) for all vectors (n, d)."""
+        queries = len(batch.rows)
+        start = queries * self._world.rank // self._world.size
+        stop = queries * (self._world.rank + 1) // self._world.size
+        leaf = vectors.requires_grad_()
+        rows = torch.from_numpy(batch.rows).to(vectors.device)
+        total = vectors.new_zeros(())
+        for low in range(start, stop, _TILE_ROWS):
+            high = min(low + _TILE_ROWS, stop)
+            positive, valid = batch.masks(low, high, vectors.device)
+            each = info_nce_rows(
+                leaf.index_select(0, rows[low:high]),
+                leaf[: batch.docs],
+                positive,
+                valid,
+                self._config.temperature,
+            )
+            share = each.sum() / queries
+            torch.autograd.backward(share)
+            total += share.detach()
+        gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+        return total, gradient
