@@ -30,7 +30,7 @@ class Database:
     fail with "database is locked".
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, must_exist: bool = False) -> None:
         """Connect nothing yet; raises `PoolError` for a URL that can't work."""
         try:
             parsed = sa.make_url(url)
@@ -39,7 +39,10 @@ class Database:
             if self.is_sqlite:
                 if parsed.database in (None, "", ":memory:"):
                     raise PoolError(f"{self.name}: a pool needs a file: sqlite:///PATH")
-                Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
+                path = Path(str(parsed.database))
+                if must_exist and not path.exists():
+                    raise PoolError(f"{path}: no pool database there; create a pool first")
+                path.parent.mkdir(parents=True, exist_ok=True)
             self.engine = sa.create_engine(
                 parsed,
                 json_serializer=partial(json.dumps, ensure_ascii=False, allow_nan=False),

@@ -18,3 +18,7 @@ class InvalidMemory(ValueError):
         """Build the message ``field: problem``."""
         super().__init__(f"{field}: {problem}")
         self.field = field
+
+
+class TransferError(RuntimeError):
+    """A file or data set that can't be imported or exported as a whole."""

@@ -46,18 +46,23 @@ _IDS_PER_QUERY = 500
 class PoolStore:
     """Pools in one database. Thread-safe; several processes may share the database."""
 
-    def __init__(self, url: str, max_text_chars: int = MAX_TEXT_CHARS) -> None:
+    def __init__(
+        self, url: str, max_text_chars: int = MAX_TEXT_CHARS, must_exist: bool = False
+    ) -> None:
         """Use the database at ``url``, whose schema must be current; see `open`."""
         self.max_text_chars = max_text_chars
-        self._db = Database(url)
+        self._db = Database(url, must_exist)
 
     @classmethod
-    def open(cls, url: str, max_text_chars: int = MAX_TEXT_CHARS) -> PoolStore:
+    def open(
+        cls, url: str, max_text_chars: int = MAX_TEXT_CHARS, must_exist: bool = False
+    ) -> PoolStore:
         """Open ``url`` (such as ``sqlite:///runs/demo/pool.db``), creating or migrating it.
 
-        Raises `PoolError`: a URL that can't be used, or a database newer than this code.
+        ``must_exist`` refuses to create an SQLite file. Raises `PoolError`: a URL that can't be
+        used, or a database newer than this code.
         """
-        store = cls(url, max_text_chars)
+        store = cls(url, max_text_chars, must_exist)
         try:
             store._db.migrate()
         except BaseException:

@@ -1,0 +1,61 @@
+"""``memshare COMMAND ...``: hands each command to the room that does it.
+
+Only the module of the command that was given is imported, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from memshare import __version__
+from memshare.config import ConfigError
+from memshare.files import RunLocked
+
+# command -> (module with add_parser(subparsers), one line of help)
+COMMANDS = {
+    "pool": ("memshare.pool.cli", "create, fill, read and export pools"),
+    "bootstrap": ("memshare.bootstrap_cli", "fill a pool from a small seed set"),
+    "generations": ("memshare.retrieval.cli", "list, verify, activate and unpin generations"),
+}
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser, with every command named and ``command``'s own arguments in it."""
+    parser = argparse.ArgumentParser(
+        prog="memshare", description="LLM agents share memories in pools that keep learning."
+    )
+    parser.add_argument("--version", action="version", version=f"memshare {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        if name == command:
+            importlib.import_module(module).add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 done in part, 2 refused."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((item for item in arguments if not item.startswith("-")), None)
+    args = build_parser(command).parse_args(arguments)
+    try:
+        return int(args.func(args))
+    except (ConfigError, RunLocked) as error:
+        print(f"memshare: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("memshare: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (such as `head`) has gone; keep Python from failing again on its last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Readers of foreign files: each streams ``(line, row)``, a row that can't be read as `BadRow`.
+
+Lines count from 1; a data set's line is its row. Nothing here holds more than one row.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from memshare.pool.errors import InvalidMemory, TransferError
+from memshare.pool.mapping import Mappings, check_columns, from_strings
+
+MAX_LINE_BYTES = 16 * 2**20
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """Why a line gave no row."""
+
+    reason: str
+
+
+Rows = Generator[tuple[int, object], None, None]
+
+
+def read_jsonl(path: Path) -> Rows:
+    """One JSON value a line; blank lines are skipped, a byte order mark is ignored."""
+    with open_file(path) as handle:
+        number = 0
+        while line := handle.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = handle.readline(MAX_LINE_BYTES)
+                yield number, BadRow(f"the line is longer than {MAX_LINE_BYTES} bytes")
+                continue
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield number, _parse_json(line)
+
+
+def _parse_json(line: bytes) -> object:
+    try:
+        return json.loads(line.decode(), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8 (byte {error.start + 1} of the line)")
+    except json.JSONDecodeError as error:
+        return BadRow(f"bad JSON: {error.msg} (column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"bad JSON: {error}")
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is no JSON")
+
+
+def read_csv(path: Path, mapping: Mappings) -> Rows:
+    """Records of a CSV file with a header line, as RFC 4180 has it, in UTF-8.
+
+    Raises `TransferError` if the header lacks a mapped column.
+    """
+    open_file(path).close()
+    # Bytes that are no UTF-8 come through as lone surrogates, so that they spoil only their record.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+        records = csv.reader(handle, strict=True)
+        try:
+            header = next(records, None)
+        except csv.Error as error:
+            raise TransferError(f"{path}: line 1: {error}") from None
+        if header is None:
+            return
+        check_columns(str(path), header, mapping)
+        while True:
+            number = records.line_num + 1
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield number, BadRow(f"bad CSV: {error}")
+                continue
+            if record:
+                yield number, _csv_row(header, record, mapping)
+
+
+def _csv_row(header: list[str], record: list[str], mapping: Mappings) -> object:
+    if len(record) != len(header):
+        return BadRow(f"{len(record)} columns, but the header has {len(header)}")
+    if any(_ESCAPED_BYTE.search(text) for text in record):
+        return BadRow("not UTF-8")
+    try:
+        return from_strings(dict(zip(header, record, strict=True)), mapping)
+    except InvalidMemory as error:
+        return BadRow(str(error))
+
+
+def read_dataset(name: str, mapping: Mappings, split: str, subset: str | None) -> Rows:
+    """Rows of a Hugging Face data set: a hub name, a saved one's folder, or a folder of files.
+
+    Class labels become their names. Raises `TransferError` if it can't be loaded.
+    """
+    import datasets  # slow to import, and only needed here
+
+    try:
+        data = _load(datasets, name, split, subset)
+        features = dict(data.features or {})
+        if features:
+            check_columns(name, features, mapping)
+        labels = {
+            column: feature
+            for column, feature in features.items()
+            if isinstance(feature, datasets.ClassLabel)
+        }
+        for number, row in enumerate(data, 1):
+            yield number, _name_labels(row, labels)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise TransferError(f"data set {name}, split {split}: can't be read: {error}") from error
+
+
+def _load(datasets: Any, name: str, split: str, subset: str | None) -> Any:
+    folder = Path(name)
+    if (folder / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(name)
+        if split not in saved:
+            raise ValueError(f"it has the splits {', '.join(saved)}")
+        return saved[split]
+    if (folder / "state.json").is_file():
+        return datasets.load_from_disk(name)
+    return datasets.load_dataset(name, subset, split=split, streaming=True)
+
+
+def _name_labels(row: Mapping[str, Any], labels: Mapping[str, Any]) -> object:
+    named = dict(row)
+    for column, feature in labels.items():
+        if isinstance(named[column], int) and named[column] >= 0:
+            named[column] = feature.int2str(named[column])
+        else:  # -1 stands for a missing label
+            named[column] = None
+    return named
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open for reading; raises `TransferError`."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise TransferError(f"{path}: can't be read: {error.strerror}") from error
