@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -45,7 +44,7 @@ class Database:
                 path.parent.mkdir(parents=True, exist_ok=True)
             self.engine = sa.create_engine(
                 parsed,
-                json_serializer=partial(json.dumps, ensure_ascii=False, allow_nan=False),
+                json_serializer=json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode,
                 connect_args={"timeout": BUSY_SECONDS} if self.is_sqlite else {},
             )
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:

@@ -49,7 +49,7 @@ def read_jsonl(path: Path) -> Rows:
 
 def _parse_json(line: bytes) -> object:
     try:
-        return json.loads(line.decode(), parse_constant=_no_constant)
+        return _DECODER.decode(line.decode())
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8 (byte {error.start + 1} of the line)")
     except json.JSONDecodeError as error:
@@ -60,6 +60,9 @@ def _parse_json(line: bytes) -> object:
 
 def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def read_csv(path: Path, mapping: Mappings) -> Rows:

@@ -146,7 +146,10 @@ class PoolStore:
         earlier in ``new``, is a duplicate and changes nothing. Nothing is written when one memory
         is invalid (`InvalidMemory`) or its pool unknown (`UnknownPool`).
         """
-        checked = [check_memory(memory, self.max_text_chars) for memory in new]
+        return self.append_checked([check_memory(memory, self.max_text_chars) for memory in new])
+
+    def append_checked(self, checked: Sequence[NewMemory]) -> list[AppendResult]:
+        """As `append`, for memories that `check_memory` has returned."""
         results: list[AppendResult | None] = [None] * len(checked)
         with self._db.write() as connection:
             # Sorted, so that two transactions over the same pools never wait for each other.

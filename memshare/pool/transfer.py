@@ -159,7 +159,7 @@ def _note(
 
 
 def _append(store: PoolStore, batch: list[NewMemory], report: ImportReport) -> None:
-    for result in store.append(batch):
+    for result in store.append_checked(batch):
         if result.status == "stored":
             report.stored += 1
         else:

@@ -16,6 +16,7 @@ MAX_TEXT_CHARS = 32_768
 _MAX_NAME_CHARS = 256
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -103,7 +104,7 @@ def _check_metadata(metadata: object, max_chars: int) -> None:
     if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
         raise InvalidMemory("metadata", "a JSON object expected")
     try:
-        text = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False)
+        text = _ENCODER.encode(dict(metadata))
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidMemory("metadata", f"is no JSON: {error}") from None
     if len(text) > max_chars:
