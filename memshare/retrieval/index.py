@@ -21,7 +21,7 @@ Gpu = Literal["auto", "on", "off"]
 
 GPU_MAX_K = 2048  # what FAISS's GPU kernels can select
 _SLACK = 16  # rows proposed beyond k: room for rounding and for a few equal vectors
-_BLOCK_ROWS = 65_536  # rows converted to float64 at a time
+_BLOCK_ROWS = 16_384  # rows converted to float64 at a time
 _ERROR = 1e-5  # bound on float32 products' error, relative to the norms (FAISS uses no TF32)
 
 

@@ -1,0 +1,68 @@
+"""FAISS on a GPU, beside torch in one process, must answer exactly as the CPU index does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from memshare.retrieval.index import GPU_MAX_K, FlatIndex
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _needs_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    import faiss
+
+    if faiss.get_num_gpus() == 0:
+        pytest.skip("FAISS sees no GPU: install the extra `gpu` (faiss-gpu-cu12)")
+
+
+def unit(n: int, dim: int, seed: int) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(n, dim)).astype(np.float32)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
+
+
+@pytest.mark.parametrize("k", [1, 10, 1000, GPU_MAX_K, GPU_MAX_K + 1, 5000])
+def test_gpu_equals_cpu(k: int) -> None:
+    vectors = unit(20_000, 384, seed=0)
+    vectors[100:140] = vectors[50]  # equal rows, more than what is over-fetched
+    queries = np.concatenate([vectors[50:51], unit(70, 384, seed=1)])
+    cpu, gpu = FlatIndex.build(vectors), FlatIndex.build(vectors).to_gpu("on")
+    assert gpu.on_gpu
+    for left, right in zip(cpu.search(queries, k), gpu.search(queries, k), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_gpu_small_and_empty() -> None:
+    queries = unit(3, 16, seed=2)
+    for n in (0, 1, 5):
+        cpu = FlatIndex.build(unit(n, 16, seed=3).reshape(n, 16))
+        gpu = FlatIndex.build(unit(n, 16, seed=3).reshape(n, 16)).to_gpu("auto")
+        for left, right in zip(cpu.search(queries, 7), gpu.search(queries, 7), strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+def test_faiss_float32_error_is_within_the_bound_used() -> None:
+    from memshare.retrieval import index as module
+
+    vectors, queries = unit(5000, 1024, seed=4), unit(64, 1024, seed=5)
+    gpu = FlatIndex.build(vectors).to_gpu("on")
+    sims, rows = gpu._gpu.search(queries, 50)
+    exact = np.einsum("qd,qkd->qk", queries.astype(np.float64), vectors[rows].astype(np.float64))
+    assert np.abs(sims - exact).max() < module._ERROR
+
+
+def test_index_works_beside_torch() -> None:
+    device = torch.device("cuda")
+    weights = torch.nn.Linear(384, 384).to(device)
+    index = FlatIndex.build(unit(1000, 384, seed=6)).to_gpu("on")
+    for step in range(5):
+        batch = torch.from_numpy(unit(8, 384, seed=step)).to(device)
+        weights(batch).sum().backward()
+        torch.cuda.synchronize()
+        assert index.search(batch.cpu().numpy(), 3)[1].min() >= 0
+    assert torch.isfinite(weights.weight.grad).all()  # type: ignore[arg-type]
