@@ -163,12 +163,11 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 
 def _stored_pooling(folder: Path, config: dict[str, Any]) -> Pooling:
     mode = config.get("pooling_mode")
-    if mode is None:  # sentence-transformers before 6: one switch a mode
-        prefix = "pooling_mode_"
-        on = [key.removeprefix(prefix) for key, value in config.items() if value is True]
-        mode = {"cls_token": "cls", "mean_tokens": "mean"}.get(on[0], on[0]) if on else "mean"
-        if len([name for name in on if name != "include_prompt"]) > 1:
-            mode = on
+    if mode is None:  # sentence-transformers before 6: one switch a mode, all off meaning mean
+        switch = "pooling_mode_"
+        on = [k.removeprefix(switch) for k, v in config.items() if k.startswith(switch) and v]
+        known = {"": "mean", "mean_tokens": "mean", "cls_token": "cls"}
+        mode = known.get("+".join(on), "+".join(on))
     if mode not in ("mean", "cls") or config.get("include_prompt", True) is False:
         raise EncoderError(
             f"{folder}: pooling {mode!r}; only mean and cls over all tokens are known"
