@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,39 @@ class TrainState:
     """Where a run stands, beside its weights: ``step`` steps are done.
 
     ``settings`` are those that must not change on resume; ``tokens`` and ``padded`` count what was
-    encoded so far; ``seconds`` is the time spent in steps.
+    encoded so far; ``seconds`` is the time spent in steps; ``loss`` is the last step's.
     """
 
     step: int
     settings: dict[str, Any]
     seed: int
     wandb_id: str
-    loss: float
-    tokens: int
-    padded: int
-    seconds: float
+    loss: float = float("inf")
+    tokens: int = 0
+    padded: int = 0
+    seconds: float = 0.0
+
+    def after(self, loss: float, tokens: int, padded: int, seconds: float) -> TrainState:
+        """The state one step later."""
+        return replace(
+            self,
+            step=self.step + 1,
+            loss=loss,
+            tokens=self.tokens + tokens,
+            padded=self.padded + padded,
+            seconds=self.seconds + seconds,
+        )
+
+    def figures(self) -> dict[str, float]:
+        """What a report says of the run so far; at least one step must be done."""
+        return {
+            "steps": self.step,
+            "loss": self.loss,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens / self.seconds,
+            "real_token_share": self.tokens / self.padded,
+        }
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -149,6 +171,29 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         for key in keys
         if before.get(key) != now.get(key)
     ]
+
+
+def find(
+    root: Path, settings: Mapping[str, Any], *, must: bool, allow_change: bool
+) -> tuple[Path, TrainState] | None:
+    """The checkpoint to continue from, and its state with ``settings`` as they are now.
+
+    None where there is none, unless it ``must`` be. Raises `CheckpointError` naming every setting
+    that changed since, unless told to ``allow_change``.
+    """
+    folder = latest_intact(root)
+    if folder is None:
+        if must:
+            raise CheckpointError(f"{root}: no intact checkpoint to continue from")
+        return None
+    state = read_state(folder)
+    changed = changed_settings(state.settings, settings)
+    if changed and not allow_change:
+        raise CheckpointError(
+            f"{folder} was made with other settings; --allow-config-change continues all the same, "
+            "--resume never starts afresh:\n  " + "\n  ".join(changed)
+        )
+    return folder, replace(state, settings=dict(settings))
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

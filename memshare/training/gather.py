@@ -13,8 +13,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor
 
+from memshare.config import ConfigError
 from memshare.training.batching import Ints
 
 _BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32 at a time
@@ -22,6 +24,19 @@ _BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32 at a time
 
 class DifferentData(RuntimeError):
     """The processes of one run see different data or settings."""
+
+
+def launch() -> Accelerator:
+    """Join the processes that ``accelerate launch`` started; on the CPU where there is no GPU.
+
+    Raises `ConfigError` for what accelerate offers and this trainer does not do.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.distributed_type.value not in {"NO", "MULTI_GPU", "MULTI_CPU"}:
+        raise ConfigError(f"accelerate: {accelerator.distributed_type.value} is not supported")
+    if accelerator.mixed_precision not in {"no", "bf16"}:
+        raise ConfigError("accelerate: mixed_precision must be no or bf16")
+    return accelerator
 
 
 class World:
@@ -33,6 +48,11 @@ class World:
         self.size = dist.get_world_size() if grouped else 1
         self.rank = dist.get_rank() if grouped else 0
         self.device = device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files and the log."""
+        return self.rank == 0
 
     def gather_rows(self, local: Tensor, owners: Sequence[Ints]) -> Tensor:
         """Every process's rows in their places.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -35,3 +38,17 @@ def merge_adapters(encoder: Encoder) -> None:
     """Add the adapters to the weights they belong to; the encoder is a plain model again."""
     if isinstance(encoder.model, PeftModel):
         encoder.model = encoder.model.merge_and_unload()
+
+
+def export(encoder: Encoder, folder: Path) -> None:
+    """Write the encoder, adapters merged, so that ``folder`` is whole or as it was before."""
+    merge_adapters(encoder)
+    temporary, old = (folder.with_name(f".{folder.name}.{what}") for what in ("tmp", "old"))
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
+    encoder.model.eval()
+    encoder.save(temporary)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

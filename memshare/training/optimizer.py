@@ -35,10 +35,19 @@ def lr_factor(
     return left if schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use ``lr`` in every group from now on."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def update(optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
+    """One optimizer step on gradients clipped to ``max_norm``; returns their norm before.
+
+    Nothing is changed where the norm is not finite. The gradients are gone afterwards.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

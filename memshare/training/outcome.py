@@ -37,6 +37,11 @@ def write_result(output: Path, status: Status, **figures: Any) -> int:
     return EXIT_CODES[status]
 
 
+def clear_result(output: Path) -> None:
+    """Forget how an earlier run ended."""
+    (output / "result.json").unlink(missing_ok=True)
+
+
 def read_result(output: Path) -> dict[str, Any] | None:
     """What the last training into ``output`` ended with; None where it did not end by itself."""
     try:

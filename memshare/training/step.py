@@ -35,7 +35,7 @@ from memshare.training.batching import Ints, StepBatch, TokenTable, deal
 from memshare.training.gather import World
 from memshare.training.loss import info_nce_rows
 
-_TILE_ROWS = 1024  # queries whose similarities to all docs are in memory at a time
+TILE_ROWS = 1024  # queries whose similarities to all docs are in memory at a time
 
 
 class NonFinite(RuntimeError):
@@ -147,8 +147,8 @@ class ContrastiveStep:
         leaf = vectors.requires_grad_()
         rows = torch.from_numpy(batch.rows).to(vectors.device)
         total = vectors.new_zeros(())
-        for low in range(start, stop, _TILE_ROWS):
-            high = min(low + _TILE_ROWS, stop)
+        for low in range(start, stop, TILE_ROWS):
+            high = min(low + TILE_ROWS, stop)
             positive, valid = batch.masks(low, high, vectors.device)
             each = info_nce_rows(
                 leaf.index_select(0, rows[low:high]),

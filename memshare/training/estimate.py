@@ -1,0 +1,75 @@
+"""What a training run will need, told before it starts (``--dry-run``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memshare.config import TrainingConfig
+from memshare.retrieval.encoder import Encoder
+from memshare.training.batching import Batches
+from memshare.training.step import TILE_ROWS
+
+_FLOAT = 4  # bytes
+_LOGIT_COPIES = 6  # similarities, masked ones, softplus, and what their gradients keep
+_HIDDEN_COPIES = 16  # per layer: q, k, v, attention output, projections, norms, dropouts
+_INNER_COPIES = 3  # per layer: the feed-forward's input, activation and output
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Counts, and bytes on each process; the activations' part is a rule of thumb."""
+
+    parameters: int
+    trainable: int
+    examples: int
+    steps: int
+    tokens_per_step: int
+    weights_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    logits_bytes: int
+
+    def __str__(self) -> str:
+        total = (
+            self.weights_bytes + self.optimizer_bytes + self.activation_bytes + self.logits_bytes
+        )
+        mib = 2**20
+        return "\n".join(
+            (
+                f"model: {self.parameters:,} parameters, {self.trainable:,} trainable",
+                f"data: {self.examples:,} examples, {self.steps:,} steps of about "
+                f"{self.tokens_per_step:,} tokens over all processes",
+                f"memory per process: about {total // mib:,} MiB (weights "
+                f"{self.weights_bytes // mib:,}, gradients and optimizer "
+                f"{self.optimizer_bytes // mib:,}, activations {self.activation_bytes // mib:,}, "
+                f"similarities {self.logits_bytes // mib:,})",
+            )
+        )
+
+
+def estimate(
+    encoder: Encoder, batches: Batches, steps: int, config: TrainingConfig, processes: int
+) -> Estimate:
+    """Estimate a run's needs; the first batch stands for all."""
+    parameters = [(p.numel(), p.requires_grad) for p in encoder.model.parameters()]
+    everything = sum(count for count, _ in parameters)
+    trainable = sum(count for count, learns in parameters if learns)
+    batch = batches.batch(0)
+    tokens = int(batches.table.lengths[batch.texts].sum())
+    shape = encoder.model.config
+    inner = getattr(shape, "intermediate_size", 4 * encoder.dim)
+    layers = getattr(shape, "num_hidden_layers", 12)
+    per_token = layers * (_HIDDEN_COPIES * encoder.dim + _INNER_COPIES * inner) * _FLOAT
+    held = min(tokens // processes, config.graph_tokens + config.batch_tokens)
+    rows = min(TILE_ROWS, -(-len(batch.rows) // processes))
+    return Estimate(
+        parameters=everything,
+        trainable=trainable,
+        examples=len(batches.items),
+        steps=steps,
+        tokens_per_step=tokens,
+        weights_bytes=everything * _FLOAT,
+        optimizer_bytes=3 * trainable * _FLOAT,
+        activation_bytes=held * per_token,
+        logits_bytes=rows * batch.docs * _FLOAT * _LOGIT_COPIES,
+    )

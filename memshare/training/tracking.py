@@ -1,0 +1,181 @@
+"""What a training run reports while it runs: ``log.jsonl`` beside it, and Weights & Biases.
+
+W&B lives in a thread of its own behind a bounded queue, so a slow, unreachable or broken service
+neither slows nor fails the training: it is told once, and ``log.jsonl`` goes on. An online run that
+can't be opened is continued offline, to be sent later by ``wandb sync``.
+"""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import queue
+import secrets
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from memshare.config import WandbConfig
+from memshare.files import write_atomic
+from memshare.progress import log
+
+_QUEUED = 10_000  # figures waiting for W&B; more than that are for log.jsonl only
+_INIT_SECONDS = 30.0
+_FINISH_SECONDS = 20.0
+
+
+def new_run_id() -> str:
+    """A W&B run id of our own making, so that a checkpoint can hold it before W&B answers."""
+    return secrets.token_hex(4)
+
+
+def has_key() -> bool:
+    """Whether a W&B key is at hand: the environment's, or one that ``wandb login`` left."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
+def wandb_mode(config: WandbConfig) -> str:
+    """online, offline or disabled; ``auto`` obeys ``WANDB_MODE``, then looks for a key."""
+    if config.mode != "auto":
+        return config.mode
+    return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+
+
+class Tracker:
+    """One run's figures. Use as a context manager; processes but the main one report nothing."""
+
+    def __init__(
+        self,
+        output: Path,
+        config: WandbConfig,
+        *,
+        run_id: str,
+        settings: Mapping[str, Any],
+        done: int = 0,
+        main: bool = True,
+    ) -> None:
+        """``done`` steps are in the log already; later lines of a run that was cut off are dropped.
+
+        ``settings`` become the W&B run's config.
+        """
+        self.run_id = run_id
+        self.mode = wandb_mode(config) if main else "disabled"
+        self.path = output / "log.jsonl"
+        self.wandb_dir: str | None = None
+        self._output = output
+        self._config = config
+        self._settings = dict(settings)
+        self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(_QUEUED)
+        self._thread: threading.Thread | None = None
+        self._main = main
+        if main:
+            output.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, "".join(_lines_until(self.path, done)))
+
+    def __enter__(self) -> Tracker:
+        """Start W&B, unless it is disabled."""
+        if self.mode != "disabled":
+            # A daemon: a W&B that hangs does not keep the program from ending.
+            self._thread = threading.Thread(target=self._send, name="wandb", daemon=True)
+            self._thread.start()
+        return self
+
+    def show(self, step: int, of: int, figures: Mapping[str, float]) -> None:
+        """`log`, and a plain line where no progress bar is."""
+        self.log(step, figures)
+        if self._main and not sys.stderr.isatty():
+            told = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            log(f"step {step}/{of}: {told}")
+
+    @property
+    def wandb(self) -> dict[str, str | None]:
+        """Where the W&B run is: id, mode and local folder."""
+        return {"id": self.run_id, "mode": self.mode, "dir": self.wandb_dir}
+
+    def __exit__(self, *_: object) -> None:
+        """Give W&B a bounded time to finish."""
+        if self._thread is not None:
+            try:
+                self._queue.put(None, timeout=1.0)
+            except queue.Full:
+                log("W&B is too far behind; its run stays as it is")
+                return
+            self._thread.join(_INIT_SECONDS + _FINISH_SECONDS)
+            if self._thread.is_alive():
+                log(f"W&B did not finish in time; `wandb sync` can send {self.wandb_dir}")
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Record the figures of ``step`` (1, 2, ...); never waits for W&B."""
+        if not self._main:
+            return
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, **figures}) + "\n")
+        if self._thread is not None and not self._queue.full():
+            self._queue.put_nowait((step, dict(figures)))
+
+    def _send(self) -> None:
+        """The W&B thread: its failures are reported, and end nothing but itself."""
+        try:
+            run = self._open()
+            self.wandb_dir = str(Path(run.dir).parent)
+            while (entry := self._queue.get()) is not None:
+                step, figures = entry
+                run.log(figures, step=step)
+            run.finish()
+        except Exception as error:  # policy: whatever W&B raises, the training goes on
+            log(f"W&B gave up ({type(error).__name__}: {error}); figures are in {self.path}")
+
+    def _open(self) -> Any:
+        import wandb
+
+        def start(mode: Any) -> Any:
+            return wandb.init(
+                mode=mode,
+                id=self.run_id,
+                resume="allow",
+                project=self._config.project,
+                entity=self._config.entity,
+                name=self._config.name,
+                config=self._settings,
+                dir=str(self._output),
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    init_timeout=_INIT_SECONDS,
+                    finish_timeout=_FINISH_SECONDS,
+                ),
+            )
+
+        try:
+            return start(self.mode)
+        except wandb.errors.Error as error:
+            if self.mode != "online":
+                raise
+            log(f"W&B can't be reached ({error}); its run goes on offline")
+            self.mode = "offline"
+            return start("offline")
+
+
+def _lines_until(path: Path, done: int) -> list[str]:
+    """The lines of ``path`` for steps up to ``done``; a line cut off by a crash is dropped."""
+    if done == 0 or not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError):
+            continue
+        if step <= done:
+            kept.append(line)
+    return kept

@@ -1,0 +1,203 @@
+"""Step 6 of the loop: contrastive training of the encoder on scored examples.
+
+    accelerate launch train/contrastive.py --config FILE --examples DIR --output DIR
+
+writes ``DIR/encoder`` (a sentence-transformers folder, LoRA merged), ``DIR/result.json`` (how it
+ended: see memshare/training/outcome.py for its ``status`` and the exit codes), ``DIR/log.jsonl``
+and ``DIR/checkpoints``. Run again, it continues from the last intact checkpoint; on SIGTERM and
+SIGUSR1 it finishes the step, writes a checkpoint and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+
+import yaml
+from accelerate import Accelerator
+
+from memshare.config import Config, ConfigError, add_config_arguments, load_config
+from memshare.files import RunLocked, run_lock
+from memshare.progress import log, track
+from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.training import checkpoint, outcome
+from memshare.training.batching import Batches
+from memshare.training.checkpoint import CheckpointError, TrainState
+from memshare.training.estimate import estimate
+from memshare.training.examples import ExamplesError, read_examples
+from memshare.training.gather import DifferentData, World, launch
+from memshare.training.lora import add_adapters, export
+from memshare.training.optimizer import lr_factor, make_optimizer, update
+from memshare.training.select import mix_replay, select
+from memshare.training.step import ContrastiveStep, NonFinite
+from memshare.training.tracking import Tracker, new_run_id
+
+EXPECTED = (EncoderError, ExamplesError, CheckpointError, DifferentData, NonFinite, RunLocked)
+FREE_ON_RESUME = {"log_every", "checkpoint_every"}  # they do not change what is trained
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Contrastive training of the encoder.")
+    add_config_arguments(parser)
+    parser.add_argument("--examples", type=Path, nargs="+", required=True, metavar="DIR")
+    parser.add_argument("--replay-examples", type=Path, nargs="*", default=[], metavar="DIR")
+    parser.add_argument("--replay-count", type=int, default=0, help="earlier examples to mix in")
+    parser.add_argument("--encoder", help="folder or name to start from (default: the config's)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--round", type=int, default=1, help="continual round: varies the order")
+    parser.add_argument(
+        "--resume", choices=("auto", "must", "never"), nargs="?", const="must", default="auto",
+        help="continue from a checkpoint where there is one (auto), or fail, or start afresh",
+    )  # fmt: skip
+    parser.add_argument("--allow-config-change", action="store_true", help="resume all the same")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit code."""
+    args = arguments().parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        accelerator = launch()
+    except ConfigError as error:
+        log(f"error: {error}")
+        return outcome.EXIT_USAGE
+    world = World(accelerator.device)
+    writes = world.main and not args.dry_run
+    try:
+        with run_lock(args.output, "training") if writes else nullcontext():
+            try:
+                if writes:
+                    outcome.clear_result(args.output)
+                with outcome.stop_signals() as stop:
+                    return train(args, config, accelerator, world, stop)
+            except EXPECTED as error:
+                if writes:
+                    outcome.write_result(args.output, "failed", error=str(error))
+                raise
+    except EXPECTED as error:
+        log(f"error: {error}")
+        return outcome.EXIT_CODES["failed"]
+    finally:
+        accelerator.end_training()
+
+
+def train(
+    args: argparse.Namespace,
+    config: Config,
+    accelerator: Accelerator,
+    world: World,
+    stop: outcome.StopRequest,
+) -> int:
+    """One training run, from examples to an exported encoder; returns the exit code."""
+    settings = config.training
+    seed = (config.run.seed + 1_000_003 * args.round) % 2**62
+    say = log if world.main else lambda message: None
+
+    # 1. Examples: choose positives and hard negatives, mix earlier rounds' in.
+    fresh = select(chain.from_iterable(map(read_examples, args.examples)), settings)
+    earlier = select(chain.from_iterable(map(read_examples, args.replay_examples)), settings)
+    say(f"{fresh}; {len(earlier.items)} of earlier rounds to draw {args.replay_count} from")
+    facts = {"examples": len(fresh.items), "dropped": fresh.dropped,
+             "without_hard_negatives": fresh.without_negatives}  # fmt: skip
+    if not fresh.items:
+        say("error: no usable example, nothing to train on; the encoder stays as it is")
+        if world.main and not args.dry_run:
+            outcome.write_result(args.output, "empty", **facts)
+        return outcome.EXIT_CODES["empty"]
+    items = mix_replay(fresh.items, earlier.items, args.replay_count, seed)
+
+    # 2. The encoder to start from, its optimizer, and the order of the data.
+    start = {"model": args.encoder or config.encoder.model, "device": str(accelerator.device)}
+    encoder = Encoder.load(config.encoder.model_copy(update=start))
+    fingerprint = f"{encoder.query_fingerprint()} {encoder.memory_fingerprint()}"
+    if settings.lora.enabled:
+        add_adapters(encoder, settings.lora, seed)
+    world.broadcast(p.data for p in encoder.model.parameters())
+    optimizer = make_optimizer(encoder.model, settings)
+    batches = Batches(items, encoder, global_batch=settings.batch_size * world.size, seed=seed)
+    steps = settings.max_steps or math.ceil(settings.epochs * batches.steps_per_epoch)
+    if batches.table.truncated:
+        say(f"{batches.table.truncated} texts have over {encoder.max_length} tokens: cut off")
+    fixed = {
+        **settings.model_dump(mode="json", exclude=FREE_ON_RESUME), "encoder": fingerprint,
+        "examples": batches.digest, "steps": steps, "processes": world.size,
+        "mixed_precision": accelerator.mixed_precision,
+    }  # fmt: skip
+    world.check_same(repr(fixed), "examples, encoder or settings")
+    if args.dry_run:
+        if world.main:
+            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            print(estimate(encoder, batches, steps, settings, world.size))
+        return 0
+
+    # 3. Continue where an earlier run stopped.
+    root = args.output / "checkpoints"
+    state, found = TrainState(0, fixed, seed, new_run_id()), None
+    if args.resume != "never":
+        found = checkpoint.find(
+            root, fixed, must=args.resume == "must", allow_change=args.allow_config_change
+        )
+    world.check_same(str(found and found[0]), "checkpoints")
+    if found:
+        state = found[1]
+        checkpoint.restore(found[0], encoder.model, optimizer)
+        say(f"continuing from {found[0]}: {state.step} of {steps} steps are done")
+    if world.main:
+        checkpoint.discard(root, after=state.step if found else -1)
+
+    # 4. Train: each step's gradient is the same on all processes, and so are their weights.
+    tracker = Tracker(args.output, config.wandb, run_id=state.wandb_id, settings=fixed,
+                      done=state.step, main=world.main)  # fmt: skip
+    gradient = ContrastiveStep(encoder, batches.table, settings, world, seed=seed,
+                               autocast=accelerator.autocast)  # fmt: skip
+    with tracker:
+        todo = range(state.step, steps)
+        for step in track(todo, "training") if world.main else todo:
+            began = time.perf_counter()
+            batch = batches.batch(step)
+            result = gradient.backward(batch, step, stop=stop.signal is not None)
+            lr = settings.lr * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
+            norm = update(optimizer, lr, settings.max_grad_norm)
+            if not math.isfinite(norm):
+                raise NonFinite("the gradient", step, batch)
+            seconds = time.perf_counter() - began
+            state = state.after(result.loss, result.tokens, result.padded, seconds)
+            last = state.step == steps or result.stop
+            if last or state.step % settings.log_every == 0:
+                tracker.show(state.step, steps, {
+                    "loss": result.loss, "lr": lr, "grad_norm": norm,
+                    "tokens_per_second": result.tokens / seconds,
+                    "real_token_share": result.tokens / result.padded,
+                })  # fmt: skip
+            if world.main and (last or state.step % settings.checkpoint_every == 0):
+                checkpoint.save(root, encoder.model, optimizer, state)
+            if result.stop and state.step < steps:
+                break
+    world.barrier()  # nobody leaves before the checkpoint stands
+
+    # 5. Export, with LoRA merged.
+    done = state.step == steps
+    if world.main:
+        if done:
+            export(encoder, args.output / "encoder")
+        outcome.write_result(
+            args.output, "trained" if done else "stopped", **facts,
+            replayed=len(items) - len(fresh.items), truncated=batches.table.truncated,
+            **state.figures(), of_steps=steps, processes=world.size, seed=seed,
+            encoder=str(start["model"]), wandb=tracker.wandb,
+        )  # fmt: skip
+    say(f"{state.step} of {steps} steps done" + ("" if done else f"; stopped by {stop.signal}"))
+    return outcome.EXIT_CODES["trained" if done else "stopped"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
