@@ -1,0 +1,44 @@
+"""What a search may be restricted to, beside its pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from memshare.pool.errors import InvalidMemory
+from memshare.pool.validate import canonical_time
+
+_EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
+
+
+def microseconds(time: str) -> int:
+    """An ISO 8601 time (UTC where it names no zone) as microseconds since 1970.
+
+    Raises `InvalidMemory` where it is none.
+    """
+    delta = datetime.fromisoformat(canonical_time(time)) - _EPOCH
+    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Only memories by ``agent``, made at or after ``created_after`` and before ``created_before``.
+
+    Times are ISO 8601; None restricts nothing. ``exclude``: ids that are left out. Raises
+    ValueError for a text that is no time.
+    """
+
+    agent: str | None = None
+    created_after: str | None = None
+    created_before: str | None = None
+    exclude: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Check the times."""
+        for name in ("created_after", "created_before"):
+            value = getattr(self, name)
+            if value is not None:
+                try:
+                    microseconds(value)
+                except InvalidMemory:
+                    raise ValueError(f"{name}: {value!r} is no ISO 8601 time") from None

@@ -1,0 +1,215 @@
+"""Reading generations: which one is current, and loading one that is verified and leased."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from memshare.progress import log
+from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.retrieval.index import FlatIndex, Gpu
+from memshare.retrieval.manifest import (
+    DamagedGeneration,
+    GenerationError,
+    Manifest,
+    NoGeneration,
+    folder_name,
+    read_manifest,
+    verify,
+)
+from memshare.retrieval.shelf import Lease, home_of, numbers, read_current
+
+__all__ = [
+    "DamagedGeneration",
+    "Generation",
+    "GenerationError",
+    "Manifest",
+    "NoGeneration",
+    "best",
+    "current",
+    "current_stamp",
+    "generations",
+    "load",
+    "load_current",
+    "verify_generation",
+]
+
+Ids = npt.NDArray[np.bytes_]
+Stamp = tuple[int, int] | None
+
+
+@dataclass(eq=False)
+class Generation:
+    """A loaded generation: what belongs together, and only together.
+
+    ``indexes`` and ``ids`` hold each pool's rows on their own, so that no search over one pool can
+    reach another's vectors. ``ids[pool]``: (rows,) fixed-width ASCII bytes. The lease keeps the
+    folder on disk until `close`.
+    """
+
+    number: int
+    manifest: Manifest
+    encoder: Encoder
+    indexes: dict[str, FlatIndex]
+    ids: dict[str, Ids]
+    folder: Path
+    lease: Lease
+
+    def close(self) -> None:
+        """Give the lease back; the object must not be used afterwards."""
+        self.lease.release()
+
+
+def current(root: Path, retriever: str) -> int | None:
+    """The number that CURRENT names, None before the first publish."""
+    return read_current(home_of(root, retriever))[0]
+
+
+def current_stamp(root: Path, retriever: str) -> Stamp:
+    """Changes whenever CURRENT is written, even with the same number; None where it is missing."""
+    try:
+        stat = (home_of(root, retriever) / "CURRENT").stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def generations(root: Path, retriever: str) -> list[Manifest]:
+    """Manifests of the generations on disk, oldest first.
+
+    Those without a readable one are left out; blobs are not read, see `verify_generation`.
+    """
+    home = home_of(root, retriever)
+    found = []
+    for number in numbers(home):
+        try:
+            found.append(read_manifest(home / folder_name(number)))
+        except GenerationError:
+            continue  # torn, or pruned since it was listed
+    return found
+
+
+def best(root: Path, retriever: str) -> int | None:
+    """The best generation so far by the gate, as the newest generation names it."""
+    manifests = generations(root, retriever)
+    return manifests[-1].best if manifests else None
+
+
+def verify_generation(root: Path, retriever: str, number: int, *, fresh: bool = True) -> Manifest:
+    """Read and check every byte of a generation; raises `DamagedGeneration` or `NoGeneration`."""
+    home = home_of(root, retriever)
+    lease = Lease(home, number)
+    try:
+        manifest = read_manifest(home / folder_name(number))
+        verify(home / folder_name(number), manifest, fresh=fresh)
+        return manifest
+    finally:
+        lease.release()
+
+
+def load(
+    root: Path,
+    retriever: str,
+    number: int | None = None,
+    device: str = "auto",
+    gpu: Gpu = "off",
+) -> Generation:
+    """Load generation ``number`` (None: CURRENT) after verifying all of it.
+
+    ``gpu`` moves the indexes there (`FlatIndex.to_gpu`). The caller closes it, which gives the
+    lease back. Raises `NoGeneration` where there is none and `DamagedGeneration` where size,
+    SHA-256, shapes or the encoder's fingerprints differ from the manifest.
+    """
+    home = home_of(root, retriever)
+    while True:
+        wanted = number if number is not None else read_current(home)[0]
+        if wanted is None:
+            raise NoGeneration(f"{home}: nothing was published yet")
+        try:
+            lease = Lease(home, wanted)
+            break
+        except NoGeneration:
+            if number is not None or read_current(home)[0] == wanted:
+                raise
+            # CURRENT moved on, and its old generation was pruned, between the two lines above.
+    try:
+        folder = home / folder_name(wanted)
+        manifest = read_manifest(folder)
+        verify(folder, manifest)
+        encoder = _load_encoder(folder, manifest, device)
+        indexes, ids = _load_rows(folder, manifest, gpu)
+    except BaseException:
+        lease.release()
+        raise
+    return Generation(wanted, manifest, encoder, indexes, ids, folder, lease)
+
+
+def load_current(
+    root: Path, retriever: str, device: str = "auto", gpu: Gpu = "off"
+) -> Generation | None:
+    """Load CURRENT or, if it is damaged, the newest intact older one; says so in the log.
+
+    None where nothing was published. Raises `DamagedGeneration` where no intact one is left.
+    """
+    home = home_of(root, retriever)
+    wanted: int | None = None
+    try:
+        wanted, _ = read_current(home)
+        if wanted is None:
+            return None
+        return load(root, retriever, None, device, gpu)
+    except (DamagedGeneration, NoGeneration) as error:
+        damage = error
+    log(f"{damage}; looking for an intact older generation")
+    for number in reversed(numbers(home)):
+        if wanted is not None and number >= wanted:
+            continue
+        try:
+            generation = load(root, retriever, number, device, gpu)
+        except (DamagedGeneration, NoGeneration) as error:
+            log(str(error))
+            continue
+        log(f"{retriever}: serving generation {number} instead")
+        return generation
+    raise DamagedGeneration(f"{retriever}: no intact generation is left ({damage})") from damage
+
+
+def _load_encoder(folder: Path, manifest: Manifest, device: str) -> Encoder:
+    try:
+        encoder = Encoder.from_folder(folder / "encoder", device=device)
+    except EncoderError as error:
+        raise DamagedGeneration(f"{folder}: its encoder can't be loaded: {error}") from error
+    if encoder.dim != manifest.dimension:
+        raise DamagedGeneration(
+            f"{folder}: the encoder has {encoder.dim} dimensions, the manifest {manifest.dimension}"
+        )
+    fingerprints = encoder.query_fingerprint(), encoder.memory_fingerprint()
+    if fingerprints != (manifest.query_fingerprint, manifest.memory_fingerprint):
+        raise DamagedGeneration(f"{folder}: the encoder is not the one that built the vectors")
+    return encoder
+
+
+def _load_rows(
+    folder: Path, manifest: Manifest, gpu: Gpu
+) -> tuple[dict[str, FlatIndex], dict[str, Ids]]:
+    try:
+        all_ids: Ids = np.load(folder / "ids.npy", allow_pickle=False)
+        whole = FlatIndex.load(folder / "index.faiss")
+    except (ValueError, OSError) as error:  # an IndexFault is a ValueError
+        raise DamagedGeneration(f"{folder}: index or ids can't be read: {error}") from error
+    rows, dimension = manifest.rows, manifest.dimension
+    if all_ids.shape != (rows,) or all_ids.dtype.kind != "S":
+        raise DamagedGeneration(f"{folder}: ids.npy is {all_ids.dtype} {all_ids.shape}")
+    if (len(whole), whole.dim) != (rows, dimension):
+        raise DamagedGeneration(
+            f"{folder}: index.faiss holds {len(whole)} x {whole.dim}, not {rows} x {dimension}"
+        )
+    indexes = {}
+    for pool, (start, stop) in manifest.spans.items():
+        alone = (start, stop) == (0, rows)
+        index = whole if alone else FlatIndex.build(whole.reconstruct(np.arange(start, stop)))
+        indexes[pool] = index if gpu == "off" else index.to_gpu(gpu)
+    return indexes, {pool: all_ids[start:stop] for pool, (start, stop) in manifest.spans.items()}

@@ -1,0 +1,192 @@
+"""The loader thread: it watches CURRENT and brings the next generation into service.
+
+Loading, verifying, warming and catching up happen here, with the next generation's own encoder and
+FAISS resources, while the worker goes on answering. The last changes are taken in while the feeder
+pauses, so that nothing that was searchable before the swap is missing after it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from memshare.config import Config
+from memshare.pool.store import PoolStore
+from memshare.progress import log
+from memshare.retrieval.encoder import EncoderError
+from memshare.retrieval.feeder import MAX_BACKOFF, Feeder, report
+from memshare.retrieval.generation import (
+    DamagedGeneration,
+    Generation,
+    GenerationError,
+    NoGeneration,
+    Stamp,
+    current,
+    current_stamp,
+    load,
+    load_current,
+)
+from memshare.retrieval.index import IndexFault
+from memshare.retrieval.serving import Serving, frozen_serving
+from memshare.retrieval.worker import SearcherClosed, Worker
+
+_CLOSE = 64  # changes that may be left for when the feeder pauses
+_ROUNDS = 10  # of catching up before that, should writes come faster than they are encoded
+_SETUP_ERRORS = (EncoderError, IndexFault)  # at the first load: the configuration is wrong
+
+
+@dataclass(frozen=True, slots=True)
+class SwapRecord:
+    """One swap: seconds to load, verify, catch up and warm; seconds in which no search ran."""
+
+    generation: int
+    load_seconds: float
+    swap_seconds: float
+
+
+class Loader:
+    """Swaps in what CURRENT names, forwards or back.
+
+    ``fatal``: why nothing can ever be served (a wrong configuration). ``error``: why CURRENT does
+    not serve, None while it does.
+    """
+
+    def __init__(
+        self,
+        store: PoolStore,
+        config: Config,
+        worker: Worker,
+        feeder: Feeder,
+        announce: Callable[[], None],
+    ) -> None:
+        """``announce`` is called after every swap and when ``fatal`` is set."""
+        self.error: str | None = None
+        self.fatal: Exception | None = None
+        self.swaps: tuple[SwapRecord, ...] = ()
+        self._store = store
+        self._config = config
+        self._worker = worker
+        self._feeder = feeder
+        self._announce = announce
+        self._root, self._name = config.generations_dir, config.retriever.name
+        self._seen: Stamp = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="searcher-loader", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread, giving up a load under way; worker and feeder must still run."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _loop(self) -> None:
+        poll, wait = self._config.retriever.poll_seconds, 0.0
+        while not self._stop.wait(wait):
+            try:
+                self._step()
+                wait = poll
+            except SearcherClosed:
+                return
+            except Exception as error:  # retried, but for a configuration that can't work
+                self.error = report("loading", error, self.error)
+                if self._worker.serving is None and isinstance(error, _SETUP_ERRORS):
+                    self.fatal = error
+                    self._worker.fail_all(error)
+                    self._announce()
+                    return
+                wait = min(max(poll, 2 * wait), MAX_BACKOFF)
+
+    def _step(self) -> None:
+        """Load what CURRENT names, if it is not what serves, and swap it in."""
+        stamp = current_stamp(self._root, self._name)
+        old = self._worker.serving
+        if old is not None and stamp == self._seen:
+            return
+        began = time.perf_counter()
+        if old is None:
+            following = self._first()
+        else:
+            try:
+                if current(self._root, self._name) in (old.number, None):
+                    self._seen, self.error = stamp, None
+                    return
+                following = self._serving_of(self._load())
+            except (DamagedGeneration, NoGeneration) as error:
+                # Refused until CURRENT is written again: reading it again would not mend it.
+                self._seen = stamp
+                self.error = report(f"generation {old.number} serves on", error, self.error)
+                return
+        try:
+            if self._swap_in(following, began):
+                self._seen = stamp
+                return
+        except BaseException:
+            following.close()
+            raise
+        following.close()
+
+    def _first(self) -> Serving:
+        """What to begin with: CURRENT, else an intact older one, else the configured encoder."""
+        if current_stamp(self._root, self._name) is None:
+            return frozen_serving(self._config)
+        try:
+            return self._serving_of(self._load())
+        except GenerationError as error:
+            self.error = report("CURRENT can't serve", error, self.error)
+        try:
+            older = load_current(self._root, self._name, self._device, self._config.retriever.gpu)
+        except DamagedGeneration as error:
+            log(f"the configured encoder serves: {error}")
+            older = None
+        return frozen_serving(self._config) if older is None else self._serving_of(older)
+
+    def _load(self) -> Generation:
+        return load(self._root, self._name, None, self._device, self._config.retriever.gpu)
+
+    @property
+    def _device(self) -> str:
+        return self._config.encoder.device
+
+    def _serving_of(self, generation: Generation) -> Serving:
+        generation.encoder.batch_tokens = self._config.encoder.batch_tokens
+        try:
+            return Serving.of(generation, self._store, self._config.served_pools)
+        except BaseException:
+            generation.close()
+            raise
+
+    def _swap_in(self, following: Serving, began: float) -> bool:
+        """Catch ``following`` up and serve it; False if the searcher was closed before that."""
+        for _ in range(_ROUNDS):
+            gaps = following.behind(self._store)
+            if sum(gaps.values()) <= _CLOSE:
+                break
+            following.catch_up(self._store, gaps, self._stop.is_set)
+        following.settle(self._config.retriever.gpu)
+        with self._feeder.paused():
+            old = self._worker.serving
+            if old is None:
+                gaps = following.behind(self._store)
+            else:
+                gaps = {
+                    pool: shard.position - following.shards[pool].position
+                    for pool, shard in old.shards.items()
+                }
+            following.catch_up(self._store, gaps, self._stop.is_set)
+            if self._stop.is_set():
+                return False
+            load_seconds = time.perf_counter() - began
+            swap_seconds = self._worker.swap(following)
+        self.swaps = (*self.swaps, SwapRecord(following.number, load_seconds, swap_seconds))
+        if old is not None:
+            self.error = None
+            log(f"{self._name}: generation {old.number} -> {following.number}")
+        self._announce()
+        self._feeder.wake()
+        return True

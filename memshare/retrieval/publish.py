@@ -1,0 +1,210 @@
+"""Publishing generations, moving CURRENT, and pinning it.
+
+The order makes every crash harmless: all files under a temporary name, fsynced; the manifest last;
+one rename; CURRENT last of all. Before the rename nothing is there, between the two a whole
+generation that nobody serves yet, afterwards the new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from memshare.files import fsync_dir, write_atomic
+from memshare.progress import log
+from memshare.retrieval.blobs import weight_bytes, write_files
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.generation import verify_generation
+from memshare.retrieval.manifest import (
+    MANIFEST,
+    METRIC,
+    GenerationError,
+    Manifest,
+    check_spans,
+    describe,
+    folder_name,
+    read_manifest,
+)
+from memshare.retrieval.shelf import (
+    discard,
+    home_of,
+    locked,
+    numbers,
+    prune,
+    read_current,
+    scratch,
+    stage_current,
+    write_current,
+)
+
+_SLACK = 1 << 20  # tokenizer, configuration and manifest, in bytes
+
+
+class PublishError(GenerationError):
+    """A generation could not be published; what was there before is untouched."""
+
+
+def publish(
+    root: Path,
+    retriever: str,
+    *,
+    encoder: Encoder,
+    vectors: npt.NDArray[np.float32],
+    ids: Sequence[str],
+    spans: Mapping[str, tuple[int, int]],
+    positions: Mapping[str, int],
+    metrics: Mapping[str, Any],
+    parent: int | None,
+    keep: int,
+    best: int | None = None,
+    built_by: str | None = None,
+) -> int:
+    """Write a new generation and make it CURRENT, unless a pin says otherwise; returns its number.
+
+    ``vectors`` (rows, dim) float32 unit rows and ``ids`` (rows) are grouped by pool as ``spans``
+    say, at the change log ``positions``. ``built_by``: the memory fingerprint of the encoder that
+    made the vectors; any other than ``encoder``'s is refused. ``best``: the best generation so far
+    by the gate, None if it is this one. Afterwards all but the newest ``keep``, CURRENT, the best
+    and the leased ones are deleted. Files that equal the parent's are hard links to them.
+
+    Raises `PublishError` for parts that do not belong together and where the files can't be
+    written, a full disk among them; nothing but the old state is left then.
+    """
+    memory_fingerprint = encoder.memory_fingerprint()
+    if built_by is not None and built_by != memory_fingerprint:
+        raise PublishError("the vectors were made by another encoder; build them with this one")
+    _check(encoder, vectors, ids, spans, positions)
+    home = home_of(root, retriever)
+    manifest = Manifest(
+        number=0,  # taken under the lock
+        retriever=retriever,
+        created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
+        parent=parent,
+        best=0 if best is None else best,
+        dimension=encoder.dim,
+        metric=METRIC,
+        query_fingerprint=encoder.query_fingerprint(),
+        memory_fingerprint=memory_fingerprint,
+        positions={pool: int(position) for pool, position in positions.items()},
+        spans={pool: (int(start), int(stop)) for pool, (start, stop) in spans.items()},
+        files={},
+    )
+    try:
+        with scratch(home) as folder:
+            write_files(home, folder, manifest, encoder, vectors, ids, metrics)
+            manifest = replace(manifest, files=describe(folder))
+            with locked(home):
+                held, pinned = read_current(home)
+                number = max([*numbers(home), held or 0]) + 1
+                manifest = replace(manifest, number=number, best=manifest.best or number)
+                write_atomic(folder / MANIFEST, manifest.dump())
+                folder.chmod(0o755)  # mkdtemp's are private
+                staged = None if pinned else stage_current(home, number, pinned=False)
+                _rename(home, folder, number, staged)
+                _prune(home, keep, manifest.best)
+    except GenerationError:
+        raise
+    except Exception as error:  # tokenizers, safetensors and FAISS raise kinds of their own
+        raise _explain(home, error, _bytes_needed(encoder, vectors, ids)) from error
+    if pinned:
+        log(
+            f"{retriever}: published generation {number}, but {held} is pinned and stays CURRENT; "
+            "`memshare generations unpin` lets the next one through"
+        )
+    return number
+
+
+def activate(root: Path, retriever: str, number: int) -> None:
+    """Roll back or forward: move CURRENT to ``number`` and pin it there.
+
+    Every byte is verified first; raises `NoGeneration` or `DamagedGeneration` and changes nothing.
+    """
+    home = home_of(root, retriever)
+    verify_generation(root, retriever, number)
+    with locked(home):
+        read_manifest(home / folder_name(number))  # it may have been pruned in between
+        write_current(home, stage_current(home, number, pinned=True))
+
+
+def unpin(root: Path, retriever: str) -> int | None:
+    """Let publishers move CURRENT again; it stays where it is until the next publish.
+
+    Returns the number that was pinned, None where nothing was.
+    """
+    home = home_of(root, retriever)
+    with locked(home):
+        number, pinned = read_current(home)
+        if number is None or not pinned:
+            return None
+        write_current(home, stage_current(home, number, pinned=False))
+        return number
+
+
+def _check(
+    encoder: Encoder,
+    vectors: npt.NDArray[np.float32],
+    ids: Sequence[str],
+    spans: Mapping[str, tuple[int, int]],
+    positions: Mapping[str, int],
+) -> None:
+    """Refuse parts that do not belong together."""
+    if vectors.shape != (len(ids), encoder.dim) or vectors.dtype != np.float32:
+        raise PublishError(
+            f"vectors are {vectors.dtype} {vectors.shape}; float32 {(len(ids), encoder.dim)} needed"
+        )
+    if len(ids) and not np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-3):
+        raise PublishError("vectors must be finite unit rows")
+    if len(set(ids)) != len(ids) or not all(item.isascii() and item for item in ids):
+        raise PublishError("ids must be distinct, non-empty ASCII")
+    if set(spans) != set(positions):
+        raise PublishError(f"spans name {sorted(spans)}, positions {sorted(positions)}")
+    try:
+        check_spans(spans, len(ids))
+    except ValueError as error:
+        raise PublishError(str(error)) from error
+
+
+def _rename(home: Path, folder: Path, number: int, staged: Path | None) -> None:
+    """The two renames that make a generation exist and be CURRENT; ``staged`` None: pinned."""
+    folder.rename(home / folder_name(number))
+    try:
+        fsync_dir(home)
+        if staged is not None:
+            write_current(home, staged)
+    except OSError:
+        discard(home, number)  # all or nothing: a failed publish leaves no generation behind
+        raise
+
+
+def _prune(home: Path, keep: int, best: int) -> None:
+    """Prune; a failure is logged and no more, since the publish itself is done and durable."""
+    try:
+        prune(home, keep, [best])
+    except OSError as error:
+        log(f"{home.name}: old generations could not be deleted: {error}")
+
+
+def _bytes_needed(encoder: Encoder, vectors: npt.NDArray[np.float32], ids: Sequence[str]) -> int:
+    return weight_bytes(encoder) + vectors.nbytes + sum(map(len, ids)) + _SLACK
+
+
+def _explain(home: Path, error: Exception, needed: int) -> PublishError:
+    there = next(folder for folder in (home, *home.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    full = (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    ) or os.strerror(errno.ENOSPC).lower() in str(error).lower()
+    what = "the disk is full" if full else f"writing failed: {error}"
+    return PublishError(
+        f"{home}: nothing was published, {what}; about {needed} bytes are needed, {free} are free"
+        + ("; free some space or lower retriever.keep" if full else "")
+    )

@@ -1,0 +1,193 @@
+"""What answers searches at one moment: one encoder, and every pool's rows in its space."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from memshare.config import Config
+from memshare.pool.store import PoolStore
+from memshare.progress import log
+from memshare.records import Memory, SearchAnswer
+from memshare.retrieval.build import Built
+from memshare.retrieval.delta import Shard
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.filters import Filter
+from memshare.retrieval.generation import Generation
+from memshare.retrieval.index import FlatIndex, Gpu
+
+PAGE = 1000  # changes read at a time
+_FREEZE = 4096  # a delta larger than this before serving begins becomes an index
+FROZEN = 0  # the number of the configured encoder, before anything was published
+
+Run = Callable[[Callable[[], None]], None]
+
+
+def run_here(step: Callable[[], None]) -> None:
+    """Run ``step`` in this thread: for a `Serving` that serves nobody yet."""
+    step()
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One search: the ``k`` best memories of ``pool`` for the question ``text``."""
+
+    pool: str
+    text: str
+    k: int
+    restrict: Filter | None = None
+
+
+@dataclass(eq=False)
+class Serving:
+    """Encoder, index and id map that belong together. One thread at a time owns it.
+
+    ``number`` is the generation's; `FROZEN` stands for the configured encoder, untrained here, with
+    every memory in the delta.
+    """
+
+    number: int
+    encoder: Encoder
+    shards: dict[str, Shard]
+    generation: Generation | None = None
+
+    @classmethod
+    def frozen(cls, encoder: Encoder, pools: Iterable[str]) -> Serving:
+        """Generation 0: nothing but an encoder."""
+        return cls(FROZEN, encoder, {pool: Shard(encoder.dim) for pool in pools})
+
+    @classmethod
+    def of(cls, generation: Generation, store: PoolStore, pools: Iterable[str]) -> Serving:
+        """A loaded generation; a pool that it does not know starts with everything in the delta."""
+        shards = {}
+        for pool in pools:
+            if pool in generation.indexes:
+                ids = generation.ids[pool]
+                position = generation.manifest.positions[pool]
+                index = generation.indexes[pool]
+                shards[pool] = Shard(generation.encoder.dim, index, ids, position)
+            else:
+                shards[pool] = Shard(generation.encoder.dim)
+        serving = cls(generation.number, generation.encoder, shards, generation)
+        serving._load_columns(store)
+        return serving
+
+    @classmethod
+    def of_built(
+        cls, encoder: Encoder, built: Built, store: PoolStore, gpu: Gpu = "off"
+    ) -> Serving:
+        """Rows that are not published yet; for the gate. Its number is -1."""
+        shards = {}
+        for pool, (start, stop) in built.spans.items():
+            index = FlatIndex.build(built.vectors[start:stop])
+            index = index if gpu == "off" else index.to_gpu(gpu)
+            ids = np.array([id.encode() for id in built.ids[start:stop]] or [b""], np.bytes_)
+            shards[pool] = Shard(encoder.dim, index, ids[: stop - start], built.positions[pool])
+        serving = cls(-1, encoder, shards)
+        serving._load_columns(store)
+        return serving
+
+    def close(self) -> None:
+        """Give the generation's lease back; call it after the last search."""
+        if self.generation is not None:
+            self.generation.close()
+
+    def behind(self, store: PoolStore) -> dict[str, int]:
+        """How many changes each pool's rows lack; pools that lack none are left out."""
+        last = {info.name: info.last_seq for info in store.pools()}
+        gaps = {pool: last.get(pool, 0) - shard.position for pool, shard in self.shards.items()}
+        return {pool: gap for pool, gap in gaps.items() if gap > 0}
+
+    def feed(self, store: PoolStore, pool: str, run: Run, step: int = PAGE) -> bool:
+        """Take in the next page of a pool's changes; False if there was none.
+
+        The store is read in the calling thread; rows change, and ``step`` memories at a time are
+        encoded, in the thread in which ``run`` executes what it is given.
+        """
+        shard = self.shards[pool]
+        page = store.changes(pool, shard.position, PAGE)
+        if not page:
+            return False
+        # The present state, not the log's: repeating it is harmless, and a memory that was deleted
+        # since is never encoded. What changes after this reading is in a later page.
+        living = store.get_many([change.id for change in page])
+        states = {change.id: living.get(change.id) for change in page}
+        left: list[Memory] = []
+
+        def advance() -> None:
+            memories = left[:step]
+            if memories:
+                pairs = [(memory.prompt, memory.answer) for memory in memories]
+                shard.add(memories, self.encoder.encode_memories(pairs))
+                del left[:step]
+            if not left:
+                shard.position = page[-1].seq
+
+        def begin() -> None:
+            left.extend(shard.reconcile(states))
+            advance()
+
+        run(begin)
+        while left:
+            run(advance)
+        return True
+
+    def catch_up(
+        self,
+        store: PoolStore,
+        gaps: Mapping[str, int] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`feed` each pool in this thread by ``gaps`` changes (None: all there are now)."""
+        gaps = self.behind(store) if gaps is None else gaps
+        until = {pool: self.shards[pool].position + gap for pool, gap in gaps.items()}
+        for pool, seq in until.items():
+            while self.shards[pool].position < seq and not stopped():
+                if not self.feed(store, pool, run_here):
+                    break
+
+    def settle(self, gpu: Gpu) -> None:
+        """Before serving begins: index large deltas, and warm encoder and indexes up."""
+        for shard in self.shards.values():
+            if shard.delta_rows > _FREEZE:
+                shard.freeze(gpu)
+        self.answer([Query(pool, "warm-up", 1) for pool in self.shards])
+
+    def answer(self, queries: Sequence[Query]) -> list[SearchAnswer]:
+        """Search, all queries in one batch of the encoder, all by this generation."""
+        if not queries:
+            return []
+        vectors = self.encoder.encode_queries([query.text for query in queries])
+        groups: dict[tuple[str, Filter | None], list[int]] = defaultdict(list)
+        for i, query in enumerate(queries):
+            groups[query.pool, query.restrict].append(i)
+        answers: dict[int, SearchAnswer] = {}
+        for (pool, restrict), members in groups.items():
+            most = max(queries[i].k for i in members)
+            for i, hits in zip(
+                members, self.shards[pool].top(vectors[members], most, restrict), strict=True
+            ):
+                answers[i] = SearchAnswer(self.number, hits[: queries[i].k])
+        return [answers[i] for i in range(len(queries))]
+
+    def _load_columns(self, store: PoolStore) -> None:
+        last = {info.name: info.last_seq for info in store.pools()}
+        for pool, shard in self.shards.items():
+            if shard.position > last.get(pool, 0):
+                log(
+                    f"generation {self.number}: built at position {shard.position} of pool {pool}, "
+                    f"which is at {last.get(pool, 0)}: another database? Reading all of it"
+                )
+                shard.position = 0
+            if pool in last and shard.rows:
+                # Held ones too, and to the end: each row's state as of now. What changes from here
+                # on comes after `position` in the log, and is replayed by `feed`.
+                shard.load_columns(store.iter(pool, include_held=True))
+
+
+def frozen_serving(config: Config) -> Serving:
+    """Generation 0 of a configuration. Raises `EncoderError`."""
+    return Serving.frozen(Encoder.load(config.encoder), config.served_pools)
