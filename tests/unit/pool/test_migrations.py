@@ -1,0 +1,111 @@
+"""Schema versions: forwards on a filled pool, never backwards, whole or not at all."""
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from memshare.pool import PoolError, PoolStore, engine
+from memshare.pool.schema import HEAD, metadata
+from memshare.records import NewMemory
+
+NEXT = '''"""A made-up next version."""
+import sqlalchemy as sa
+from alembic import op
+
+revision = "9002"
+down_revision = "{down}"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.add_column("memories", sa.Column("standing", sa.Double, server_default="1"))
+    {fault}
+'''
+
+
+def fill(url: str) -> list[str]:
+    with PoolStore.open(url) as store:
+        store.create_pool("main", "literary", 70)
+        results = store.append([NewMemory("main", f"prompt {n}", "answer") for n in range(50)])
+        store.delete(results[7].id)
+        return [m.id for m in store.iter("main")]
+
+
+def test_head_is_the_last_migration() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(engine.MIGRATIONS))
+    assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
+
+
+def test_migrations_make_the_schema_that_the_code_uses(tmp_path: Path) -> None:
+    with PoolStore.open(f"sqlite:///{tmp_path}/pool.db") as store, store._db.read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_reopening_a_filled_pool_changes_nothing(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/pool.db"
+    ids = fill(url)
+    for _ in range(2):
+        with PoolStore.open(url) as store:
+            assert [m.id for m in store.iter("main")] == ids
+            assert store.pool("main").threshold == 70
+
+
+def test_a_newer_database_is_refused_and_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "pool.db"
+    fill(f"sqlite:///{path}")
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        before = list(connection.iterdump())
+    connection.close()
+    with pytest.raises(PoolError, match=r"9999.*newer.*upgrade memshare"):
+        PoolStore.open(f"sqlite:///{path}")
+    connection = sqlite3.connect(path)
+    assert list(connection.iterdump()) == before
+    connection.close()
+
+
+def next_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    folder = tmp_path / "migrations"
+    shutil.copytree(engine.MIGRATIONS, folder)
+    (folder / "versions" / "v9002_next.py").write_text(NEXT.format(down=HEAD, fault=fault))
+    monkeypatch.setattr(engine, "MIGRATIONS", folder)
+    monkeypatch.setattr(engine, "HEAD", "9002")
+
+
+def test_a_filled_pool_is_migrated_forwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path}/pool.db"
+    ids = fill(url)
+    next_version(tmp_path, monkeypatch, "")
+    with PoolStore.open(url) as store:
+        assert [m.id for m in store.iter("main")] == ids
+        store.append([NewMemory("main", "after", "answer")])
+        with store._db.read() as connection:
+            standing = connection.exec_driver_sql("SELECT standing FROM memories").scalars()
+            assert list(standing) == [1.0] * 51
+    PoolStore.open(url).close()
+
+
+def test_a_migration_that_fails_leaves_the_old_version_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path}/pool.db"
+    ids = fill(url)
+    with monkeypatch.context() as patch:
+        next_version(tmp_path, patch, 'op.execute("INSERT INTO no_such_table VALUES (1)")')
+        with pytest.raises(PoolError, match="no_such_table"):
+            PoolStore.open(url)
+    with PoolStore.open(url) as store:
+        assert [m.id for m in store.iter("main")] == ids
+        with store._db.read() as connection:
+            columns = connection.exec_driver_sql("PRAGMA table_info(memories)")
+            assert "standing" not in [row[1] for row in columns]
