@@ -10,8 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from memshare.retrieval.encoder import Encoder
-from memshare.retrieval.encoder_folder import Settings
+from memshare.retrieval.encoder import Encoder, Settings
 
 MAX_POSITIONS = 128
 

@@ -138,8 +138,7 @@ def _best(scores: np.ndarray, n: int) -> np.ndarray:
         edge = np.partition(scores, len(scores) - n)[len(scores) - n]
         above = np.flatnonzero(scores > edge)
         level = np.flatnonzero(scores == edge)[: n - len(above)]
-        rows = np.concatenate([above, level])
-        rows.sort()
+        rows = np.concatenate([above, level])  # equal scores stand in row order within each
     else:
         rows = np.arange(len(scores))
     rows = rows[np.isfinite(scores[rows])]

@@ -8,8 +8,6 @@ pooling as in Sentence-BERT (Reimers & Gurevych 2019).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,22 @@ from torch.nn import functional
 
 from memshare.config import EncoderConfig
 from memshare.retrieval import encoder_folder
-from memshare.retrieval.encoder_folder import EncoderError, Pooling, Settings, resolve_encoder
+from memshare.retrieval.encoder_folder import resolve_encoder
+from memshare.retrieval.encoder_format import (
+    EncoderError,
+    Pooling,
+    Settings,
+    save_parts,
+    stored_settings,
+)
+from memshare.retrieval.fingerprint import fingerprint
 from memshare.retrieval.text import memory_text
 
 __all__ = [
     "Encoder",
     "EncoderError",
     "Pooling",
+    "Settings",
     "cut_batches",
     "memory_text",
     "pool_embeddings",
@@ -35,11 +42,6 @@ __all__ = [
 ]
 
 _BLOCK_TEXTS = 8192  # texts tokenized and sorted at a time: bounds memory, keeps padding small
-# What says nothing about how text becomes a vector, and differs between versions and folders.
-_VOLATILE_CONFIG = {
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
-    "model_type", "gradient_checkpointing", "_attn_implementation",
-}  # fmt: skip
 
 
 def pool_embeddings(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -106,7 +108,7 @@ class Encoder:
             include={"pooling", "query_prefix", "memory_prefix", "max_length"}
         )
         explicit = {name: chosen[name] for name in config.model_fields_set if name in chosen}
-        settings = Settings(**{**chosen, **encoder_folder.stored_settings(folder), **explicit})
+        settings = Settings(**{**chosen, **stored_settings(folder), **explicit})
         return cls._open(folder, settings, config.device, config.batch_tokens)
 
     @classmethod
@@ -118,8 +120,10 @@ class Encoder:
         A plain transformers folder gets mean pooling, no prefixes, 256 tokens. Raises
         `EncoderError`.
         """
-        folder = encoder_folder.local_folder(str(path))
-        stored = encoder_folder.stored_settings(folder)
+        folder = Path(path)
+        if not folder.is_dir():
+            raise EncoderError(f"{folder}: no such encoder folder")
+        stored = stored_settings(folder)
         return cls._open(folder, Settings(**stored), device, batch_tokens)
 
     @classmethod
@@ -230,7 +234,7 @@ class Encoder:
             memory_prefix=self.memory_prefix,
             max_length=self.max_length,
         )
-        encoder_folder.save_parts(Path(folder), self.model, self.tokenizer, settings, self.dim)
+        save_parts(Path(folder), self.model, self.tokenizer, settings, self.dim)
 
     def query_fingerprint(self) -> str:
         """Hex SHA-256 of all that decides a query's vector: equal means equal vectors."""
@@ -244,21 +248,5 @@ class Encoder:
         return self._fingerprint(self.memory_prefix)
 
     def _fingerprint(self, prefix: str) -> str:
-        config = {k: v for k, v in self.model.config.to_dict().items() if k not in _VOLATILE_CONFIG}
-        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        # Left there by the last call; `tokenize_to_ids` sets both anew each time.
-        tokenizer.pop("truncation", None)
-        tokenizer.pop("padding", None)
-        settings = {
-            "model": config,
-            "tokenizer": tokenizer,
-            "pooling": self.pooling,
-            "prefix": prefix,
-            "max_length": self.max_length,
-        }
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, value in sorted(self.model.state_dict().items()):
-            tensor = value.detach().cpu().contiguous()
-            digest.update(f"\x1f{name} {tensor.dtype} {tuple(tensor.shape)}\x1f".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        settings = {"pooling": self.pooling, "prefix": prefix, "max_length": self.max_length}
+        return fingerprint(self.model, self.tokenizer, settings)

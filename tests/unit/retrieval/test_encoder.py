@@ -307,6 +307,8 @@ def test_missing_folder_and_unreachable_hub(
         resolve_encoder(absent)
     with pytest.raises(EncoderError, match="absent: no such folder"):
         Encoder.load(EncoderConfig(model=absent))
+    with pytest.raises(EncoderError, match="runs/encoder: no such encoder folder"):
+        Encoder.from_folder("runs/encoder")  # never taken for a hub name
     assert resolve_encoder("some-org/some-model") == "some-org/some-model"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(

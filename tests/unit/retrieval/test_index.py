@@ -60,6 +60,18 @@ def test_equal_vectors_come_in_row_order_even_across_the_edge() -> None:
     np.testing.assert_array_equal(rows, brute(vectors, queries, 10)[1])
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+def test_rounding_in_faiss_hides_no_better_row(queries: int) -> None:
+    """Hundreds of rows closer to each other than float32 products are exact."""
+    rng = np.random.default_rng(7)
+    vectors = np.repeat(unit(1, dim=384), 400, axis=0)
+    vectors += (1e-7 * rng.normal(size=vectors.shape)).astype(np.float32)
+    asked = np.repeat(unit(1, dim=384), queries, axis=0) + 0.01 * unit(queries, dim=384, seed=8)
+    found, expected = FlatIndex.build(vectors).search(asked, 10), brute(vectors, asked, 10)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
