@@ -13,7 +13,17 @@ def test_report_has_every_table_and_plot_and_escapes_text(tmp_path: Path) -> Non
         {"model": "pocket"},
         {"bertscore": {"f1": 0.5}},
         [Table("Scores <by> shots", ["shots", "F1"], [["zero", 0.12345], ["three", None]])],
-        [Plot("f1", "F1", "lines", ["0", "3"], [Series("f1", [0.1, 0.5], [0, 0.4], [0.2, 0.6])], "x", "y")],
+        [
+            Plot(
+                "f1",
+                "F1",
+                "lines",
+                ["0", "3"],
+                [Series("f1", [0.1, 0.5], [0, 0.4], [0.2, 0.6])],
+                "x",
+                "y",
+            )
+        ],
     )
     html = page.read_text()
     assert "Scores &lt;by&gt; shots" in html and "0.123" in html and "–" in html

@@ -1,0 +1,110 @@
+"""Take out of a pool what would give a test question's answer away.
+
+The rule: an item of the pool, or of the problems that grow it, is dropped if its question or its
+answer is the same as any test item's after folding case and white space, or a near-duplicate of it
+(Jaccard similarity of word 3-gram sets at or above the threshold). It is strict on purpose: another
+riddle with the same answer goes as well. The pool gives way, not the tests, so that every published
+test question stays; tests are only made unique by question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from memshare.evaluation.data import Domain, Pair
+from memshare.records import normalise
+from memshare.retrieval.text import tokenize
+
+NEAR_DUPLICATE = 0.8
+Shingles = frozenset[tuple[str, ...]]
+
+
+def shingles(text: str) -> Shingles:
+    """The set of word 3-grams; a shorter text is one shingle."""
+    words = tokenize(text)
+    if len(words) < 3:
+        return frozenset({tuple(words)})
+    return frozenset(zip(words, words[1:], words[2:], strict=False))
+
+
+def jaccard(a: Shingles, b: Shingles) -> float:
+    """Shared over all."""
+    return len(a & b) / len(a | b)
+
+
+class _Seen:
+    """Texts to compare with, by exact form and by shingle."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._exact = {normalise(text) for text in texts}
+        self._sets = [shingles(text) for text in self._exact]
+        self._by_shingle: dict[tuple[str, ...], list[int]] = {}
+        for number, found in enumerate(self._sets):
+            for shingle in found:
+                self._by_shingle.setdefault(shingle, []).append(number)
+
+    def exact(self, text: str) -> bool:
+        return normalise(text) in self._exact
+
+    def near(self, text: str) -> bool:
+        own = shingles(text)
+        rivals = {number for shingle in own for number in self._by_shingle.get(shingle, ())}
+        return any(jaccard(own, self._sets[number]) >= NEAR_DUPLICATE for number in rivals)
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """How many unique tests of one dataset leak into pool or problems, and what was dropped."""
+
+    dataset: str
+    tests: int
+    unique_tests: int
+    exact_questions: int
+    exact_answers: int
+    near_questions: int
+
+
+def unique(tests: Sequence[Pair]) -> tuple[Pair, ...]:
+    """The first test of each question."""
+    return tuple({normalise(test.prompt): test for test in reversed(tests)}.values())[::-1]
+
+
+def leak_report(domain: Domain) -> list[Leaks]:
+    """Count each dataset's leaks, over the tests as published."""
+    material = [*domain.pool, *domain.problems]
+    questions = _Seen(pair.prompt for pair in material)
+    answers = _Seen(pair.answer for pair in material)
+    return [
+        Leaks(
+            dataset,
+            len(tests),
+            len(unique(tests)),
+            sum(questions.exact(test.prompt) for test in tests),
+            sum(answers.exact(test.answer) for test in tests),
+            sum(questions.exact(test.prompt) or questions.near(test.prompt) for test in tests),
+        )
+        for dataset, tests in domain.tests.items()
+    ]
+
+
+def decontaminate(domain: Domain) -> Domain:
+    """``domain`` without leaking pool items and problems, its tests unique."""
+    tests = [test for group in domain.tests.values() for test in group]
+    questions = _Seen(test.prompt for test in tests)
+    answers = _Seen(test.answer for test in tests)
+
+    def clean(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+        return tuple(
+            pair
+            for pair in pairs
+            if not (questions.exact(pair.prompt) or questions.near(pair.prompt))
+            and not (answers.exact(pair.answer) or answers.near(pair.answer))
+        )
+
+    return replace(
+        domain,
+        pool=clean(domain.pool),
+        problems=clean(domain.problems),
+        tests={dataset: unique(group) for dataset, group in domain.tests.items()},
+    )

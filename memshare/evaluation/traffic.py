@@ -1,0 +1,127 @@
+"""Agents at work: an open-loop stream of requests to a gateway, with everything counted.
+
+Open loop: requests leave by the clock, whether or not earlier ones are answered, so that a slow
+swap shows as waiting and not as a lighter load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from memshare.pocket.world import Task
+
+_TIMEOUT_SECONDS = 120.0
+
+
+@dataclass
+class Traffic:
+    """What happened: counts, answer times in seconds, and the generations that answered."""
+
+    answered: int = 0
+    failed: int = 0
+    seconds: list[float] = field(default_factory=list)
+    generations: Counter[int] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """The report's form of it."""
+        ordered = sorted(self.seconds)
+        return {
+            "answered": self.answered,
+            "failed": self.failed,
+            "failures": self.failures[:10],
+            "seconds_p50": ordered[len(ordered) // 2] if ordered else None,
+            "seconds_p99": ordered[int(len(ordered) * 0.99)] if ordered else None,
+            "answers_by_generation": {str(k): v for k, v in sorted(self.generations.items())},
+        }
+
+
+class Stream:
+    """Sends the world's problems in their order, then test questions until ``done`` says so.
+
+    Problems are written to the pool; a taught one arrives as a finished memory. Test questions only
+    keep the load up, they are never written.
+    """
+
+    def __init__(self, url: str, pool: str, agents: int, rate: float) -> None:
+        """``rate``: requests a second, over all ``agents``."""
+        self.traffic = Traffic()
+        self._client = httpx.AsyncClient(
+            base_url=url, timeout=_TIMEOUT_SECONDS, trust_env=False,
+            limits=httpx.Limits(max_connections=256),
+        )  # fmt: skip
+        self._pool = pool
+        self._agents = agents
+        self._rate = rate
+
+    async def run(
+        self,
+        problems: Sequence[Task],
+        tests: Sequence[Task],
+        done: Callable[[], bool],
+        asked: Callable[[int], None],
+    ) -> Traffic:
+        """Returns once ``done()``; ``asked`` is told how many problems are out."""
+        running: set[asyncio.Task[None]] = set()
+        try:
+            async for number in self._ticks():
+                if number < len(problems):
+                    work = self._problem(problems[number], number)
+                    asked(number + 1)
+                elif await asyncio.to_thread(done):
+                    break
+                else:
+                    work = self._ask(tests[number % len(tests)], number, write=False)
+                running = {task for task in running if not task.done()}
+                running.add(asyncio.create_task(work))
+            await asyncio.gather(*running)
+        finally:
+            await self._client.aclose()
+        return self.traffic
+
+    async def _ticks(self) -> AsyncIterator[int]:
+        started = time.monotonic()
+        for number in itertools.count():
+            await asyncio.sleep(max(0.0, started + number / self._rate - time.monotonic()))
+            yield number
+
+    async def _problem(self, task: Task, number: int) -> None:
+        if not task.taught:
+            return await self._ask(task, number, write=True)
+        item = {"pool": self._pool, "prompt": task.prompt, "answer": task.answer}
+        reply = await self._post("/v1/memories", {"items": [item]})
+        if reply is not None:
+            self.traffic.answered += 1
+
+    async def _ask(self, task: Task, number: int, *, write: bool) -> None:
+        body = {
+            "messages": [{"role": "user", "content": task.prompt}],
+            "memory": {"pool": self._pool, "write": write},
+            "user": f"agent-{number % self._agents}",
+        }
+        reply = await self._post("/v1/chat/completions", body)
+        if reply is not None:
+            self.traffic.answered += 1
+            self.traffic.generations[reply["memshare"]["generation"]] += 1
+
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        started = time.monotonic()
+        try:
+            reply = await self._client.post(path, json=body)
+            reply.raise_for_status()
+            answer: dict[str, Any] = reply.json()
+        except (httpx.HTTPError, ValueError) as error:
+            # Counted, shown, and the stream goes on: that nothing fails is what a run must prove.
+            self.traffic.failed += 1
+            self.traffic.failures.append(f"{path}: {error!r}")
+            return None
+        self.traffic.seconds.append(time.monotonic() - started)
+        return answer
