@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from memshare.config import TrainingConfig
+from memshare.retrieval.encoder import Encoder
+from memshare.training.batching import Batches, StepBatch, deal
+from memshare.training.select import select
+from tests.tiny import tiny_encoder
+from tests.training_data import candidate, example, examples
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    folder = tiny_encoder(
+        tmp_path_factory.mktemp("encoder") / "tiny", query_prefix="q: ", memory_prefix="m: "
+    )
+    return Encoder.from_folder(folder, device="cpu")
+
+
+def batches(encoder: Encoder, made: list, global_batch: int = 8, seed: int = 0) -> Batches:  # type: ignore[type-arg]
+    items = select(made, TrainingConfig()).items
+    return Batches(items, encoder, global_batch=global_batch, seed=seed)
+
+
+def epoch(data: Batches, number: int = 0) -> list[StepBatch]:
+    return [data.batch(number * data.steps_per_epoch + i) for i in range(data.steps_per_epoch)]
+
+
+def test_an_epoch_sees_every_example_once_in_even_batches(encoder: Encoder) -> None:
+    data = batches(encoder, examples(35))
+    seen = [batch.query_ids for batch in epoch(data)]
+    assert sorted(len(ids) for ids in seen) == [7, 7, 7, 7, 7]  # not 8, 8, 8, 8, 3
+    assert sorted(q for ids in seen for q in ids) == sorted(f"main-{i}" for i in range(35))
+    assert seen != [batch.query_ids for batch in epoch(data, 1)]
+    assert seen == [batch.query_ids for batch in epoch(batches(encoder, examples(35)))]
+    assert seen != [batch.query_ids for batch in epoch(batches(encoder, examples(35), seed=1))]
+
+
+def test_a_batch_is_of_one_pool(encoder: Encoder) -> None:
+    data = batches(encoder, examples(20) + examples(12, pool="other"))
+    pools = [{q.split("-")[0] for q in batch.query_ids} for batch in epoch(data)]
+    assert all(len(pool) == 1 for pool in pools)
+    assert {"main", "other"} == set().union(*pools)
+
+
+def test_digest_tells_other_data_order_and_prefix(encoder: Encoder, tmp_path: Path) -> None:
+    digest = batches(encoder, examples(9)).digest
+    plain = Encoder.from_folder(tiny_encoder(tmp_path / "plain"), device="cpu")
+    others = [
+        batches(encoder, examples(9)[::-1]),
+        batches(encoder, examples(10)),
+        batches(encoder, examples(9), seed=1),
+        batches(encoder, examples(9), global_batch=4),
+        batches(plain, examples(9)),
+    ]
+    assert digest == batches(encoder, examples(9)).digest
+    assert len({digest, *(other.digest for other in others)}) == 6
+
+
+def test_each_distinct_text_stands_once(encoder: Encoder) -> None:
+    shared = candidate("shared", "a memory that all share", -0.5, "it")
+    made = [
+        example(
+            str(i), query="one question", candidates=(shared, candidate(f"n{i}", f"neg {i}", -4.0))
+        )
+        for i in range(5)
+    ]
+    batch = batches(encoder, made).batch(0)
+    assert len(batch.texts) == len(set(batch.texts.tolist())) == 1 + 5 + 1
+    assert batch.docs == 6 and len(set(batch.rows.tolist())) == 1
+
+
+def test_masks(encoder: Encoder) -> None:
+    made = [
+        example(
+            "a", answer="own a",
+            candidates=(
+                candidate("pa", "positive of a", -0.5, "good"),
+                candidate("near", "almost as good for a", -0.5, "near", rank=1),
+                candidate("na", "negative of a", -5.0, "bad"),
+            ),
+        ),
+        example("b", candidates=(candidate("pb", "POSITIVE of a", -0.5, "b1"),)),  # a copy
+        example("c", candidates=(candidate("a", "a's own memory", -0.5, "c1"),)),
+        example("d", candidates=(candidate("pd", "same answer as a's", -0.5, "OWN a"),)),
+        example("e", candidates=(candidate("pe", "same answer as pa's", -0.5, "good"),)),
+        example("f", candidates=(candidate("near", "almost as good for a", -0.5, "near"),)),
+        example("g", candidates=(candidate("pg", "fair game", -0.5, "g1"),)),
+    ]  # fmt: skip
+    data = batches(encoder, made)
+    batch = data.batch(0)
+    names = {row: text for (_, text), row in data.table.index.items()}
+    columns = [names[row] for row in batch.texts[: batch.docs].tolist()]
+    row = batch.query_ids.index("a")
+    positive, valid = batch.masks(row, row + 1, CPU)
+    assert [c for c, on in zip(columns, positive[0], strict=True) if on] == ["positive of a"]
+    negatives = {c for c, on in zip(columns, valid[0] & ~positive[0], strict=True) if on}
+    assert negatives == {"negative of a", "fair game"}
+    # The others see each other's positives, whatever counts for "a".
+    row = batch.query_ids.index("g")
+    positive, valid = batch.masks(row, row + 1, CPU)
+    assert int(positive.sum()) == 1 and bool(valid.all())
+    # A tile's masks are rows of the whole's.
+    whole = batch.masks(0, len(batch.rows), CPU)
+    for part, full in zip(batch.masks(2, 5, CPU), whole, strict=True):
+        assert torch.equal(part, full[2:5])
+
+
+def test_texts_longer_than_the_model_are_cut_and_counted(encoder: Encoder) -> None:
+    made = [
+        example("a", query="x " * 500, candidates=(candidate("p", "fine", -0.5),)),
+        example(
+            "b",
+            query="y " * (encoder.max_length - 3 - 2),
+            candidates=(candidate("p", "fine", -0.5),),
+        ),
+    ]
+    table = batches(encoder, made).table
+    assert table.truncated == 1
+    assert table.lengths.max() == encoder.max_length
+    for (prefix, text), row in table.index.items():
+        want = encoder.tokenize_to_ids([text], prefix)[0]
+        assert table.rows(np.array([row])) == [want]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_texts_are_dealt_evenly(processes: int) -> None:
+    lengths = np.random.default_rng(0).lognormal(4.0, 0.6, size=101).astype(np.int64)
+    shares = deal(lengths, processes)
+    assert sorted(np.concatenate(shares).tolist()) == list(range(101))
+    tokens = [int(lengths[share].sum()) for share in shares]
+    assert max(tokens) - min(tokens) <= lengths.max()
+    assert all((np.diff(lengths[share]) <= 0).all() for share in shares)
+
+
+def test_no_examples_is_an_error(encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match="no examples"):
+        batches(encoder, [])
