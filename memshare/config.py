@@ -359,7 +359,10 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
             if not isinstance(child, dict):
                 raise ConfigError(f"--set {item}: {parent} is set to a value already")
             node = child
-        node[leaf] = yaml.safe_load(value)
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item}: the value is no YAML: {error}") from error
 
     class FromFile(Config):
         """`Config` with this file as the source of least priority."""

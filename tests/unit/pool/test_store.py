@@ -51,7 +51,7 @@ def test_an_unknown_pool_is_named_with_those_that_exist(store: PoolStore) -> Non
         lambda: store.append([new("a"), new("b", pool="nope")]),
         lambda: store.record_decision("nope", "stored", "h", 1, None, None),
     ):
-        with pytest.raises(UnknownPool, match="'nope'.*main"):
+        with pytest.raises(UnknownPool, match=r"'nope'.*main"):
             call()
     assert store.last_seq("main") == 0, "a batch with one unknown pool writes nothing"
 

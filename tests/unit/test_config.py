@@ -1,0 +1,122 @@
+"""One tree of settings: every mistake at once, and who wins over whom."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from memshare.config import Config, ConfigError, load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("MEMSHARE_")]:
+        monkeypatch.delenv(name)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_stand_alone() -> None:
+    config = load_config()
+    assert config.run.dir == Path("runs/default")
+    assert config.url == "sqlite:///runs/default/pool.db"
+    assert config.served_pools == ("main",)
+
+
+def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "colour: red\n"
+        "training:\n  lr: fast\n  epoch: 3\n  lora: {r: 0}\n"
+        "pools:\n  a: {threshold: 101}\n"
+        "scorer: {kind: coin}\n"
+        "gateway: 7\n",
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["gate.margin=-1", "agent.shot=2"])
+    message = str(caught.value)
+    assert str(path) in message.splitlines()[0] and "9 problem" in message.splitlines()[0]
+    for key in ("colour", "training.lr", "training.epoch", "training.lora.r", "pools.a.threshold",
+                "scorer.kind", "gateway", "gate.margin", "agent.shot"):  # fmt: skip
+        assert any(line.startswith(f"  {key}: ") for line in message.splitlines()), key
+
+
+def test_a_wrong_default_pool_and_retriever_pools_are_found(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gateway\.default_pool: no pool 'x'"):
+        load_config(write(tmp_path, "gateway: {default_pool: x}"))
+    with pytest.raises(ConfigError, match=r"retriever\.pools.*'y'"):
+        load_config(write(tmp_path, "retriever: {pools: [y]}"))
+    with pytest.raises(ConfigError, match="at least one pool"):
+        load_config(write(tmp_path, "pools: {}"))
+
+
+def test_environment_beats_file_and_set_beats_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "training: {lr: 1.0, epochs: 7}\nrun: {seed: 1}\n")
+    assert load_config(path).training.lr == 1.0
+    monkeypatch.setenv("MEMSHARE_TRAINING__LR", "2.0")
+    monkeypatch.setenv("MEMSHARE_RUN__SEED", "2")
+    config = load_config(path)
+    assert (config.training.lr, config.run.seed) == (2.0, 2)
+    config = load_config(path, ["training.lr=3.0"])
+    assert (config.training.lr, config.run.seed) == (3.0, 2)
+    assert config.training.epochs == 7, "a setting beside the overridden one is kept"
+
+
+def test_a_pool_set_beside_those_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "pools: {a: {threshold: 10}}")
+    config = load_config(path, ["pools.a.rubric=logic", "retriever.pools=[a]"])
+    assert (config.pools["a"].threshold, config.pools["a"].rubric) == (10, "logic")
+    assert config.served_pools == ("a",)
+
+
+def test_an_environment_mistake_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMSHARE_AGENT__SHOTS", "many")
+    with pytest.raises(ConfigError, match=r"agent\.shots"):
+        load_config()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("training.lr", "expected key=value"), ("run.seed.x=1", "run.seed"), ("a=[", "--set a")],
+)
+def test_a_bad_override_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, ["run.seed=1", override])
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "a: \x00"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(ConfigError, match=str(path)):
+        load_config(path)
+
+
+def test_a_missing_or_undecodable_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="missing"):
+        load_config(tmp_path / "missing.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"run: {dir: caf\xe9}")
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "")).model_dump() == load_config().model_dump()
+
+
+def test_settings_never_change_after_loading() -> None:
+    config = load_config()
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    assert isinstance(load_config(path), Config)

@@ -1,0 +1,127 @@
+"""Atomic writes and the lock on a run folder, with real processes that die."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from memshare.files import RunLocked, run_lock, sha256_file, write_atomic, write_json
+
+
+def child(code: str, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True
+    )
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from memshare.files import run_lock
+with run_lock(Path(sys.argv[1]), sys.argv[2]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    holder = child(HOLD, str(run), "gateway")
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        refused = pytest.raises(RunLocked, match=rf"another gateway .*pid {holder.pid}")
+        with refused, run_lock(run, "gateway"):
+            pytest.fail("two holders")
+        with run_lock(run, "continual"):
+            pass  # another role on the same folder
+        with run_lock(tmp_path / "other", "gateway"):
+            pass  # the same role on another folder
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(timeout=30)
+        with run_lock(run, "gateway"):
+            assert (run / "gateway.lock").read_text() == str(os.getpid())
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), run_lock(tmp_path, "gateway"):
+        raise KeyError("inside")
+    with run_lock(tmp_path, "gateway"), pytest.raises(RunLocked), run_lock(tmp_path, "gateway"):
+        pytest.fail("one process, two holders")
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from memshare.files import write_atomic
+n = 0
+while True:
+    write_atomic(Path(sys.argv[1]), (b"%d " % n) * 200_000)
+    n += 1
+    if n == 2:
+        print("writing", flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    for attempt in range(5):
+        write_atomic(path, "old")
+        writer = child(WRITE, str(path))
+        try:
+            assert writer.stdout is not None and writer.stdout.readline() == "writing\n"
+            time.sleep(0.003 * attempt)
+        finally:
+            writer.kill()
+            writer.communicate()
+        words = path.read_bytes().split()
+        assert len(words) == 200_000 and len(set(words)) == 1
+
+
+STOP_BEFORE = """
+import os, signal, sys
+from pathlib import Path
+from memshare import files
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+setattr(os, sys.argv[2], die)
+files.write_atomic(Path(sys.argv[1]), "new")
+"""
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_writer_killed_before_the_rename_leaves_the_old_content(
+    tmp_path: Path, step: str
+) -> None:
+    path = tmp_path / "state.json"
+    write_atomic(path, "old")
+    writer = child(STOP_BEFORE, str(path), step)
+    writer.communicate(timeout=30)
+    assert writer.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+
+
+def test_an_error_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_json(path, {"é": [1, 2.5, None]})
+    before = path.read_bytes()
+    assert json.loads(before) == {"é": [1, 2.5, None]}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"bad": float("nan")})
+    with pytest.raises(TypeError):
+        write_atomic(path, 7)  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sha256_of_a_file(tmp_path: Path) -> None:
+    data = os.urandom(3_000_000)
+    (tmp_path / "blob").write_bytes(data)
+    assert sha256_file(tmp_path / "blob") == hashlib.sha256(data).hexdigest()
