@@ -1,0 +1,113 @@
+"""Errors in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``.
+
+Statuses: 400 what can't be read at all (not JSON, not UTF-8) or what the LLM itself refused, 404 an
+unknown pool, memory or generation, 413 a body that is too large, 422 JSON that breaks the schema or
+a limit, 429 a full queue, 503 a part that isn't ready or can't be reached (with Retry-After).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import HTTPException, RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from memshare.llm.base import LLMError, LLMUnavailable
+from memshare.pool.errors import InvalidMemory, PoolError, UnknownPool
+from memshare.progress import log
+from memshare.retrieval.searcher import SearcherClosed, SearchTimeout
+
+RETRY_AFTER_SECONDS = 5
+_TYPES = {404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+
+
+class ApiError(HTTPException):
+    """A refusal with its status, the parameter it is about, and a machine-readable code."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Statuses 429 and 503 get a Retry-After header of themselves."""
+        headers = dict(headers or {})
+        if status in (429, 503):
+            headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
+        super().__init__(status_code=status, detail=message, headers=headers)
+        self.param = param
+        self.code = code
+
+
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """The JSON body of one error."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_of(error: Exception) -> ApiError:
+    """What an exception of the library means to a client; unknown ones become a 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, LLMUnavailable):
+        return ApiError(503, str(error), code="llm_unavailable")
+    if isinstance(error, LLMError):
+        return ApiError(400, str(error), code="llm_refused")
+    if isinstance(error, UnknownPool):
+        return ApiError(404, str(error), param="pool", code="unknown_pool")
+    if isinstance(error, InvalidMemory):
+        return ApiError(422, str(error), param=error.field, code="invalid_memory")
+    if isinstance(error, PoolError):
+        return ApiError(503, str(error), code="pool_unavailable")
+    if isinstance(error, SearchTimeout | SearcherClosed):
+        return ApiError(503, str(error), code="search_unavailable")
+    return ApiError(500, "internal error: see the gateway's log", code="internal_error")
+
+
+def _respond(error: ApiError) -> JSONResponse:
+    body = error_body(error.status_code, str(error.detail), error.param, error.code)
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in problem["loc"] if part != "body")
+    return f"{where}: {problem['msg']}" if where else str(problem["msg"])
+
+
+async def _invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    problems = error.errors()
+    message = "; ".join(_describe(problem) for problem in problems[:10])
+    loc = [str(part) for part in problems[0]["loc"] if part != "body"] if problems else []
+    return _respond(ApiError(422, message, param=".".join(loc) or None, code="invalid_request"))
+
+
+async def _http(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, StarletteHTTPException)
+    if isinstance(error, ApiError):
+        return _respond(error)
+    headers = dict(error.headers) if error.headers else None
+    return _respond(ApiError(error.status_code, str(error.detail), headers=headers))
+
+
+async def _library(request: Request, error: Exception) -> JSONResponse:
+    known = error_of(error)
+    if known.status_code >= 500:
+        log(f"{request.method} {request.url.path} failed: {type(error).__name__}: {error}")
+    return _respond(known)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every error of ``app`` in OpenAI's form."""
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(StarletteHTTPException, _http)
+    for kind in (LLMError, PoolError, InvalidMemory, SearchTimeout, SearcherClosed, Exception):
+        app.add_exception_handler(kind, _library)

@@ -1,0 +1,67 @@
+"""How memory enters a chat: which words are the question, and where the shots go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from memshare.gateway.errors import ApiError
+from memshare.gateway.schemas import ChatMessage
+from memshare.llm.base import LLM, Message
+from memshare.llm.prompts import fit_shots
+from memshare.records import Memory
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The last user message's text; ``plain`` False if it has parts that are not text."""
+
+    text: str
+    plain: bool
+
+
+def question_of(messages: Sequence[ChatMessage]) -> Question:
+    """The question is the last user message: turns before it are context. 422 if there is none."""
+    for message in reversed(messages):
+        if message.role != "user":
+            continue
+        if isinstance(message.content, str):
+            return Question(message.content, True)
+        parts = message.content or []
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        return Question("\n".join(texts), len(texts) == len(parts))
+    raise ApiError(422, "messages: a user message is needed", param="messages", code="no_question")
+
+
+def compose(
+    llm: LLM,
+    messages: Sequence[ChatMessage],
+    memories: Sequence[Memory],
+    instruction: str,
+    max_tokens: int,
+) -> tuple[list[Message], list[Memory]]:
+    """The chat that the LLM gets, and the memories (best first) that found room in it.
+
+    System messages first (the agent's instruction where the client sent none), then the shots as
+    whole turns, the best one last, then the conversation as it was sent. Blocking: it counts
+    tokens. Raises `ContextTooLong` if the conversation alone is too long.
+    """
+    sent = [cast(Message, message.model_dump(exclude_unset=True)) for message in messages]
+    if instruction and sent[0]["role"] not in ("system", "developer"):
+        sent.insert(0, Message(role="system", content=instruction))
+    if not memories:
+        return sent, []  # nothing to make room for: the LLM itself judges the length
+    shots = [(memory.prompt, memory.answer) for memory in memories]
+    composed, kept = fit_shots(llm, sent, shots, max_tokens)
+    return composed, list(memories[:kept])
+
+
+def answer_of(reply: Mapping[str, Any]) -> tuple[str, str, bool]:
+    """Text, finish reason and whether tools are called, of a reply's first choice."""
+    choice = next((item for item in reply["choices"] if item.get("index", 0) == 0), None)
+    if choice is None:
+        return "", "none", False
+    message = choice.get("message") or {}
+    tools = bool(message.get("tool_calls")) or choice.get("finish_reason") == "tool_calls"
+    return message.get("content") or "", choice.get("finish_reason") or "none", tools

@@ -1,0 +1,134 @@
+"""OpenAI's chat completions, with memory."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from memshare.gateway.errors import ApiError
+from memshare.gateway.prompt import Question, answer_of, compose, question_of
+from memshare.gateway.schemas import ChatReply, ChatRequest, ErrorReply, MemoryOptions
+from memshare.gateway.state import LOCAL_AGENT, Gateway, ReadyGateway
+from memshare.gateway.stream import events
+from memshare.gateway.strict import StrictRoute
+from memshare.gateway.write import submit
+from memshare.llm.base import Completion
+from memshare.sharing import Pair, Retrieved
+
+router = APIRouter(route_class=StrictRoute, tags=["chat"])
+
+
+@router.get("/v1/models")
+async def models(gateway: ReadyGateway) -> JSONResponse:
+    """The one model that answers here: the agent LLM."""
+    model = {"id": gateway.shared.agent.llm.model, "object": "model", "owned_by": "memshare"}
+    return JSONResponse({"object": "list", "data": [{**model, "created": 0}]})
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatReply,
+    responses={
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        404: {"model": ErrorReply, "description": "no such pool"},
+    },
+)
+async def chat(body: ChatRequest, gateway: ReadyGateway) -> JSONResponse | StreamingResponse:
+    """Answer with the most useful memories as examples; grade and store the pair afterwards.
+
+    The last user message is the question. `memshare` in the reply (in a stream: in the first
+    chunk) names the generation that searched and the memories that were shown. Only the first of
+    `n` choices is stored, and none with tool calls.
+    """
+    shared = gateway.shared
+    options = body.memory or MemoryOptions()
+    question = question_of(body.messages)
+    shots = shared.config.agent.shots if options.shots is None else options.shots
+    pool = _pool_name(gateway, options) if shots or options.write else ""
+    if pool:
+        await shared.read(shared.store.pool, pool)
+    found = Retrieved(None, (), ())
+    if shots and question.text.strip():
+        limit = shared.config.gateway.max_text_chars
+        found = await shared.retrieve(pool, question.text[:limit], shots)
+    agent = shared.config.agent
+    max_tokens = body.max_completion_tokens or body.max_tokens or agent.max_tokens
+    llm = shared.agent.llm
+    await llm.ready()
+    messages, kept = await shared.read(
+        compose, llm, body.messages, found.memories, agent.instruction, max_tokens
+    )
+    note: dict[str, Any] = {
+        "generation": found.generation,
+        "memories": [memory.id for memory in kept],
+        "write": "pending",
+        "reason": None,
+    }
+    refusal = _no_write(options, question)
+    if refusal:
+        note |= {"write": "off", "reason": refusal}
+    temperature = agent.temperature if body.temperature is None else body.temperature
+    pair = Pair(pool, question.text, "", agent=LOCAL_AGENT, model=llm.model) if pool else None
+    sampling: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": body.seed,
+        "extra": body.passed_on() or None,
+    }
+    started = time.perf_counter()
+    if body.stream:
+        chunks = llm.stream(messages, **sampling)
+        return await events(gateway, chunks, note, None if refusal else pair, started)
+    completion = await llm.chat(messages, **sampling)
+    shared.observe("llm", time.perf_counter() - started)
+    reply = _reply(completion, llm.model)
+    if pair and not refusal:
+        note |= await submit(gateway, pair, *answer_of(reply))
+    return JSONResponse({**reply, "memshare": note})
+
+
+def _pool_name(gateway: Gateway, options: MemoryOptions) -> str:
+    config = gateway.config
+    name = options.pool or config.gateway.default_pool
+    if name is None and len(config.pools) == 1:
+        (name,) = config.pools
+    if name is None:
+        raise ApiError(
+            422,
+            'memory.pool: name one (or send "memory": {"shots": 0, "write": false})',
+            param="memory.pool",
+            code="no_pool",
+        )
+    return name
+
+
+def _no_write(options: MemoryOptions, question: Question) -> str | None:
+    """Why nothing will be stored, as far as the question decides it."""
+    if not options.write:
+        return "not asked for"
+    if not question.plain:
+        return "the question is not plain text"
+    return None if question.text.strip() else "the question is empty"
+
+
+def _reply(completion: Completion, model: str) -> dict[str, Any]:
+    """The backend's own reply, or one in the same form from a backend that has none."""
+    if completion.raw.get("choices"):
+        return dict(completion.raw)
+    message = {"role": "assistant", "content": completion.text}
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": 0, "message": message, "finish_reason": completion.finish_reason}],
+        "usage": {
+            "prompt_tokens": completion.prompt_tokens,
+            "completion_tokens": completion.completion_tokens,
+            "total_tokens": completion.prompt_tokens + completion.completion_tokens,
+        },
+    }

@@ -1,0 +1,45 @@
+"""Whether the process lives, whether it can serve, and its figures."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from memshare.gateway.state import AnyGateway
+from memshare.gateway.strict import StrictRoute
+
+router = APIRouter(route_class=StrictRoute, tags=["health"])
+
+
+@router.get("/healthz", response_class=PlainTextResponse)
+async def healthz() -> str:
+    """The process is alive and its event loop turns."""
+    return "ok"
+
+
+@router.get("/readyz", responses={503: {"description": "not ready yet"}})
+async def readyz(gateway: AnyGateway) -> JSONResponse:
+    """200 once memories can be searched. The LLMs' state is shown, but doesn't decide.
+
+    Without its LLM the gateway still serves memories, and chat answers 503.
+    """
+    states = await asyncio.gather(*(probe.state() for probe in gateway.probes.values()))
+    body: dict[str, Any] = {
+        "ready": gateway.ready,
+        "reason": None if gateway.ready else gateway.failure or "starting",
+        "generation": gateway.shared.searcher.stats().generation if gateway.ready else None,
+        "llm": dict(zip(gateway.probes, states, strict=True)),
+        "pending": gateway.queue.pending(),
+    }
+    return JSONResponse(body, status_code=200 if gateway.ready else 503)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(gateway: AnyGateway) -> Response:
+    """Prometheus' exposition format."""
+    body = await gateway.shared.read(gateway.metrics.render)
+    return Response(body, media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,84 @@
+"""Generations over HTTP: what is there, what serves, roll back or forward."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path
+from fastapi.responses import JSONResponse
+
+from memshare.config import Config
+from memshare.gateway.errors import ApiError
+from memshare.gateway.schemas import Activated, ErrorReply, Generations
+from memshare.gateway.state import Gateway, ReadyGateway
+from memshare.gateway.strict import StrictRoute
+from memshare.retrieval.generation import generations
+from memshare.retrieval.manifest import DamagedGeneration, Manifest, NoGeneration
+from memshare.retrieval.publish import activate
+from memshare.retrieval.shelf import home_of, read_current
+
+router = APIRouter(prefix="/v1/retrievers", route_class=StrictRoute, tags=["retrievers"])
+Name = Annotated[str, Path(min_length=1, max_length=100)]
+Number = Annotated[int, Path(ge=0, le=999_999)]
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorReply},
+    409: {"model": ErrorReply, "description": "the generation is damaged"},
+}
+
+
+def _known(gateway: Gateway, name: str) -> None:
+    own = gateway.config.retriever.name
+    if name != own:
+        raise ApiError(404, f"no retriever {name!r} (there: {own})", param="name")
+
+
+def _read(config: Config) -> tuple[list[Manifest], int | None, bool]:
+    current, pinned = read_current(home_of(config.generations_dir, config.retriever.name))
+    return generations(config.generations_dir, config.retriever.name), current, pinned
+
+
+@router.get("/{name}/generations", response_model=Generations, responses=_ERRORS)
+async def list_generations(name: Name, gateway: ReadyGateway) -> JSONResponse:
+    """The generations on disk, oldest first, and the one that answers right now.
+
+    `serving` 0 is the untrained encoder of the configuration, before anything was published.
+    """
+    _known(gateway, name)
+    try:
+        manifests, current, pinned = await gateway.shared.read(_read, gateway.config)
+    except DamagedGeneration as error:
+        raise ApiError(409, str(error), code="damaged_generation") from error
+    serving = gateway.shared.searcher.stats().generation
+    rows = [
+        {
+            "number": manifest.number,
+            "created_at": manifest.created_at,
+            "parent": manifest.parent,
+            "positions": dict(manifest.positions),
+            "current": manifest.number == current,
+            "serving": manifest.number == serving,
+        }
+        for manifest in manifests
+    ]
+    return JSONResponse(
+        {
+            "retriever": name,
+            "serving": serving,
+            "current": current,
+            "pinned": pinned,
+            "generations": rows,
+        }
+    )
+
+
+@router.post("/{name}/generations/{number}/activate", response_model=Activated, responses=_ERRORS)
+async def activate_generation(name: Name, number: Number, gateway: ReadyGateway) -> JSONResponse:
+    """Roll back or forward: verify the generation, make it CURRENT and pin it there."""
+    _known(gateway, name)
+    try:
+        await gateway.shared.write(activate, gateway.config.generations_dir, name, number)
+    except NoGeneration as error:
+        raise ApiError(404, str(error), param="number", code="unknown_generation") from error
+    except DamagedGeneration as error:
+        raise ApiError(409, str(error), param="number", code="damaged_generation") from error
+    return JSONResponse({"retriever": name, "current": number})

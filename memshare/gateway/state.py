@@ -1,0 +1,87 @@
+"""What the routes share: the loop's parts, the queue, the metrics, and whether it is all ready."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import httpx
+from fastapi import Depends, Request
+
+from memshare.config import Config, LLMConfig
+from memshare.gateway.background import ScoringQueue
+from memshare.gateway.errors import ApiError
+from memshare.gateway.metrics import Metrics
+from memshare.sharing import SharedMemory
+
+LOCAL_AGENT = "local"  # who writes through a gateway that has no keys: whoever reaches loopback
+_PROBE_SECONDS = 2.0
+
+
+class LLMProbe:
+    """Whether an LLM can be reached, asked at most every few seconds."""
+
+    def __init__(self, config: LLMConfig) -> None:
+        """An in-process LLM needs no asking."""
+        self._config = config
+        self._state = "in process" if config.backend == "transformers" else "unknown"
+        self._asked = float("-inf")
+        self._lock = asyncio.Lock()
+
+    async def state(self) -> str:
+        """``in process``, ``reachable`` or ``unreachable: why``."""
+        if self._config.backend == "transformers":
+            return self._state
+        async with self._lock:
+            if time.monotonic() - self._asked > _PROBE_SECONDS:
+                url = self._config.url.rstrip("/").removesuffix("/v1") + "/v1/models"
+                try:
+                    async with httpx.AsyncClient(timeout=_PROBE_SECONDS, trust_env=False) as client:
+                        reply = await client.get(url)
+                    # 401 and 403 come from a server that is up; its key is the backend's affair.
+                    up = reply.status_code < 500
+                    self._state = "reachable" if up else f"unreachable: HTTP {reply.status_code}"
+                except httpx.HTTPError as error:
+                    self._state = f"unreachable: {url}: {type(error).__name__}"
+                self._asked = time.monotonic()
+        return self._state
+
+
+@dataclass
+class Gateway:
+    """One gateway's parts. ``failure`` says why the start failed, if it did."""
+
+    shared: SharedMemory
+    metrics: Metrics
+    queue: ScoringQueue
+    probes: dict[str, LLMProbe]
+    ready: bool = False
+    failure: str | None = None
+    on_failure: Callable[[BaseException], None] | None = None
+    closing: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+
+    @property
+    def config(self) -> Config:
+        """The whole configuration."""
+        return self.shared.config
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The gateway that serves this request."""
+    state: Gateway = request.app.state.gateway
+    return state
+
+
+def ready_gateway(request: Request) -> Gateway:
+    """The gateway, once it can search; 503 before."""
+    state = gateway_of(request)
+    if not state.ready:
+        raise ApiError(503, state.failure or "the gateway is still starting", code="not_ready")
+    return state
+
+
+AnyGateway = Annotated[Gateway, Depends(gateway_of)]
+ReadyGateway = Annotated[Gateway, Depends(ready_gateway)]

@@ -1,0 +1,81 @@
+"""Streaming an answer as server-sent events, and keeping what was said for the scorer."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+
+from memshare.gateway.errors import error_body, error_of
+from memshare.gateway.state import Gateway
+from memshare.gateway.write import submit
+from memshare.progress import log
+from memshare.sharing import Pair
+
+
+class _Spoken:
+    """What the first choice has said so far."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.finish_reason = "none"
+        self.tools = False
+
+    def hear(self, chunk: Mapping[str, Any]) -> None:
+        for choice in chunk.get("choices") or ():
+            if choice.get("index", 0) != 0:
+                continue
+            delta = choice.get("delta") or {}
+            self.text.append(delta.get("content") or "")
+            self.tools = self.tools or bool(delta.get("tool_calls"))
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+
+
+def _event(value: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+async def events(
+    gateway: Gateway,
+    chunks: AsyncIterator[Mapping[str, Any]],
+    note: Mapping[str, Any],
+    pair: Pair | None,
+    started: float,
+) -> StreamingResponse:
+    """Pass ``chunks`` on, the first with ``memshare``; store the pair once the answer is whole.
+
+    The first chunk is awaited here, so that an LLM that refuses or is away is an ordinary 4xx or
+    503. What fails later comes as an ``error`` event, without [DONE]. An answer whose client has
+    gone away is not stored: nobody has seen it whole.
+    """
+    first = await anext(chunks, None)
+    gateway.shared.observe("llm", time.perf_counter() - started)
+
+    async def body() -> AsyncIterator[str]:
+        spoken = _Spoken()
+        try:
+            if first is not None:
+                spoken.hear(first)
+                yield _event({**first, "memshare": note})
+            async for chunk in chunks:
+                spoken.hear(chunk)
+                yield _event(chunk)
+        except Exception as error:
+            known = error_of(error)
+            log(f"a stream broke off: {type(error).__name__}: {error}")
+            yield _event(error_body(known.status_code, str(known.detail), code=known.code))
+            return
+        finally:
+            if isinstance(chunks, AsyncGenerator):
+                await chunks.aclose()  # a client that went away: the LLM need not go on
+        if pair:
+            text = "".join(spoken.text)
+            await submit(gateway, pair, text, spoken.finish_reason, spoken.tools)
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(
+        body(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+    )

@@ -1,0 +1,61 @@
+"""From a configuration to the loop's parts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from memshare.config import Config, ConfigError
+from memshare.llm.agent import Agent
+from memshare.llm.factory import make_llm
+from memshare.llm.rubric import RubricError, load_rubric
+from memshare.llm.scorer import make_scorer
+from memshare.pool.store import PoolStore
+from memshare.retrieval.searcher import Searcher
+from memshare.sharing.shared import SharedMemory
+
+
+def uses_scorer_llm(config: Config) -> bool:
+    """Whether the scorer needs an LLM: known answers do without."""
+    return config.scorer.kind != "reference"
+
+
+def assemble(config: Config) -> SharedMemory:
+    """Open the pool (creating the pools of the configuration), make searcher, agent and scorer.
+
+    Nothing is started yet. Equal settings for agent and scorer share one LLM. Raises `ConfigError`,
+    `PoolError`, `EncoderError` and `LLMError`, each saying what to do.
+    """
+    store = PoolStore.open(config.url)
+    try:
+        for name, settings in config.pools.items():
+            try:  # a missing rubric is found now, not at the first grade
+                load_rubric(settings.rubric)
+            except RubricError as error:
+                raise ConfigError(f"pools.{name}.rubric: {error}") from error
+            store.create_pool(name, settings.rubric, settings.threshold)
+        llms = [make_llm(config.agent_llm)]
+        if uses_scorer_llm(config) and config.scorer_llm != config.agent_llm:
+            llms.append(make_llm(config.scorer_llm))
+        return SharedMemory(
+            store,
+            Searcher(store, config),
+            Agent(llms[0], config.agent),
+            make_scorer(config.scorer, llms[-1] if uses_scorer_llm(config) else None),
+            config,
+            llms=tuple(llms),
+        )
+    except BaseException:
+        store.close()
+        raise
+
+
+@asynccontextmanager
+async def open_shared(config: Config) -> AsyncIterator[SharedMemory]:
+    """`assemble`, started, and closed at the end of the block."""
+    shared = assemble(config)
+    try:
+        await shared.start()
+        yield shared
+    finally:
+        await shared.aclose()

@@ -1,0 +1,269 @@
+"""One turn of the memory-sharing loop (Gao & Zhang, arXiv 2404.09982): steps 1 to 4.
+
+retrieve: the k most useful memories for a question; answer: the agent LLM with them as examples;
+grade_and_store: the scorer grades the bare pair by the pool's rubric, and it is stored at or above
+the pool's threshold or dropped, with the reason on record either way. The gateway, the bootstrap
+and the demo all take their turns here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+from memshare.config import Config
+from memshare.llm.agent import Agent, AgentAnswer
+from memshare.llm.base import LLM, LLMError, LLMUnavailable
+from memshare.llm.rubric import load_rubric
+from memshare.llm.scorer import Scorer
+from memshare.pool.errors import InvalidMemory
+from memshare.pool.store import PoolStore
+from memshare.pool.validate import check_memory
+from memshare.progress import log
+from memshare.records import AppendResult, NewMemory, PoolInfo, normalise
+from memshare.retrieval.searcher import Filter, Searcher, SearchTimeout
+from memshare.sharing import turn as ends
+from memshare.sharing.turn import Decision, Pair, Retrieved, Turn, prompt_hash
+
+T = TypeVar("T")
+_PATIENCE_SECONDS = 30.0  # between two lines about a long start
+
+
+class SharedMemory:
+    """The loop's parts behind one asynchronous face.
+
+    The store and the searcher block, so their calls run on threads of ``threads`` workers here.
+    ``observe(stage, seconds)`` is told how long each stage took (retrieve, llm, score, store);
+    ``llms`` are closed with the rest.
+    """
+
+    def __init__(
+        self,
+        store: PoolStore,
+        searcher: Searcher,
+        agent: Agent,
+        scorer: Scorer,
+        config: Config,
+        *,
+        llms: tuple[LLM, ...] = (),
+    ) -> None:
+        """Owns its parts from here on: `start` and `aclose` are theirs too."""
+        self.store = store
+        self.searcher = searcher
+        self.agent = agent
+        self.scorer = scorer
+        self.config = config
+        self.llms = llms
+        self.observe: Callable[[str, float], None] = lambda stage, seconds: None
+        threads = config.gateway.threads
+        self._reads = ThreadPoolExecutor(threads, thread_name_prefix="shared-read")
+        # Apart from the reads: a write also waits until it can be searched for.
+        self._writes = ThreadPoolExecutor(threads, thread_name_prefix="shared-write")
+        self._rubrics: dict[str, str] = {}
+
+    async def read(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run a blocking call of the store on a thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._reads, partial(call, *args, **kwargs))
+
+    async def write(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run a blocking write on a thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._writes, partial(call, *args, **kwargs))
+
+    async def retrieve(
+        self,
+        pool: str,
+        question: str,
+        k: int,
+        *,
+        filter: Filter | None = None,
+        exclude_copies: bool = False,
+    ) -> Retrieved:
+        """The ``k`` most useful memories of ``pool``, or all there are if it holds fewer.
+
+        ``exclude_copies`` leaves out memories whose normalised prompt equals the question: an
+        evaluation must not show an answer to the very question it asks. Raises `UnknownPool`.
+        """
+        started = time.perf_counter()
+        own = normalise(question)
+        wanted = k
+        while True:
+            found = await self.searcher.asearch(pool, question, wanted, filter)
+            texts = await self.read(self.store.get_many, [hit.id for hit in found.hits])
+            kept = [
+                (texts[hit.id], hit.similarity)
+                for hit in found.hits
+                # A memory deleted between the two calls is gone from the store already.
+                if hit.id in texts
+                and not (exclude_copies and normalise(texts[hit.id].prompt) == own)
+            ][:k]
+            if len(kept) == k or len(found.hits) < wanted:
+                break
+            wanted *= 2
+        self.observe("retrieve", time.perf_counter() - started)
+        memories = tuple(memory for memory, _ in kept)
+        return Retrieved(found.generation, memories, tuple(value for _, value in kept))
+
+    async def answer(
+        self, question: str, retrieved: Retrieved, seed: int | None = None
+    ) -> AgentAnswer:
+        """The agent's answer with these memories as examples. Raises `LLMError`."""
+        started = time.perf_counter()
+        answer = await self.agent.answer(question, retrieved.memories, seed)
+        self.observe("llm", time.perf_counter() - started)
+        return answer
+
+    async def grade_and_store(self, pair: Pair) -> Decision:
+        """Grade the pair by its pool's rubric and store it, or drop it with the reason on record.
+
+        A stored pair is searchable when this returns. A pair that can't be stored whatever its
+        grade (empty, cut off, unusable text) is not graded. Raises `UnknownPool`, and
+        `LLMUnavailable` with nothing decided if the scorer can't be reached.
+        """
+        info = await self.read(self.store.pool, pair.pool)
+        decision = self._hopeless(pair) or await self._decide(pair, info)
+        await self.record(pair, decision)
+        return decision
+
+    async def _decide(self, pair: Pair, info: PoolInfo) -> Decision:
+        rubric = await self._rubric(info)
+        started = time.perf_counter()
+        try:
+            grade = await self.scorer.grade(pair.prompt, pair.answer, rubric)
+        except LLMUnavailable:
+            raise
+        except LLMError as error:  # this pair can't be graded, and asking again won't help
+            return Decision("rejected", ends.REFUSED, detail=str(error))
+        self.observe("score", time.perf_counter() - started)
+        if grade.value is None:
+            return Decision("rejected", ends.UNREADABLE_GRADE, detail=grade.reason)
+        if grade.value < info.threshold:
+            return Decision("rejected", ends.BELOW_THRESHOLD, grade.value, detail=grade.reason)
+        (result,) = await self.write(self.append_visible, [self._memory(pair, grade.value)])
+        if result.status == "duplicate":
+            return Decision("duplicate", ends.DUPLICATE, grade.value, result.id)
+        return Decision("stored", ends.STORED, grade.value, result.id, grade.reason)
+
+    async def record(self, pair: Pair, decision: Decision) -> None:
+        """Put a decision on the pool's record."""
+        await self.write(
+            self.store.record_decision,
+            pair.pool,
+            decision.reason,
+            prompt_hash(pair.prompt),
+            decision.score,
+            pair.agent,
+            decision.memory_id,
+        )
+
+    async def turn(
+        self,
+        pool: str,
+        question: str,
+        *,
+        shots: int | None = None,
+        seed: int | None = None,
+        agent: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        exclude_copies: bool = False,
+    ) -> Turn:
+        """One whole turn of the loop for one question."""
+        shots = self.config.agent.shots if shots is None else shots
+        retrieved = Retrieved(None, (), ())
+        if shots:
+            retrieved = await self.retrieve(pool, question, shots, exclude_copies=exclude_copies)
+        answer = await self.answer(question, retrieved, seed)
+        pair = self.pair(pool, question, answer, agent, metadata)
+        return Turn(retrieved, answer, await self.grade_and_store(pair))
+
+    def pair(
+        self,
+        pool: str,
+        question: str,
+        answer: AgentAnswer,
+        agent: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Pair:
+        """The agent's answer as a pair to grade."""
+        completion = answer.completion
+        return Pair(
+            pool,
+            question,
+            completion.text.strip(),
+            completion.finish_reason,
+            agent,
+            self.agent.llm.model,
+            metadata or {},
+        )
+
+    def append_visible(self, memories: list[NewMemory]) -> list[AppendResult]:
+        """Blocking: append, and wait until the memories can be searched for.
+
+        A pool that this retriever doesn't serve is only stored into. Raises `SearchTimeout` with
+        everything stored; appending again is harmless.
+        """
+        started = time.perf_counter()
+        results = self.store.append(memories)
+        for pool in {memory.pool for memory in memories} & set(self.config.served_pools):
+            seqs = [
+                result.seq
+                for memory, result in zip(memories, results, strict=True)
+                if memory.pool == pool
+            ]
+            self.searcher.wait_visible(pool, max(seqs), self.config.gateway.visible_timeout_seconds)
+        self.observe("store", time.perf_counter() - started)
+        return results
+
+    async def start(self) -> None:
+        """Load encoder and generation; when this returns, memories can be searched for.
+
+        Raises what makes that impossible (`EncoderError`), or `SearcherClosed` if `aclose` comes
+        first.
+        """
+        self.searcher.start()
+        while True:
+            try:
+                return await self.read(self.searcher.wait_ready, _PATIENCE_SECONDS)
+            except SearchTimeout as error:
+                log(f"still loading: {error}")
+
+    async def aclose(self) -> None:
+        """Stop searcher and LLMs, let the threads finish, close the store."""
+        await self.read(self.searcher.close)
+        for llm in self.llms:
+            await llm.aclose()
+        await asyncio.to_thread(self._writes.shutdown)
+        await asyncio.to_thread(self._reads.shutdown)
+        await asyncio.to_thread(self.store.close)
+
+    def _hopeless(self, pair: Pair) -> Decision | None:
+        if not pair.prompt.strip() or not pair.answer.strip():
+            return Decision("rejected", ends.EMPTY)
+        if pair.finish_reason == "length":
+            return Decision("rejected", ends.CUT_OFF)
+        try:
+            check_memory(self._memory(pair, None), self.config.gateway.max_text_chars)
+        except InvalidMemory as error:
+            return Decision("rejected", ends.INVALID, detail=str(error))
+        return None
+
+    def _memory(self, pair: Pair, score: float | None) -> NewMemory:
+        return NewMemory(
+            pair.pool,
+            pair.prompt,
+            pair.answer,
+            score=score,
+            agent=pair.agent,
+            model=pair.model,
+            metadata=pair.metadata,
+        )
+
+    async def _rubric(self, info: PoolInfo) -> str:
+        if info.rubric not in self._rubrics:
+            self._rubrics[info.rubric] = await self.read(load_rubric, info.rubric)
+        return self._rubrics[info.rubric]

@@ -1,0 +1,129 @@
+"""The gateway: one HTTP service that answers with memory, and takes and finds memories.
+
+    python serve/gateway.py --config configs/pocket.yaml --port 8000
+
+One gateway a run folder. Bound to loopback unless --allow-unauthenticated is given: there are no
+keys yet, so whoever reaches it may read, write and delete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+import uvicorn
+
+from memshare.config import Config, ConfigError, add_config_arguments, load_config
+from memshare.files import RunLocked, run_lock, write_json
+from memshare.gateway.app import create_app
+from memshare.llm.base import LLMError
+from memshare.pool.errors import PoolError
+from memshare.progress import log
+from memshare.retrieval.encoder import EncoderError
+from memshare.sharing import assemble
+
+
+class AddressError(RuntimeError):
+    """The address can't be served on."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; raises `AddressError` saying what to do."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        # Now, so that a second server on the port is refused at once.
+        sock.listen(2048)
+    except (OSError, OverflowError) as error:
+        raise AddressError(
+            f"{host}:{port}: can't listen there: {error}; stop what uses it, or choose "
+            "another --host or --port"
+        ) from error
+    return sock
+
+
+def serve(config: Config, host: str, port: int) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the exit code."""
+    failures: list[BaseException] = []
+    with run_lock(config.run.dir, "gateway"), listen(host, port) as sock:
+        bound = sock.getsockname()[1]
+        shown = f"[{host}]" if ":" in host else host
+        app = create_app(assemble(config), on_failure=lambda error: stop(error))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=int(config.gateway.shutdown_seconds),
+            )
+        )
+
+        def stop(error: BaseException) -> None:
+            failures.append(error)
+            server.should_exit = True
+
+        write_json(
+            config.run.dir / "gateway.json",
+            {"url": f"http://{shown}:{bound}", "pid": os.getpid()},
+        )
+        log(f"listening on http://{shown}:{bound} (run folder {config.run.dir})")
+        # uvicorn raises the signal again once it has shut down: that is the end, not an error.
+        with suppress(KeyboardInterrupt, SystemExit):
+            server.run(sockets=[sock])
+    return 1 if failures else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check the address, serve."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_config_arguments(parser)
+    parser.add_argument("--host", help="address to bind (default: gateway.host)")
+    parser.add_argument("--port", type=int, help="port to bind, 0 for a free one (gateway.port)")
+    parser.add_argument(
+        "--allow-unauthenticated",
+        action="store_true",
+        help="bind to another address than loopback, open to whoever reaches it",
+    )
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    try:
+        config = load_config(args.config, args.overrides)
+        host = args.host or config.gateway.host
+        port = config.gateway.port if args.port is None else args.port
+        if not is_loopback(host):
+            if not args.allow_unauthenticated:
+                raise AddressError(
+                    f"{host} is not loopback, and the gateway has no keys: whoever reaches it may "
+                    "read, write and delete. Give --allow-unauthenticated if that is meant"
+                )
+            log(f"warning: {host} is open to whoever reaches it: no keys are asked for")
+        return serve(config, host, port)
+    except (AddressError, ConfigError, RunLocked, PoolError, LLMError, EncoderError) as error:
+        log(f"gateway: {error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

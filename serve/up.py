@@ -1,0 +1,156 @@
+"""All of it on one machine: LLM servers (where vLLM is used), the gateway, the continual trainer.
+
+    python serve/up.py --config configs/pocket.yaml
+
+Each part is a child process with its log under the run folder's logs/. The trainer starts once the
+gateway and its LLMs answer. A part that dies stops everything, and the end of its log is shown;
+Ctrl-C and SIGTERM stop everything cleanly: the trainer, then the gateway, then the LLMs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import httpx
+
+from memshare.config import Config, ConfigError, add_config_arguments, load_config
+from memshare.files import RunLocked, run_lock
+from memshare.gateway.supervisor import Part, Supervisor
+from memshare.progress import log
+
+ROOT = Path(__file__).resolve().parent.parent
+_POLL_SECONDS = 1.0
+_READY_SECONDS = 5.0
+
+
+class Failed(RuntimeError):
+    """A part died or never got ready."""
+
+
+def command(program: str, args: argparse.Namespace, *more: str) -> list[str]:
+    """The command line of one of our programs with this configuration."""
+    line = [sys.executable, "-u", str(ROOT / program)]
+    if args.config:
+        line += ["--config", str(args.config)]
+    for override in args.overrides:
+        line += ["--set", override]
+    return [*line, *more]
+
+
+def state_of(url: str) -> dict[str, Any]:
+    """What /readyz says; empty while nobody answers."""
+    try:
+        reply = httpx.get(f"{url}/readyz", timeout=_READY_SECONDS, trust_env=False)
+        return dict(reply.json())
+    except (httpx.HTTPError, ValueError):
+        return {}
+
+
+def is_up(state: dict[str, Any]) -> bool:
+    """The gateway is ready and every LLM it uses is there."""
+    llms = state.get("llm", {}).values()
+    return bool(state.get("ready")) and not any(s.startswith(("unre", "unkn")) for s in llms)
+
+
+def check(supervisor: Supervisor, may_finish: Part | None = None) -> None:
+    """Raise `Failed` with its log's end if a part has died.
+
+    A trainer that has done ``continual.rounds`` rounds ends with 0, and the rest serves on.
+    """
+    part = supervisor.dead()
+    if part is None:
+        return
+    if part is may_finish and part.process.returncode == 0:
+        log("the trainer has done its rounds; serving goes on")
+        supervisor.parts.remove(part)
+        return
+    raise Failed(
+        f"{part.name} ended with exit code {part.process.returncode}; the end of "
+        f"{part.log_file}:\n{part.tail()}"
+    )
+
+
+def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stopping: Event) -> None:
+    """Start the parts in order, then watch them until ``stopping`` is set or one dies."""
+    host = args.host or config.gateway.host
+    port = args.port or config.gateway.port
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    uses_vllm = "vllm" in (config.agent_llm.backend, config.scorer_llm.backend)
+    if uses_vllm and not args.no_llm:
+        supervisor.start("llm", command("serve/llm.py", args))
+    options = ["--host", host, "--port", str(port)]
+    if args.allow_unauthenticated:
+        options.append("--allow-unauthenticated")
+    supervisor.start("gateway", command("serve/gateway.py", args, *options))
+    limit = 120.0
+    if uses_vllm:
+        servers = (config.agent_llm.server, config.scorer_llm.server)
+        limit += max(server.start_timeout_seconds for server in servers)
+    deadline = time.monotonic() + limit
+    while not is_up(state := state_of(url)):
+        check(supervisor)
+        if time.monotonic() > deadline:
+            raise Failed(f"not ready after {limit:g} s: {state or 'the gateway does not answer'}")
+        if stopping.wait(_POLL_SECONDS):
+            return
+    log(f"serving on {url}")
+    trainer = None
+    if not args.no_train:
+        trainer = supervisor.start("continual", command("train/continual.py", args))
+    shown = ""
+    while not stopping.wait(_POLL_SECONDS):
+        check(supervisor, trainer)
+        state = state_of(url)
+        llms = ", ".join(f"{name} {value}" for name, value in state.get("llm", {}).items())
+        status = f"generation {state.get('generation')}, LLMs: {llms}" if state else "no answer"
+        if status != shown:
+            shown = status
+            log(f"status: {status}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start everything; stop everything, whatever happened."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_config_arguments(parser)
+    parser.add_argument("--host", help="the gateway's address (default: gateway.host)")
+    parser.add_argument("--port", type=int, help="the gateway's port (default: gateway.port)")
+    parser.add_argument("--no-train", action="store_true", help="serve only, without the trainer")
+    parser.add_argument("--no-llm", action="store_true", help="the LLM servers run already")
+    parser.add_argument("--allow-unauthenticated", action="store_true", help="see serve/gateway.py")
+    args = parser.parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+    except ConfigError as error:
+        log(f"up: {error}")
+        return 2
+    supervisor = Supervisor(config.run.dir / "logs", config.gateway.shutdown_seconds + 15.0)
+    # A flag, not an exception: nothing may be started and then forgotten in between.
+    stopping = Event()
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda number, frame: stopping.set())
+    code, clean = 0, True
+    try:
+        with run_lock(config.run.dir, "up"):
+            try:
+                run(config, args, supervisor, stopping)
+                log("stopping")
+            except Failed as error:
+                log(f"up: {error}")
+                code = 1
+            finally:
+                clean = supervisor.stop()
+    except RunLocked as error:
+        log(f"up: {error}")
+        return 2
+    return code if clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
