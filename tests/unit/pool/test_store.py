@@ -93,7 +93,7 @@ def test_an_invalid_memory_spoils_nothing(store: PoolStore) -> None:
 
 
 def test_delete_erases_the_text_and_frees_the_content(tmp_path: Path) -> None:
-    secret = "the secret words of a prompt"
+    secret = "the secret words of a prompt " * 500  # on pages of its own, which a delete frees
     with PoolStore.open(f"sqlite:///{tmp_path}/pool.db") as store:
         store.create_pool("main")
         (first,) = store.append([new(secret, "secret answer", metadata={"note": "secret note"})])
