@@ -10,14 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
-import subprocess
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from memshare.evaluation.report import commit, machine
 from memshare.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,49 +50,7 @@ def write_claims(
         "quick": args.quick,
         **extra,
     }
-    print(json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False))
     if args.json is not None:
         write_json(args.json, report)
+    print(json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False))
     return report
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory in bytes, GPUs, and versions."""
-    return {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": _gpus(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-    }
-
-
-def commit() -> str:
-    """The commit, with ``+changes`` if files differ from it; ``unknown`` outside git."""
-    try:
-        head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-        changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+changes" if changed else "")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _gpus() -> list[str]:
-    try:
-        return _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return []  # no driver here, so no GPU
-
-
-def _output(*command: str) -> str:
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
