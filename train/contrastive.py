@@ -72,17 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return outcome.EXIT_USAGE
     world = World(accelerator.device)
     writes = world.main and not args.dry_run
+    lock = run_lock(args.output, "training") if writes else nullcontext()
     try:
-        with run_lock(args.output, "training") if writes else nullcontext():
-            try:
-                if writes:
-                    outcome.clear_result(args.output)
-                with outcome.stop_signals() as stop:
-                    return train(args, config, accelerator, world, stop)
-            except EXPECTED as error:
-                if writes:
-                    outcome.write_result(args.output, "failed", error=str(error))
-                raise
+        with lock, outcome.told(args.output, EXPECTED, writes), outcome.stop_signals() as stop:
+            return train(args, config, accelerator, world, stop)
     except EXPECTED as error:
         log(f"error: {error}")
         return outcome.EXIT_CODES["failed"]
@@ -106,18 +99,17 @@ def train(
     fresh = select(chain.from_iterable(map(read_examples, args.examples)), settings)
     earlier = select(chain.from_iterable(map(read_examples, args.replay_examples)), settings)
     say(f"{fresh}; {len(earlier.items)} of earlier rounds to draw {args.replay_count} from")
-    facts = {"examples": len(fresh.items), "dropped": fresh.dropped,
-             "without_hard_negatives": fresh.without_negatives}  # fmt: skip
     if not fresh.items:
         say("error: no usable example, nothing to train on; the encoder stays as it is")
         if world.main and not args.dry_run:
-            outcome.write_result(args.output, "empty", **facts)
+            outcome.write_result(args.output, "empty", **fresh.counts())
         return outcome.EXIT_CODES["empty"]
     items = mix_replay(fresh.items, earlier.items, args.replay_count, seed)
 
     # 2. The encoder to start from, its optimizer, and the order of the data.
-    start = {"model": args.encoder or config.encoder.model, "device": str(accelerator.device)}
-    encoder = Encoder.load(config.encoder.model_copy(update=start))
+    model = args.encoder or config.encoder.model
+    where = {"model": model, "device": str(accelerator.device)}
+    encoder = Encoder.load(config.encoder.model_copy(update=where))
     fingerprint = f"{encoder.query_fingerprint()} {encoder.memory_fingerprint()}"
     if settings.lora.enabled:
         add_adapters(encoder, settings.lora, seed)
@@ -128,9 +120,10 @@ def train(
     if batches.table.truncated:
         say(f"{batches.table.truncated} texts have over {encoder.max_length} tokens: cut off")
     fixed = {
-        **settings.model_dump(mode="json", exclude=FREE_ON_RESUME), "encoder": fingerprint,
-        "examples": batches.digest, "steps": steps, "processes": world.size,
-        "mixed_precision": accelerator.mixed_precision,
+        **{f"training.{key}": value for key, value in settings.model_dump(mode="json").items()
+           if key not in FREE_ON_RESUME},
+        "encoder": fingerprint, "examples": batches.digest, "steps": steps,
+        "processes": world.size, "mixed_precision": accelerator.mixed_precision,
     }  # fmt: skip
     world.check_same(repr(fixed), "examples, encoder or settings")
     if args.dry_run:
@@ -143,9 +136,8 @@ def train(
     root = args.output / "checkpoints"
     state, found = TrainState(0, fixed, seed, new_run_id()), None
     if args.resume != "never":
-        found = checkpoint.find(
-            root, fixed, must=args.resume == "must", allow_change=args.allow_config_change
-        )
+        must, allow = args.resume == "must", args.allow_config_change
+        found = checkpoint.find(root, fixed, must=must, allow_change=allow)
     world.check_same(str(found and found[0]), "checkpoints")
     if found:
         state = found[1]
@@ -155,10 +147,13 @@ def train(
         checkpoint.discard(root, after=state.step if found else -1)
 
     # 4. Train: each step's gradient is the same on all processes, and so are their weights.
-    tracker = Tracker(args.output, config.wandb, run_id=state.wandb_id, settings=fixed,
-                      done=state.step, main=world.main)  # fmt: skip
-    gradient = ContrastiveStep(encoder, batches.table, settings, world, seed=seed,
-                               autocast=accelerator.autocast)  # fmt: skip
+    tracker = Tracker(
+        args.output, config.wandb, run_id=state.wandb_id, settings=fixed, done=state.step,
+        main=world.main,
+    )  # fmt: skip
+    gradient = ContrastiveStep(
+        encoder, batches.table, settings, world, seed=seed, autocast=accelerator.autocast
+    )
     with tracker:
         todo = range(state.step, steps)
         for step in track(todo, "training") if world.main else todo:
@@ -173,29 +168,26 @@ def train(
             state = state.after(result.loss, result.tokens, result.padded, seconds)
             last = state.step == steps or result.stop
             if last or state.step % settings.log_every == 0:
-                tracker.show(state.step, steps, {
-                    "loss": result.loss, "lr": lr, "grad_norm": norm,
-                    "tokens_per_second": result.tokens / seconds,
-                    "real_token_share": result.tokens / result.padded,
-                })  # fmt: skip
+                figures = {"loss": result.loss, "lr": lr, "grad_norm": norm}
+                tracker.show(state.step, steps, {**figures, **result.rates(seconds)})
             if world.main and (last or state.step % settings.checkpoint_every == 0):
                 checkpoint.save(root, encoder.model, optimizer, state)
-            if result.stop and state.step < steps:
+            if result.stop:
                 break
     world.barrier()  # nobody leaves before the checkpoint stands
 
-    # 5. Export, with LoRA merged.
+    # 5. Export.
     done = state.step == steps
     if world.main:
         if done:
-            export(encoder, args.output / "encoder")
+            export(encoder, args.output / "encoder")  # LoRA merged
         outcome.write_result(
-            args.output, "trained" if done else "stopped", **facts,
+            args.output, "trained" if done else "stopped", **fresh.counts(),
             replayed=len(items) - len(fresh.items), truncated=batches.table.truncated,
             **state.figures(), of_steps=steps, processes=world.size, seed=seed,
-            encoder=str(start["model"]), wandb=tracker.wandb,
+            encoder=model, wandb=tracker.wandb,
         )  # fmt: skip
-    say(f"{state.step} of {steps} steps done" + ("" if done else f"; stopped by {stop.signal}"))
+    say(f"{state.step} of {steps} steps done" + ("" if done else "; stopped by a signal"))
     return outcome.EXIT_CODES["trained" if done else "stopped"]
 
 

@@ -68,11 +68,10 @@ class World:
         most = max(len(places) for places in owners)
         padded = local.new_zeros(most, local.shape[1])
         padded[: len(local)] = local
-        everything = local.new_empty(self.size * most, local.shape[1])
-        dist.all_gather_into_tensor(everything, padded)
-        for rank, places in enumerate(owners):
-            rows = everything[rank * most : rank * most + len(places)]
-            out[torch.from_numpy(places).to(self.device)] = rows
+        everything = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(everything, padded)
+        for rows, places in zip(everything, owners, strict=True):
+            out[torch.from_numpy(places).to(self.device)] = rows[: len(places)]
         return out
 
     def sum(self, tensor: Tensor) -> Tensor:

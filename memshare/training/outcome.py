@@ -37,11 +37,6 @@ def write_result(output: Path, status: Status, **figures: Any) -> int:
     return EXIT_CODES[status]
 
 
-def clear_result(output: Path) -> None:
-    """Forget how an earlier run ended."""
-    (output / "result.json").unlink(missing_ok=True)
-
-
 def read_result(output: Path) -> dict[str, Any] | None:
     """What the last training into ``output`` ended with; None where it did not end by itself."""
     try:
@@ -50,6 +45,22 @@ def read_result(output: Path) -> dict[str, Any] | None:
         return None
     assert isinstance(result, dict)
     return result
+
+
+@contextmanager
+def told(output: Path, errors: tuple[type[Exception], ...], writes: bool) -> Iterator[None]:
+    """Forget how an earlier run into ``output`` ended; say so if this one ends by an error.
+
+    Only the process that ``writes`` touches ``result.json``. The error goes on.
+    """
+    if writes:
+        (output / "result.json").unlink(missing_ok=True)
+    try:
+        yield
+    except errors as error:
+        if writes:
+            write_result(output, "failed", error=str(error))
+        raise
 
 
 class StopRequest:

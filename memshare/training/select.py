@@ -24,6 +24,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +85,14 @@ class Selection:
     items: tuple[Selected, ...]
     dropped: dict[str, int]
     without_negatives: int
+
+    def counts(self) -> dict[str, Any]:
+        """For a report."""
+        return {
+            "examples": len(self.items),
+            "dropped": self.dropped,
+            "without_hard_negatives": self.without_negatives,
+        }
 
     def __str__(self) -> str:
         reasons = "".join(f"; {count} dropped: {why}" for why, count in self.dropped.items())

@@ -63,6 +63,13 @@ class StepResult:
     padded: int
     stop: bool
 
+    def rates(self, seconds: float) -> dict[str, float]:
+        """Throughput of a step that took so long, and its share of tokens that are no padding."""
+        return {
+            "tokens_per_second": self.tokens / seconds,
+            "real_token_share": self.tokens / self.padded,
+        }
+
 
 class ContrastiveStep:
     """Computes gradients; the optimizer is the caller's. Draws from torch's global generator."""

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from memshare.config import TrainingConfig
+from memshare.training import checkpoint
+from memshare.training.checkpoint import CheckpointError, TrainState
+from memshare.training.optimizer import make_optimizer
+
+STATE = TrainState(3, {"training.lr": 1e-3}, 7, "abcd1234", 0.5, 100, 120, 2.0)
+
+
+def trained(seed: int = 0, steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    model[0].weight.requires_grad_(False)
+    optimizer = make_optimizer(model, TrainingConfig(lr=1e-2))
+    for step in range(steps):
+        advance(model, optimizer, step)
+    return model, optimizer
+
+
+def advance(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    model(torch.randn(5, 4, generator=generator)).pow(2).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    folder = checkpoint.save(tmp_path, model, optimizer, STATE)
+    for step in range(3, 6):
+        advance(model, optimizer, step)
+    again, other = trained(seed=0, steps=0)
+    checkpoint.verify(folder)
+    checkpoint.restore(folder, again, other)
+    for step in range(3, 6):
+        advance(again, other, step)
+    assert same(weights(model), weights(again))
+    assert checkpoint.read_state(folder) == STATE
+
+
+def test_only_what_learns_is_saved_and_nothing_is_pickled(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    folder = checkpoint.save(tmp_path, model, optimizer, STATE)
+    assert "0.weight" not in checkpoint.trainable(model)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json",
+    ]  # fmt: skip
+
+
+def test_the_last_ones_are_kept(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    for step in (5, 10, 15, 20):
+        checkpoint.save(tmp_path, model, optimizer, replace(STATE, step=step))
+    names = [path.name for path in checkpoint.checkpoints(tmp_path)]
+    assert names == ["step-00000015", "step-00000020"]
+    checkpoint.discard(tmp_path, after=15)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000015"]
+    checkpoint.discard(tmp_path)
+    assert checkpoint.latest_intact(tmp_path) is None
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("harm", [_flip, _cut, Path.unlink])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
+def test_a_damaged_one_is_refused_and_the_one_before_used(
+    tmp_path: Path, name: str, harm: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, optimizer = trained()
+    first = checkpoint.save(tmp_path, model, optimizer, replace(STATE, step=5))
+    second = checkpoint.save(tmp_path, model, optimizer, replace(STATE, step=10))
+    assert checkpoint.latest_intact(tmp_path) == second
+    harm(second / name)  # type: ignore[operator]
+    if name == "manifest.json" and harm is _flip:  # its last byte is a newline: make it count
+        (second / name).write_text((second / name).read_text().replace("sha256", "sha255"))
+    assert checkpoint.latest_intact(tmp_path) == first
+    assert "step-00000010" in capsys.readouterr().err
+    shutil.rmtree(first)
+    assert checkpoint.latest_intact(tmp_path) is None
+
+
+@pytest.mark.parametrize("at", range(1, 40))
+def test_a_crash_at_any_step_of_writing_leaves_the_old_one(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop at the n-th durable operation: what is found is whole, the old one or the new."""
+    model, optimizer = trained()
+    checkpoint.save(tmp_path, model, optimizer, replace(STATE, step=5))
+
+    class Crash(BaseException):
+        pass
+
+    count = 0
+
+    def counted(real: object) -> object:
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal count
+            count += 1
+            if count == at:
+                raise Crash
+            return real(*args, **kwargs)  # type: ignore[operator]
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", counted(os.fsync))
+        patch.setattr(os, "replace", counted(os.replace))
+        patch.setattr(Path, "rename", counted(Path.rename))
+        try:
+            checkpoint.save(tmp_path, model, optimizer, replace(STATE, step=10))
+            crashed = False
+        except Crash:
+            crashed = True
+    if not crashed:
+        assert count < at  # beyond the last operation: the loop over `at` has seen them all
+    found = checkpoint.latest_intact(tmp_path)
+    assert found is not None and checkpoint.read_state(found).step in (5, 10)
+    assert len(checkpoint.checkpoints(tmp_path)) <= 2
+    # And the next run is not hindered by what was left lying.
+    folder = checkpoint.save(tmp_path, model, optimizer, replace(STATE, step=15))
+    assert checkpoint.latest_intact(tmp_path) == folder
+
+
+def test_changed_settings_are_named(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    folder = checkpoint.save(tmp_path, model, optimizer, STATE)
+    now = {"training.lr": 2e-3, "steps": 9}
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint.find(tmp_path, now, must=False, allow_change=False)
+    assert "training.lr: 0.001 -> 0.002" in str(refused.value)
+    assert "steps: None -> 9" in str(refused.value)
+    found = checkpoint.find(tmp_path, now, must=False, allow_change=True)
+    assert found == (folder, replace(STATE, settings=now))
+    found = checkpoint.find(tmp_path, STATE.settings, must=True, allow_change=False)
+    assert found == (folder, STATE)
+
+
+def test_nothing_to_continue_from(tmp_path: Path) -> None:
+    assert checkpoint.find(tmp_path, {}, must=False, allow_change=False) is None
+    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+        checkpoint.find(tmp_path, {}, must=True, allow_change=False)
+
+
+def test_other_weights_are_refused(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    folder = checkpoint.save(tmp_path, model, optimizer, STATE)
+    other = nn.Linear(4, 8)
+    with pytest.raises(CheckpointError, match="other weights"):
+        checkpoint.restore(folder, other, make_optimizer(other, TrainingConfig()))
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    old = checkpoint.save(tmp_path, model, optimizer, STATE)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*earlier checkpoints are intact"):
+        checkpoint.save(tmp_path, model, optimizer, replace(STATE, step=9))
+    assert [path.name for path in tmp_path.iterdir()] == [old.name]
+    assert json.loads((old / "state.json").read_text())["step"] == 3
