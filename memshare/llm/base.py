@@ -18,8 +18,19 @@ class LLMError(RuntimeError):
     """The LLM refused a request (a 4xx, a context too long): repeating it won't help."""
 
 
+class ContextTooLong(LLMError):
+    """Prompt and answer together don't fit the model; ``tokens`` were asked for, ``limit`` fit."""
+
+    def __init__(self, model: str, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"{model}: {tokens} tokens are too long, its context holds {limit}; shorten the text"
+        )
+        self.tokens = tokens
+        self.limit = limit
+
+
 class LLMUnavailable(LLMError):
-    """The LLM can't be reached or stayed mute after every retry; the message names URL and model."""
+    """The LLM can't be reached or stayed mute after every retry; names URL and model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +60,15 @@ class LLM(Protocol):
     """An instruct model behind a chat template. Every method may be called concurrently."""
 
     model: str  # what identifies the weights: part of cache keys and provenance
-    context_length: int  # tokens of prompt and answer together
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together; a server's own limit is known after `ready`."""
+        ...
+
+    async def ready(self) -> None:
+        """Check once that the model is there; raises `LLMUnavailable` or `LLMError`."""
+        ...
 
     async def chat(
         self,
@@ -61,7 +80,7 @@ class LLM(Protocol):
         json_schema: Mapping[str, Any] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Completion:
-        """Answer ``messages``. ``json_schema`` asks for structured output; ``extra`` passes through."""
+        """Answer ``messages``; ``json_schema`` asks for structured output, ``extra`` passes on."""
         ...
 
     def stream(

@@ -1,0 +1,70 @@
+"""An agent: the LLM that answers a question with the pool's memories as worked examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from memshare.config import AgentConfig
+from memshare.llm.base import LLM, Completion, Message
+from memshare.llm.prompts import few_shot, fit_shots
+from memshare.records import Memory
+
+
+@dataclass(frozen=True, slots=True)
+class AgentAnswer:
+    """An answer and the ids of the memories that were shown for it, best first."""
+
+    completion: Completion
+    used: list[str]
+
+    @property
+    def text(self) -> str:
+        """The answer itself."""
+        return self.completion.text
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the length limit ended it; such an answer is never stored."""
+        return self.completion.finish_reason == "length"
+
+
+class Agent:
+    """Answers with ``config``'s instruction, sampling and length."""
+
+    def __init__(self, llm: LLM, config: AgentConfig) -> None:
+        self.llm = llm
+        self.config = config
+
+    async def prompt(
+        self, question: str, memories: Sequence[Memory]
+    ) -> tuple[list[Message], list[str]]:
+        """The messages sent for ``question``, and the ids of the memories that fitted in.
+
+        ``memories`` come best first; the least similar are dropped until all fits. Raises
+        `ContextTooLong` if the question alone is too long.
+        """
+        await self.llm.ready()
+        bare = few_shot(self.config.instruction, (), question)
+        shots = [(memory.prompt, memory.answer) for memory in memories]
+        messages, kept = fit_shots(self.llm, bare, shots, self.config.max_tokens)
+        return messages, [memory.id for memory in memories[:kept]]
+
+    async def answer(
+        self,
+        question: str,
+        memories: Sequence[Memory],
+        seed: int | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> AgentAnswer:
+        """Answer ``question`` with ``memories`` (best first) shown; ``extra`` passes through."""
+        messages, used = await self.prompt(question, memories)
+        completion = await self.llm.chat(
+            messages,
+            max_tokens=self.config.max_tokens,
+            temperature=self.config.temperature,
+            seed=seed,
+            extra=extra,
+        )
+        return AgentAnswer(completion, used)

@@ -1,0 +1,131 @@
+"""P(y | candidate, x): how likely an answer becomes when memories are shown before its question.
+
+The score that labels training data (step 5 of the loop; Rubin et al., "Learning To Retrieve
+Prompts for In-Context Learning", 2022): mean log-likelihood per token, in nats. Nothing is ever
+scored twice: results are kept by model and content, and equal requests in flight share one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import sqlite3
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from memshare.llm.base import LLM, LogLikelihood
+from memshare.llm.prompts import few_shot
+
+_VERSION = 1  # part of every key: raise it when the prompt around the texts changes
+
+
+class LikelihoodCache:
+    """Likelihoods in one SQLite file; threads and processes may share it.
+
+    Raises `sqlite3.Error` where the file can't be opened or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(
+            path, timeout=60.0, isolation_level=None, check_same_thread=False
+        )
+        self._db.execute("PRAGMA journal_mode=WAL")
+        # A crash of the machine may lose the last entries; they are measured again.
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS likelihoods ("
+            "key BLOB PRIMARY KEY, sum REAL NOT NULL, tokens INTEGER NOT NULL) WITHOUT ROWID"
+        )
+
+    def get(self, key: bytes) -> LogLikelihood | None:
+        """What was measured for ``key``, if anything was."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT sum, tokens FROM likelihoods WHERE key = ?", (key,)
+            ).fetchone()
+        return None if row is None else LogLikelihood(float(row[0]), int(row[1]))
+
+    def put(self, key: bytes, value: LogLikelihood) -> None:
+        """Keep ``value``; what another process stored meanwhile stays."""
+        with self._lock:
+            self._db.execute(
+                "INSERT OR IGNORE INTO likelihoods VALUES (?, ?, ?)", (key, value.sum, value.tokens)
+            )
+
+    def __len__(self) -> int:
+        with self._lock:
+            return int(self._db.execute("SELECT count(*) FROM likelihoods").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+
+class Likelihood:
+    """Measures answers with the scorer LLM. ``measured`` counts the calls that reached it.
+
+    ``instruction`` is the system turn that the agents use too, or empty.
+    """
+
+    def __init__(
+        self, llm: LLM, cache: LikelihoodCache | None = None, instruction: str = ""
+    ) -> None:
+        self.llm = llm
+        self.cache = cache
+        self.instruction = instruction
+        self.measured = 0
+        self._flying: dict[bytes, asyncio.Task[LogLikelihood]] = {}
+
+    async def score(
+        self, query_prompt: str, answer: str, shots: Sequence[tuple[str, str]] = ()
+    ) -> float:
+        """Mean nats per token of ``answer`` to ``query_prompt`` after ``shots`` (best first).
+
+        Raises `ContextTooLong` if all of it doesn't fit the model, `LLMError` for an empty answer.
+        """
+        return (await self.measure(query_prompt, answer, shots)).mean
+
+    async def baseline(self, query_prompt: str, answer: str) -> float:
+        """The same with no memory shown: what a positive must beat."""
+        return await self.score(query_prompt, answer, ())
+
+    async def measure(
+        self, query_prompt: str, answer: str, shots: Sequence[tuple[str, str]]
+    ) -> LogLikelihood:
+        """Sum and token count instead of the mean."""
+        key = self._key(query_prompt, answer, shots)
+        if self.cache is not None and (known := self.cache.get(key)) is not None:
+            return known
+        task = self._flying.get(key)
+        if task is None or task.get_loop() is not asyncio.get_running_loop():
+            task = asyncio.create_task(self._measure(key, query_prompt, answer, shots))
+            self._flying[key] = task
+            task.add_done_callback(lambda done: self._landed(key, done))
+        # Shielded: one caller that gives up must not cancel the others.
+        return await asyncio.shield(task)
+
+    async def _measure(
+        self, key: bytes, query_prompt: str, answer: str, shots: Sequence[tuple[str, str]]
+    ) -> LogLikelihood:
+        messages = few_shot(self.instruction, shots, query_prompt)
+        self.measured += 1
+        value = await self.llm.loglikelihood(messages, answer)
+        if self.cache is not None:
+            self.cache.put(key, value)
+        return value
+
+    def _landed(self, key: bytes, task: asyncio.Task[LogLikelihood]) -> None:
+        if self._flying.get(key) is task:
+            del self._flying[key]
+        if not task.cancelled():
+            task.exception()  # marks it as seen where every caller has given up
+
+    def _key(self, query_prompt: str, answer: str, shots: Sequence[tuple[str, str]]) -> bytes:
+        parts = [_VERSION, self.llm.model, self.instruction, list(shots), query_prompt, answer]
+        return hashlib.sha256(json.dumps(parts).encode()).digest()

@@ -1,0 +1,53 @@
+"""Few-shot chat prompts: memories become earlier turns, the best one nearest the question.
+
+Texts go in as they are; the backends neutralise every message's content (`neutralise`), so that no
+caller can forget to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from memshare.llm.base import LLM, ContextTooLong, Message
+
+
+def few_shot(instruction: str, shots: Sequence[tuple[str, str]], question: str) -> list[Message]:
+    """Instruction as system turn (if there is one), ``shots`` (best first), then the question."""
+    conversation: list[Message] = [{"role": "user", "content": question}]
+    if instruction:
+        conversation.insert(0, {"role": "system", "content": instruction})
+    return with_shots(conversation, shots)
+
+
+def with_shots(conversation: Sequence[Message], shots: Sequence[tuple[str, str]]) -> list[Message]:
+    """Put ``shots`` (best first) between a conversation's system turns and the rest.
+
+    They appear in reverse: a model attends most to what stands nearest the question.
+    """
+    start = 0
+    while start < len(conversation) and conversation[start]["role"] in ("system", "developer"):
+        start += 1
+    turns: list[Message] = []
+    for prompt, answer in reversed(shots):
+        turns.append({"role": "user", "content": prompt})
+        turns.append({"role": "assistant", "content": answer})
+    return [*conversation[:start], *turns, *conversation[start:]]
+
+
+def fit_shots(
+    llm: LLM,
+    conversation: Sequence[Message],
+    shots: Sequence[tuple[str, str]],
+    max_tokens: int,
+) -> tuple[list[Message], int]:
+    """The prompt with as many of ``shots`` (best first) as fit, and how many those are.
+
+    The least similar ones are dropped until prompt and ``max_tokens`` of answer fit the context.
+    Raises `ContextTooLong` if they don't fit without any shot.
+    """
+    for kept in range(len(shots), -1, -1):
+        messages = with_shots(conversation, shots[:kept])
+        tokens = llm.count_tokens(messages) + max_tokens
+        if tokens <= llm.context_length:
+            return messages, kept
+    raise ContextTooLong(llm.model, tokens, llm.context_length)

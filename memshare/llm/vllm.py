@@ -1,0 +1,224 @@
+"""The vLLM backend: an OpenAI-compatible server over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from memshare.config import LLMConfig
+from memshare.llm.base import Completion, ContextTooLong, LLMError, LogLikelihood, Message
+from memshare.llm.factory import model_identity
+from memshare.llm.tokens import ChatTokenizer
+from memshare.llm.transport import Transport
+
+
+class VLLMBackend:
+    """An LLM behind a vLLM server. Follows `memshare.llm.base.LLM`.
+
+    Chat goes through ``/v1/chat/completions``, where the server applies the chat template to
+    messages whose text was neutralised here. Likelihoods go as token ids to ``/v1/completions``
+    with ``prompt_logprobs``, so that the span of the answer is known exactly: the tokenizer is
+    loaded here from the same model (folder or hub name).
+
+    Nothing is sent before the first call. `ready` learns from ``/v1/models`` the name under which
+    the model is served and its context length; every method does it first, once.
+    """
+
+    def __init__(self, model: str, config: LLMConfig, backoff_seconds: float = 0.5) -> None:
+        self.config = config
+        self.model = model_identity(model)
+        self._source = model
+        self._chat_tokenizer: ChatTokenizer | None = None
+        self._served: str | None = None
+        self._context_length: int | None = None
+        self._http = Transport(
+            config.url,
+            model,
+            timeout=config.timeout_seconds,
+            retries=config.retries,
+            concurrency=config.max_concurrency,
+            api_key=os.environ.get(config.api_key_env),
+            backoff=backoff_seconds,
+        )
+
+    @property
+    def chat_tokenizer(self) -> ChatTokenizer:
+        """The model's tokenizer, loaded when it is first needed."""
+        if self._chat_tokenizer is None:
+            self._chat_tokenizer = ChatTokenizer(self._source)
+        return self._chat_tokenizer
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together: the server's limit, once `ready` has asked."""
+        if self._context_length is None:
+            raise LLMError("the context length is the server's: await ready() first")
+        return self._context_length
+
+    async def ready(self) -> None:
+        """Ask the server what it serves, unless it was asked before.
+
+        Raises `LLMUnavailable` naming URL and model, and `LLMError` if another model is served.
+        """
+        if self._served is not None:
+            return
+        if self._chat_tokenizer is None:
+            await asyncio.to_thread(lambda: self.chat_tokenizer)
+        reply = await self._http.get("/v1/models")
+        cards = [card for card in reply.get("data", []) if isinstance(card, dict)]
+        folder = Path(self._source).is_dir() and Path(self._source).resolve()
+        for card in cards:
+            root = str(card.get("root") or "")
+            same_folder = bool(folder) and Path(root).is_dir() and Path(root).resolve() == folder
+            if card.get("id") == self._source or root == self._source or same_folder:
+                break
+        else:
+            served = ", ".join(str(card.get("id")) for card in cards) or "nothing"
+            raise LLMError(f"{self._http.url} serves {served}, not {self._source}")
+        limit = card.get("max_model_len")
+        known = self.chat_tokenizer.tokenizer.model_max_length
+        self._context_length = int(limit or (known if known < 10**9 else 2048))
+        self._served = str(card["id"])
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Tokens of the rendered prompt, generation header included."""
+        return self.chat_tokenizer.count(messages)
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """Answer ``messages``; ``extra`` holds further fields of the request, unchanged."""
+        await self.ready()
+        body = self._body(messages, max_tokens, temperature, seed, extra)
+        if json_schema is not None:
+            body["structured_outputs"] = {"json": dict(json_schema)}
+        reply = await self._http.post("/v1/chat/completions", body)
+        try:
+            choice = reply["choices"][0]
+            usage = reply.get("usage") or {}
+            return Completion(
+                text=choice["message"].get("content") or "",
+                finish_reason=str(choice.get("finish_reason") or "stop"),
+                prompt_tokens=int(usage.get("prompt_tokens", 0)),
+                completion_tokens=int(usage.get("completion_tokens", 0)),
+                raw=reply,
+            )
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise self._unexpected(reply) from error
+
+    async def stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[Mapping[str, Any]]:
+        """Yield the server's ``chat.completion.chunk`` objects as they come."""
+        await self.ready()
+        body = self._body(messages, max_tokens, temperature, seed, extra) | {"stream": True}
+        # Closed at once if the reader goes away, so that the server stops generating.
+        async with aclosing(self._http.events("/v1/chat/completions", body)) as events:
+            async for event in events:
+                yield event
+
+    async def loglikelihood(self, context: Sequence[Message], continuation: str) -> LogLikelihood:
+        """Log-likelihood of ``continuation`` (without end-of-turn) as the reply to ``context``."""
+        await self.ready()
+        span = self.chat_tokenizer.span(context, continuation, self.context_length)
+        scores = await self._prompt_logprobs(span.ids, span.start)
+        return LogLikelihood(math.fsum(scores), len(scores))
+
+    async def label_probabilities(
+        self, context: Sequence[Message], labels: Sequence[str]
+    ) -> list[float]:
+        """Probability of each label as the reply's first token, renormalised over ``labels``.
+
+        One request reads every label (``logprob_token_ids``); ``/generative_scoring`` would need
+        one for each.
+        """
+        await self.ready()
+        prefix, ids = self.chat_tokenizer.label_ids(labels)
+        prompt = self.chat_tokenizer.prompt_ids(context) + prefix
+        if len(prompt) + 1 > self.context_length:
+            raise ContextTooLong(self.model, len(prompt) + 1, self.context_length)
+        reply = await self._http.post(
+            "/v1/completions",
+            {
+                "model": self._served,
+                "prompt": prompt,
+                "max_tokens": 1,
+                "temperature": 0.0,
+                "logprobs": 1,  # must be set; which ones is said below
+                "logprob_token_ids": ids,
+                "return_tokens_as_token_ids": True,
+            },
+        )
+        try:
+            read = reply["choices"][0]["logprobs"]["top_logprobs"][0]
+            scores = [float(read[f"token_id:{token}"]) for token in ids]
+        except (KeyError, IndexError, TypeError) as error:
+            raise self._unexpected(reply) from error
+        highest = max(scores)
+        weights = [math.exp(score - highest) for score in scores]
+        return [weight / math.fsum(weights) for weight in weights]
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def _prompt_logprobs(self, ids: Sequence[int], start: int) -> list[float]:
+        """Log-probability of each of ``ids[start:]`` given what stands before it."""
+        reply = await self._http.post(
+            "/v1/completions",
+            {
+                "model": self._served,
+                "prompt": list(ids),
+                "max_tokens": 1,  # the least vLLM takes; the token itself is not used
+                "temperature": 0.0,
+                "prompt_logprobs": 0,  # the prompt's own tokens only
+            },
+        )
+        try:
+            rows = reply["choices"][0]["prompt_logprobs"]
+            if len(rows) != len(ids):
+                raise self._unexpected(reply)
+            return [float(rows[i][str(ids[i])]["logprob"]) for i in range(start, len(ids))]
+        except (KeyError, IndexError, TypeError) as error:
+            raise self._unexpected(reply) from error
+
+    def _body(
+        self,
+        messages: Sequence[Message],
+        max_tokens: int,
+        temperature: float,
+        seed: int | None,
+        extra: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        body: dict[str, Any] = dict(extra or {})
+        body["model"] = self._served
+        body["messages"] = self.chat_tokenizer.clean(messages)
+        body["max_tokens"] = max_tokens
+        body["temperature"] = temperature
+        if seed is not None:
+            body["seed"] = seed
+        return body
+
+    def _unexpected(self, reply: Mapping[str, Any]) -> LLMError:
+        return LLMError(
+            f"{self._http.url} (model {self._source}): unexpected reply {str(reply)[:300]}; "
+            "vLLM 0.20 or newer is needed"
+        )
