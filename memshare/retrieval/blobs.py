@@ -45,7 +45,7 @@ def write_files(
     needed = (0 if has_encoder else weight_bytes(encoder)) + (
         0 if has_rows else vectors.nbytes + blob.nbytes
     )
-    if needed > shutil.disk_usage(home).free:  # known now rather than after minutes of writing
+    if needed > free_bytes(home):  # known now rather than after minutes of writing
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if not has_encoder:
         encoder.save(folder / "encoder")
@@ -107,6 +107,12 @@ def _same_rows(source: Path, vectors: npt.NDArray[np.float32], ids: npt.NDArray[
     index = FlatIndex.load(source / "index.faiss")
     old = index.reconstruct(np.arange(len(ids)))
     return old.shape == vectors.shape and bool(np.allclose(old, vectors, rtol=0, atol=_SAME_VECTOR))
+
+
+def free_bytes(folder: Path) -> int:
+    """Space left for files under ``folder``, which may not exist yet."""
+    there = next(item for item in (folder, *folder.absolute().parents) if item.is_dir())
+    return shutil.disk_usage(there).free
 
 
 def weight_bytes(encoder: Encoder) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ import numpy.typing as npt
 
 from memshare.files import fsync_dir, write_atomic
 from memshare.progress import log
-from memshare.retrieval.blobs import weight_bytes, write_files
+from memshare.retrieval.blobs import free_bytes, weight_bytes, write_files
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import verify_generation
 from memshare.retrieval.manifest import (
@@ -73,8 +72,9 @@ def publish(
     ``vectors`` (rows, dim) float32 unit rows and ``ids`` (rows) are grouped by pool as ``spans``
     say, at the change log ``positions``. ``built_by``: the memory fingerprint of the encoder that
     made the vectors; any other than ``encoder``'s is refused. ``best``: the best generation so far
-    by the gate, None if it is this one. Afterwards all but the newest ``keep``, CURRENT, the best
-    and the leased ones are deleted. Files that equal the parent's are hard links to them.
+    by the gate (0: the configured encoder), None if it is this one. Afterwards all but the newest
+    ``keep``, CURRENT, the best and the leased ones are deleted. Files that equal the parent's are
+    hard links to them.
 
     Raises `PublishError` for parts that do not belong together and where the files can't be
     written, a full disk among them; nothing but the old state is left then.
@@ -85,11 +85,11 @@ def publish(
     _check(encoder, vectors, ids, spans, positions)
     home = home_of(root, retriever)
     manifest = Manifest(
-        number=0,  # taken under the lock
+        number=0,  # this, best and files come later, the number under the lock
         retriever=retriever,
         created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
         parent=parent,
-        best=0 if best is None else best,
+        best=0,
         dimension=encoder.dim,
         metric=METRIC,
         query_fingerprint=encoder.query_fingerprint(),
@@ -105,7 +105,7 @@ def publish(
             with locked(home):
                 held, pinned = read_current(home)
                 number = max([*numbers(home), held or 0]) + 1
-                manifest = replace(manifest, number=number, best=manifest.best or number)
+                manifest = replace(manifest, number=number, best=number if best is None else best)
                 write_atomic(folder / MANIFEST, manifest.dump())
                 folder.chmod(0o755)  # mkdtemp's are private
                 staged = None if pinned else stage_current(home, number, pinned=False)
@@ -198,8 +198,7 @@ def _bytes_needed(encoder: Encoder, vectors: npt.NDArray[np.float32], ids: Seque
 
 
 def _explain(home: Path, error: Exception, needed: int) -> PublishError:
-    there = next(folder for folder in (home, *home.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
+    free = free_bytes(home)
     full = (
         isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     ) or os.strerror(errno.ENOSPC).lower() in str(error).lower()

@@ -1,0 +1,211 @@
+"""Running the gate: search held-out questions with every rival, judge, decide."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from memshare.config import Config
+from memshare.metrics.ir import mean_metrics
+from memshare.pool.store import PoolStore
+from memshare.progress import log, track
+from memshare.records import Memory, normalise
+from memshare.retrieval.bm25 import PoolBM25
+from memshare.retrieval.build import Built
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.filters import Filter
+from memshare.retrieval.gate import GateResult, choose_queries, decide, judge
+from memshare.retrieval.generation import (
+    DamagedGeneration,
+    NoGeneration,
+    best,
+    load,
+    load_current,
+)
+from memshare.retrieval.serving import FROZEN, Query, Serving, frozen_serving
+
+_BLOCK = 64  # questions searched at a time
+
+# Gains of candidates for one query's answer: nats per token over no example, or 1 / 0 by labels.
+Gains = Sequence[float]
+Relevance = Callable[[Memory, Sequence[Memory]], Gains | Awaitable[Gains]]
+
+
+def run_gate(
+    store: PoolStore,
+    config: Config,
+    current: Serving,
+    following: Serving,
+    best: Serving | None,
+    queries: Sequence[Memory],
+    relevance: Relevance,
+) -> GateResult:
+    """Judge ``following`` against ``current`` and ``best`` (None: the current one is the best).
+
+    Each `Serving` must be caught up, so that all search the same memories. At most
+    ``gate.max_queries`` of ``queries`` (held-out memories) are used. A question is never answered
+    with itself or a copy of it. ``relevance`` gives the gain of each candidate; where it is a
+    coroutine function, all queries are judged concurrently in an event loop of this call's own.
+    """
+    rivals = {"current": current, "next": following} | ({} if best is None else {"best": best})
+    chosen = choose_queries(
+        [query for query in queries if query.pool in following.shards],
+        config.gate.max_queries,
+        config.run.seed,
+    )
+    if not chosen:
+        return GateResult(True, "no held-out queries", 0)
+    copies = _copies(store, chosen)
+    depth = config.gate.depth
+    runs = {name: _search(rival, chosen, depth, copies) for name, rival in rivals.items()}
+    runs["bm25"] = _search_bm25(store, config, chosen, depth, copies)
+    gains = _gains(store, chosen, runs, relevance)
+    metrics = judge(runs, gains, config.gate.gain)
+    verdict = decide(
+        metrics["current"], metrics["next"], metrics.get("best"), config.gate, config.run.seed
+    )
+    if not verdict.queries:
+        return replace(verdict, reason="no held-out query has a relevant memory")
+    top, champion = metrics["next"], best or current
+    earlier = mean_metrics(metrics["best" if best is not None else "current"])
+    is_best = mean_metrics(top)["nDCG@10"] >= earlier["nDCG@10"]
+    figures = {
+        **verdict.figures,
+        "bm25": mean_metrics(metrics["bm25"]),
+        "generations": {name: rival.number for name, rival in rivals.items() if name != "next"},
+        "without_relevant": len(chosen) - verdict.queries,
+    }
+    return replace(verdict, figures=figures, best=None if is_best else champion.number)
+
+
+def gate_built(
+    store: PoolStore,
+    config: Config,
+    encoder: Encoder,
+    built: Built,
+    queries: Sequence[Memory],
+    relevance: Relevance,
+) -> GateResult:
+    """`run_gate` for rows that are about to be published, against what is on disk.
+
+    The current generation is CURRENT (an intact older one if it is damaged, the configured encoder
+    if there is none); the best so far is what the newest generation names.
+    """
+    root, name, device = config.generations_dir, config.retriever.name, config.encoder.device
+    with ExitStack() as stack:
+        try:
+            generation = load_current(root, name, device)
+        except DamagedGeneration as error:
+            log(f"the gate compares with the configured encoder: {error}")
+            generation = None
+        if generation is None:
+            current = frozen_serving(config)
+        else:
+            stack.callback(generation.close)
+            current = Serving.of(generation, store, config.served_pools)
+        champion, number = None, best(root, name)
+        if number == FROZEN != current.number:
+            champion = frozen_serving(config)
+        elif number not in (None, current.number):
+            try:
+                kept = load(root, name, number, device)
+                stack.callback(kept.close)
+                champion = Serving.of(kept, store, config.served_pools)
+            except (NoGeneration, DamagedGeneration) as error:
+                log(f"the gate can't compare with the best so far: {error}")
+        following = Serving.of_built(encoder, built, store)
+        if queries:
+            for rival in (current, following, champion):
+                if rival is not None:
+                    rival.catch_up(store)
+        verdict = run_gate(store, config, current, following, champion, queries, relevance)
+        # Where nothing could be measured, the best stays the best.
+        return verdict if verdict.queries else replace(verdict, best=number)
+
+
+def _copies(store: PoolStore, queries: Sequence[Memory]) -> dict[str, frozenset[str]]:
+    """For each query the memories of its pool with the same prompt, itself included."""
+    same: dict[tuple[str, str], set[str]] = {
+        (query.pool, normalise(query.prompt)): {query.id} for query in queries
+    }
+    for pool in sorted({query.pool for query in queries}):
+        for memory in store.iter(pool):
+            found = same.get((pool, normalise(memory.prompt)))
+            if found is not None:
+                found.add(memory.id)
+    return {query.id: frozenset(same[query.pool, normalise(query.prompt)]) for query in queries}
+
+
+def _search(
+    serving: Serving, queries: Sequence[Memory], depth: int, copies: dict[str, frozenset[str]]
+) -> dict[str, list[str]]:
+    runs = {}
+    for start in range(0, len(queries), _BLOCK):
+        block = queries[start : start + _BLOCK]
+        answers = serving.answer(
+            [
+                Query(query.pool, query.prompt, depth, Filter(exclude=copies[query.id]))
+                for query in block
+            ]
+        )
+        for query, answer in zip(block, answers, strict=True):
+            runs[query.id] = [hit.id for hit in answer.hits]
+    return runs
+
+
+def _search_bm25(
+    store: PoolStore,
+    config: Config,
+    queries: Sequence[Memory],
+    depth: int,
+    copies: dict[str, frozenset[str]],
+) -> dict[str, list[str]]:
+    by_pool: dict[str, list[Memory]] = defaultdict(list)
+    for query in queries:
+        by_pool[query.pool].append(query)
+    runs = {}
+    for pool, members in by_pool.items():
+        index = PoolBM25(store, pool, config.bm25).index()
+        found = index.top(
+            [query.prompt for query in members], depth, [copies[query.id] for query in members]
+        )
+        for query, ranked in zip(members, found, strict=True):
+            runs[query.id] = [id for id, _ in ranked]
+    return runs
+
+
+def _gains(
+    store: PoolStore,
+    queries: Sequence[Memory],
+    runs: dict[str, dict[str, list[str]]],
+    relevance: Relevance,
+) -> dict[str, dict[str, float]]:
+    """Query id -> memory id -> gain, over the union of what the runs return."""
+    waiting: list[Awaitable[Gains]] = []
+    names: list[tuple[str, list[str]]] = []
+    results: list[Gains] = []
+    for query in track(queries, "gate: judging"):
+        union = sorted({id for run in runs.values() for id in run[query.id]})
+        living = store.get_many(union)
+        candidates = [living[id] for id in union if id in living]
+        names.append((query.id, [memory.id for memory in candidates]))
+        found = relevance(query, candidates)
+        if inspect.isawaitable(found):
+            waiting.append(found)
+        else:
+            assert not inspect.isawaitable(found)
+            results.append(found)
+    if waiting:
+        results = asyncio.run(_gather(waiting))
+    return {
+        query: dict(zip(ids, map(float, gains), strict=True))
+        for (query, ids), gains in zip(names, results, strict=True)
+    }
+
+
+async def _gather(waiting: Sequence[Awaitable[Gains]]) -> list[Gains]:
+    return list(await asyncio.gather(*waiting))

@@ -1,0 +1,315 @@
+"""Publishing: order, links, pins, pruning, and refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memshare.config import Config
+from memshare.pool.store import PoolStore
+from memshare.retrieval.build import Built, build_generation
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.generation import (
+    DamagedGeneration,
+    NoGeneration,
+    best,
+    current,
+    generations,
+    load,
+    verify_generation,
+)
+from memshare.retrieval.publish import PublishError, activate, publish, unpin
+from memshare.retrieval.shelf import Lease, numbers
+from tests.retrieving import fill, make_config, open_store, publish_now
+from tests.tiny import tiny_encoder
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    base = tmp_path_factory.mktemp("encoders")
+    return [tiny_encoder(base / str(seed), seed=seed) for seed in range(2)]
+
+
+@pytest.fixture
+def config(tmp_path: Path, encoders: list[Path]) -> Config:
+    return make_config(tmp_path / "run", encoders[0])
+
+
+@pytest.fixture
+def store(config: Config) -> Iterator[PoolStore]:
+    with open_store(config) as opened:
+        fill(opened, "p", 12)
+        yield opened
+
+
+@pytest.fixture
+def encoder(encoders: list[Path]) -> Encoder:
+    return Encoder.from_folder(encoders[0], device="cpu")
+
+
+def home(config: Config) -> Path:
+    return config.generations_dir / config.retriever.name
+
+
+def leftovers(config: Config) -> list[str]:
+    temporary = (".tmp", ".trash", ".CURRENT")
+    return [item.name for item in home(config).iterdir() if item.name.startswith(temporary)]
+
+
+def test_what_is_published_is_loaded(store: PoolStore, config: Config, encoder: Encoder) -> None:
+    built = build_generation(store, config, encoder)
+    number = publish_now(store, config, encoder, metrics={"gate": {"passed": True}})
+    assert number == 1 == current(config.generations_dir, "main")
+    generation = load(config.generations_dir, "main", device="cpu")
+    assert generation.manifest.positions == {"p": 12}
+    assert [item.decode() for item in generation.ids["p"]] == built.ids
+    assert np.array_equal(generation.indexes["p"].reconstruct(np.arange(12)), built.vectors)
+    assert np.allclose(generation.encoder.encode_queries(["x"]), encoder.encode_queries(["x"]))
+    assert json.loads((generation.folder / "metrics.json").read_text())["gate"]["passed"] is True
+    generation.close()
+    assert leftovers(config) == []
+
+
+def test_no_pickle_in_ids(store: PoolStore, config: Config, encoder: Encoder) -> None:
+    publish_now(store, config, encoder)
+    ids = np.load(home(config) / "000001" / "ids.npy", allow_pickle=False)
+    assert ids.dtype.kind == "S"
+
+
+def test_an_empty_pool_is_published(config: Config, encoder: Encoder) -> None:
+    with open_store(config) as store:
+        publish_now(store, config, encoder)
+    generation = load(config.generations_dir, "main", device="cpu")
+    assert len(generation.ids["p"]) == 0
+    generation.close()
+
+
+def test_unchanged_files_are_links_and_changed_ones_are_not(
+    store: PoolStore, config: Config, encoder: Encoder, encoders: list[Path]
+) -> None:
+    publish_now(store, config, encoder)
+    publish_now(store, config, encoder, parent=1)
+    fill(store, "p", 1, seed=9)
+    publish_now(store, config, encoder, parent=2)
+    other = Encoder.from_folder(encoders[1], device="cpu")
+    publish_now(store, config, other, parent=3, keep=9)
+
+    def same(name: str, a: int, b: int) -> bool:
+        return (home(config) / f"{a:06d}" / name).samefile(home(config) / f"{b:06d}" / name)
+
+    weights = "encoder/model.safetensors"
+    assert same("index.faiss", 1, 2) and same("ids.npy", 1, 2) and same(weights, 1, 2)
+    assert same(weights, 2, 3) and not same("index.faiss", 2, 3)
+    assert not same(weights, 3, 4)
+    for number in (2, 3, 4):
+        verify_generation(config.generations_dir, "main", number)
+
+
+def test_a_damaged_parent_is_not_linked(store: PoolStore, config: Config, encoder: Encoder) -> None:
+    publish_now(store, config, encoder)
+    weights = home(config) / "000001" / "encoder" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    publish_now(store, config, encoder, parent=1)
+    verify_generation(config.generations_dir, "main", 2)
+    with pytest.raises(DamagedGeneration):
+        verify_generation(config.generations_dir, "main", 1)
+
+
+def test_vectors_of_another_encoder_are_refused(
+    store: PoolStore, config: Config, encoder: Encoder, encoders: list[Path]
+) -> None:
+    built = build_generation(store, config, Encoder.from_folder(encoders[1], device="cpu"))
+    with pytest.raises(PublishError, match="another encoder"):
+        publish(
+            config.generations_dir, "main", encoder=encoder, parent=None, metrics={}, keep=3,
+            **built.parts(),
+        )  # fmt: skip
+    assert current(config.generations_dir, "main") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": ["a"]}, "vectors are"),
+        ({"ids": ["a"] * 12}, "distinct"),
+        ({"positions": {"q": 3}}, "positions"),
+        ({"spans": {"p": (0, 11)}}, "rows end at 11"),
+        ({"spans": {"p": (1, 12)}}, r"\[1, 12\) but 0"),
+        ({"vectors": np.zeros((12, 32), np.float32)}, "unit"),
+        ({"vectors": np.full((12, 32), np.nan, np.float32)}, "unit"),
+        ({"vectors": np.eye(12, 32)}, "float64"),
+        ({"metrics": {"x": float("nan")}}, "JSON"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(
+    store: PoolStore, config: Config, encoder: Encoder, change: dict[str, Any], message: str
+) -> None:
+    built = build_generation(store, config, encoder)
+    parts = {**built.parts(), "metrics": {}, **change}
+    with pytest.raises(PublishError, match=message):
+        publish(config.generations_dir, "main", encoder=encoder, parent=None, keep=3, **parts)
+    assert numbers(home(config)) == []
+
+
+def test_publishers_obey_the_pin(
+    store: PoolStore, config: Config, encoder: Encoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = config.generations_dir
+    publish_now(store, config, encoder)
+    publish_now(store, config, encoder)
+    activate(root, "main", 1)
+    assert current(root, "main") == 1
+    assert publish_now(store, config, encoder) == 3
+    assert current(root, "main") == 1 and "pinned" in capsys.readouterr().err
+    assert unpin(root, "main") == 1 and current(root, "main") == 1
+    assert unpin(root, "main") is None
+    publish_now(store, config, encoder)
+    assert current(root, "main") == 4
+
+
+def test_only_whole_generations_are_activated(
+    store: PoolStore, config: Config, encoder: Encoder
+) -> None:
+    root = config.generations_dir
+    publish_now(store, config, encoder)
+    publish_now(store, config, encoder)
+    (home(config) / "000001" / "ids.npy").write_bytes(b"torn")
+    with pytest.raises(DamagedGeneration):
+        activate(root, "main", 1)
+    with pytest.raises(NoGeneration):
+        activate(root, "main", 7)
+    assert current(root, "main") == 2
+    assert publish_now(store, config, encoder) == 3 == current(root, "main")
+
+
+def test_pruning_keeps_the_newest_current_best_and_leased(
+    store: PoolStore, config: Config, encoder: Encoder
+) -> None:
+    root = config.generations_dir
+    publish_now(store, config, encoder, keep=9)  # 1: the best
+    publish_now(store, config, encoder, keep=9, best=1)  # 2: leased
+    publish_now(store, config, encoder, keep=9, best=1)  # 3: pinned
+    lease = Lease(home(config), 2)
+    activate(root, "main", 3)
+    for _ in range(3):
+        publish_now(store, config, encoder, keep=1, best=1)
+    assert numbers(home(config)) == [1, 2, 3, 6]
+    assert best(root, "main") == 1
+    lease.release()
+    publish_now(store, config, encoder, keep=1)
+    assert numbers(home(config)) == [3, 7]
+    assert [manifest.number for manifest in generations(root, "main")] == [3, 7]
+
+
+def test_a_killed_reader_leaves_no_lease(
+    store: PoolStore, config: Config, encoder: Encoder
+) -> None:
+    publish_now(store, config, encoder, keep=1)
+    code = (
+        "import sys, time; from pathlib import Path; from memshare.retrieval.shelf import Lease\n"
+        "lease = Lease(Path(sys.argv[1]), 1); print('held', flush=True); time.sleep(600)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(home(config))], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout is not None and child.stdout.readline() == "held\n"
+        publish_now(store, config, encoder, keep=1)
+        assert numbers(home(config)) == [1, 2]
+    finally:
+        child.kill()
+        child.wait()
+    publish_now(store, config, encoder, keep=1)
+    assert numbers(home(config)) == [3]
+
+
+def test_a_lease_never_loses_to_pruning(store: PoolStore, config: Config, encoder: Encoder) -> None:
+    """Readers lease CURRENT over and over while a publisher that keeps one goes on and on."""
+    root = config.generations_dir
+    publish_now(store, config, encoder, keep=1)
+    stop, problems, loads = threading.Event(), [], []
+
+    def reader() -> None:
+        while not stop.is_set():
+            try:
+                lease = None
+                number = current(root, "main")
+                assert number is not None
+                try:
+                    lease = Lease(home(config), number)
+                except NoGeneration:
+                    continue  # pruned before the lease was taken: allowed
+                stop.wait(0.002)
+                if not (home(config) / f"{number:06d}" / "manifest.json").is_file():
+                    problems.append(f"{number} was deleted under its lease")
+                loads.append(number)
+                lease.release()
+            except BaseException as error:
+                problems.append(repr(error))
+                raise
+
+    threads = [threading.Thread(target=reader) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    built = build_generation(store, config, encoder)
+    for _ in range(25):
+        publish(root, "main", encoder=encoder, parent=None, metrics={}, keep=1, **built.parts())
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert len(set(loads)) > 5, "the race was not exercised"
+    loaded = load(root, "main", device="cpu")
+    assert loaded.number == 26
+    loaded.close()
+
+
+def test_two_publishers_at_once(store: PoolStore, config: Config, encoders: list[Path]) -> None:
+    """Neither loses its generation, nor sweeps the other's temporary folder away."""
+    made: list[int] = []
+
+    def work(seed: int) -> None:
+        mine = Encoder.from_folder(encoders[seed], device="cpu")
+        for _ in range(3):
+            made.append(publish_now(store, config, mine, keep=9))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == [1, 2, 3, 4, 5, 6]
+    for number in made:
+        verify_generation(config.generations_dir, "main", number)
+
+
+def test_a_folder_left_by_a_crash_is_swept(
+    store: PoolStore, config: Config, encoder: Encoder
+) -> None:
+    publish_now(store, config, encoder)
+    (home(config) / ".tmp-dead").mkdir()
+    (home(config) / ".trash-000009").mkdir()
+    (home(config) / ".CURRENT.99.tmp").write_text("9\n")
+    publish_now(store, config, encoder)
+    assert leftovers(config) == []
+
+
+def test_built_rows_are_those_of_living_memories(
+    store: PoolStore, config: Config, encoder: Encoder
+) -> None:
+    memories = fill(store, "p", 3, seed=5)
+    store.delete(memories[0].id)
+    store.hold(memories[1].id)
+    built: Built = build_generation(store, config, encoder)
+    assert memories[2].id in built.ids and len(built.ids) == 13
+    assert built.positions == {"p": store.last_seq("p")} and built.spans == {"p": (0, 13)}
