@@ -1,0 +1,196 @@
+"""One turn of the loop on real parts: what is retrieved, what is stored, what is on record."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memshare.config import ConfigError
+from memshare.llm.base import LLMError, LLMUnavailable
+from memshare.llm.scorer import Scorer
+from memshare.pool.errors import UnknownPool
+from memshare.records import Grade, NewMemory
+from memshare.sharing import Decision, Pair, SharedMemory, assemble, open_shared
+from tests.loop import loop_config
+
+Run = Callable[[Callable[[SharedMemory], Coroutine[Any, Any, Any]]], Any]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def run(tmp_path: Path, models: Path) -> Run:
+    """Run a coroutine with the loop's parts around it."""
+
+    def runner(body: Callable[[SharedMemory], Coroutine[Any, Any, Any]], **sections: Any) -> Any:
+        async def inside() -> Any:
+            async with open_shared(loop_config(tmp_path / "run", models, **sections)) as shared:
+                return await body(shared)
+
+        return asyncio.run(inside())
+
+    return runner
+
+
+def memories(pool: str, *prompts: str) -> list[NewMemory]:
+    return [NewMemory(pool, prompt, f"answer to {prompt}") for prompt in prompts]
+
+
+def test_retrieve_best_first_and_no_more_than_there_are(run: Run) -> None:
+    async def body(shared: SharedMemory) -> None:
+        empty = await shared.retrieve("keep", "anything", 3)
+        assert (empty.memories, empty.generation) == ((), 0)
+        shared.append_visible(memories("keep", "red apples", "green pears", "blue plums"))
+        found = await shared.retrieve("keep", "red apples", 10)
+        assert len(found.memories) == 3
+        assert found.memories[0].prompt == "red apples"
+        assert list(found.similarities) == sorted(found.similarities, reverse=True)
+        assert len((await shared.retrieve("keep", "red apples", 2)).memories) == 2
+
+    run(body)
+
+
+def test_an_evaluation_is_not_shown_the_question_itself(run: Run) -> None:
+    async def body(shared: SharedMemory) -> None:
+        copies = [NewMemory("keep", "Red  APPLES", f"answer {i}") for i in range(9)]
+        shared.append_visible([*copies, *memories("keep", "red pears", "green plums")])
+        shown = await shared.retrieve("keep", "red apples", 2)
+        assert {memory.prompt for memory in shown.memories} == {"Red  APPLES"}
+        fair = await shared.retrieve("keep", "red apples", 2, exclude_copies=True)
+        assert [memory.prompt for memory in fair.memories] == ["red pears", "green plums"]
+
+    run(body)
+
+
+def test_deleted_memory_is_not_shown_even_before_the_index_knows(run: Run) -> None:
+    async def body(shared: SharedMemory) -> None:
+        first, _ = shared.append_visible(memories("keep", "red apples", "green pears"))
+        shared.store.delete(first.id)
+        found = await shared.retrieve("keep", "red apples", 2)
+        assert [memory.prompt for memory in found.memories] == ["green pears"]
+
+    run(body)
+
+
+def test_stored_pair_has_provenance_and_is_searchable_at_once(run: Run) -> None:
+    async def body(shared: SharedMemory) -> Decision:
+        pair = Pair("keep", "Why?", "Because.", agent="ann", model="m1", metadata={"a": [1]})
+        decision = await shared.grade_and_store(pair)
+        assert (decision.status, decision.reason) == ("stored", "stored")
+        assert decision.score is not None and 0 < decision.score < 100
+        found = await shared.retrieve("keep", "Why?", 1)
+        (memory,) = found.memories
+        assert memory.id == decision.memory_id
+        assert (memory.prompt, memory.answer) == ("Why?", "Because.")
+        assert (memory.agent, memory.model, memory.metadata) == ("ann", "m1", {"a": [1]})
+        assert memory.score == pytest.approx(decision.score)
+        again = await shared.grade_and_store(replace(pair, answer="BECAUSE."))
+        assert (again.status, again.memory_id) == ("duplicate", decision.memory_id)
+        assert shared.store.decisions("keep") == {"duplicate": 1, "stored": 1}
+        return decision
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"pool": "strict"}, "below threshold"),
+        ({"finish_reason": "length"}, "cut off by length"),
+        ({"answer": " \n"}, "empty"),
+        ({"prompt": ""}, "empty"),
+        ({"answer": "a\x00b"}, "invalid"),
+        ({"answer": "x" * 40_000}, "invalid"),
+        ({"answer": "why?"}, "unreadable grade"),  # repeats the question: no verdict
+    ],
+)
+def test_dropped_pair_leaves_its_reason_on_record(
+    run: Run, change: dict[str, str], reason: str
+) -> None:
+    pair = replace(Pair("keep", "Why?", "Because."), **change)
+
+    async def body(shared: SharedMemory) -> None:
+        decision = await shared.grade_and_store(pair)
+        assert (decision.status, decision.reason) == ("rejected", reason)
+        assert shared.store.decisions(pair.pool) == {reason: 1}
+        assert shared.store.stats(pair.pool).memories == 0
+
+    run(body)
+
+
+def test_garbled_structured_grade_rejects(run: Run) -> None:
+    async def body(shared: SharedMemory) -> None:
+        decision = await shared.grade_and_store(Pair("keep", "Why?", "Because."))
+        assert (decision.status, decision.reason) == ("rejected", "unreadable grade")
+
+    scorer = {"kind": "rubric", "grading": "structured", "max_tokens": 4}
+    run(body, scorer=scorer, pools={"keep": {"threshold": 0, "rubric": "logic"}})
+
+
+class Refuses(Scorer):
+    """An LLM server's refusal or absence can't be had from an LLM in this process."""
+
+    def __init__(self, error: LLMError) -> None:
+        self.error = error
+
+    async def _grade(self, prompt: str, answer: str, rubric_text: str) -> Grade:
+        raise self.error
+
+
+def test_scorer_that_refuses_rejects_and_one_that_is_away_decides_nothing(run: Run) -> None:
+    async def body(shared: SharedMemory) -> None:
+        pair = Pair("keep", "Why?", "Because.")
+        shared.scorer = Refuses(LLMError("no such model"))
+        decision = await shared.grade_and_store(pair)
+        assert (decision.reason, decision.detail) == ("refused by the scorer", "no such model")
+        shared.scorer = Refuses(LLMUnavailable("http://x: nobody there"))
+        with pytest.raises(LLMUnavailable):
+            await shared.grade_and_store(pair)
+        assert shared.store.decisions("keep") == {"refused by the scorer": 1}
+
+    run(body)
+
+
+def test_whole_turn_shows_what_was_retrieved(run: Run) -> None:
+    stages: list[str] = []
+
+    async def body(shared: SharedMemory) -> None:
+        shared.observe = lambda stage, seconds: stages.append(stage)
+        shared.append_visible(memories("keep", "red apples", "green pears", "blue plums"))
+        turn = await shared.turn("keep", "red apples", agent="ann", seed=1)
+        assert turn.answer.used == [memory.id for memory in turn.retrieved.memories]
+        assert len(turn.answer.used) == 2
+        # A random model talks until the limit; what is cut off is never stored.
+        assert turn.answer.completion.finish_reason == "length"
+        assert turn.decision.reason == "cut off by length"
+        assert shared.store.stats("keep").memories == 3
+        bare = await shared.turn("keep", "red apples", shots=0)
+        assert (bare.retrieved.generation, bare.answer.used) == (None, [])
+
+    run(body)
+    assert {"retrieve", "llm", "store"} <= set(stages)
+
+
+def test_unknown_pool(run: Run) -> None:
+    async def body(shared: SharedMemory) -> None:
+        with pytest.raises(UnknownPool, match="nowhere"):
+            await shared.retrieve("nowhere", "q", 1)
+        with pytest.raises(UnknownPool, match="nowhere"):
+            await shared.grade_and_store(Pair("nowhere", "q", "a"))
+
+    run(body)
+
+
+def test_missing_rubric_is_found_before_anything_starts(tmp_path: Path, models: Path) -> None:
+    pools = {"keep": {"rubric": "no-such-rubric"}}
+    config = loop_config(tmp_path / "run", models, pools=pools)
+    with pytest.raises(ConfigError, match=r"pools\.keep\.rubric.*no-such-rubric"):
+        assemble(config)
