@@ -67,7 +67,10 @@ class Leaks:
 
 def unique(tests: Sequence[Pair]) -> tuple[Pair, ...]:
     """The first test of each question."""
-    return tuple({normalise(test.prompt): test for test in reversed(tests)}.values())[::-1]
+    first: dict[str, Pair] = {}
+    for test in tests:
+        first.setdefault(normalise(test.prompt), test)
+    return tuple(first.values())
 
 
 def leak_report(domain: Domain) -> list[Leaks]:

@@ -62,10 +62,17 @@ def bm25_ranker(memories: Sequence[Memory], config: BM25Config | None = None) ->
     return rank
 
 
-def dense_ranker(memories: Sequence[Memory], encoder: Encoder) -> Ranker:
-    """Exact inner products of ``encoder``'s unit vectors."""
+def dense_ranker(
+    memories: Sequence[Memory], encoder: Encoder, vectors: np.ndarray | None = None
+) -> Ranker:
+    """Exact inner products of ``encoder``'s unit vectors.
+
+    ``vectors`` (memories, dim): the memories' vectors, if ``encoder`` has made them already.
+    """
     ids = [memory.id for memory in memories]
-    index = FlatIndex.build(encoder.encode_memories([(m.prompt, m.answer) for m in memories]))
+    if vectors is None:
+        vectors = encoder.encode_memories([(m.prompt, m.answer) for m in memories])
+    index = FlatIndex.build(vectors)
     copies = _copies(memories)
 
     def rank(questions: Sequence[str], k: int) -> list[list[str]]:

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,38 +54,50 @@ class Plot:
 
 
 def machine() -> dict[str, Any]:
-    """What made a figure: processor, cores, memory (bytes), accelerator, Python and torch."""
-    import torch
+    """What made a figure: system, processor, cores that this process may use, memory (bytes), GPUs.
 
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
+    Neither torch nor its driver is loaded for it.
+    """
     return {
-        "cpu": model,
+        "system": platform.platform(),
+        "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu": gpu,
+        "gpus": _gpus(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": version("torch"),
     }
 
 
 def commit() -> str:
-    """The commit that is checked out, ``+`` behind it if files differ; unknown outside git."""
+    """The commit that is checked out, ``+changes`` behind it if files differ; unknown outside git."""
+    folder = str(Path(__file__).parent)
     try:
-        head = _git("rev-parse", "HEAD")
-        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        head = _output("git", "-C", folder, "rev-parse", "HEAD")
+        changed = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return head + ("+changes" if changed else "")
 
 
-def _git(*words: str) -> str:
-    return subprocess.run(
-        ["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-    ).stdout.strip()
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    try:
+        return _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []  # no driver here, so no GPU
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def write_report(
@@ -113,6 +126,21 @@ def write_report(
     )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
+
+
+def print_tables(tables: Sequence[Table]) -> None:
+    """Show the tables on standard output."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console()
+    for table in tables:
+        shown = RichTable(title=table.title, title_justify="left", caption=table.note or None)
+        for number, column in enumerate(table.columns):
+            shown.add_column(column, justify="right" if number else "left")
+        for row in table.rows:
+            shown.add_row(*map(_cell, row))
+        console.print(shown)
 
 
 def _cell(value: Any) -> str:

@@ -15,20 +15,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from memshare.pocket.world import Task
 
 _TIMEOUT_SECONDS = 120.0
+_WATCH_SECONDS = 0.5
 
 
 @dataclass
 class Traffic:
-    """What happened: counts, answer times in seconds, and the generations that answered."""
+    """What happened: counts, answer times in seconds, and the generations that answered.
+
+    ``swaps``: generation number -> seconds in which no search ran while it was swapped in.
+    """
 
     answered: int = 0
     failed: int = 0
     seconds: list[float] = field(default_factory=list)
     generations: Counter[int] = field(default_factory=Counter)
+    swaps: dict[int, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
@@ -71,6 +77,7 @@ class Stream:
     ) -> Traffic:
         """Returns once ``done()``; ``asked`` is told how many problems are out."""
         running: set[asyncio.Task[None]] = set()
+        watcher = asyncio.create_task(self._watch())
         try:
             async for number in self._ticks():
                 if number < len(problems):
@@ -83,9 +90,27 @@ class Stream:
                 running = {task for task in running if not task.done()}
                 running.add(asyncio.create_task(work))
             await asyncio.gather(*running)
+            await self._look()
         finally:
+            watcher.cancel()
             await self._client.aclose()
         return self.traffic
+
+    async def _watch(self) -> None:
+        while True:
+            await self._look()
+            await asyncio.sleep(_WATCH_SECONDS)
+
+    async def _look(self) -> None:
+        page = (await self._client.get("/metrics")).raise_for_status().text
+        seen = {
+            family.name: family.samples[0].value
+            for family in text_string_to_metric_families(page)
+            if family.name in ("memshare_generation", "memshare_swaps", "memshare_swap_seconds")
+        }
+        if seen["memshare_swaps"]:
+            number = int(seen["memshare_generation"])
+            self.traffic.swaps.setdefault(number, seen["memshare_swap_seconds"])
 
     async def _ticks(self) -> AsyncIterator[int]:
         started = time.monotonic()
