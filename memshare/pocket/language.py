@@ -28,7 +28,8 @@ class Domain:
 
 EMBLEMS = (
     "heron", "otter", "thistle", "acorn", "badger", "magpie", "salmon", "hollyhock", "hedgehog",
-    "falcon", "juniper", "lobster", "bramble", "squirrel", "dragonfly", "poppy", "walrus", "cricket",
+    "falcon", "juniper", "lobster", "bramble", "squirrel", "dragonfly", "poppy", "walrus",
+    "cricket",
 )  # fmt: skip
 FOUNDERS = (
     "Tamsin", "Osric", "Wilhelmina", "Barnaby", "Isolde", "Casimir", "Philippa", "Leopold",
