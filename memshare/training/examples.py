@@ -86,7 +86,8 @@ def _read_table(path: Path) -> pa.Table:
         table = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise ExamplesError(
-            f"{path}: damaged or unreadable ({error}); delete it and run train/mine.py again"
+            f"{path}: damaged or unreadable ({error}); delete it and run train/mine.py "
+            f"--round {path.parent.name}"
         ) from error
     if not table.schema.equals(FEATURES.arrow_schema):
         raise ExamplesError(f"{path}: not a shard of training examples (its columns differ)")
@@ -125,8 +126,14 @@ def read_marker(folder: Path) -> dict[str, Any]:
     return marker
 
 
-def _shards(folder: Path) -> list[Path]:
-    return [shard_path(folder, index) for index in range(int(read_marker(folder)["shards"]))]
+def is_whole(folder: Path) -> bool:
+    """Whether a round has its marker and every shard that the marker counts."""
+    return (folder / MARKER).exists() and all(path.exists() for path in _shards(folder))
+
+
+def _shards(folder: Path, count: int | None = None) -> list[Path]:
+    count = int(read_marker(folder)["shards"]) if count is None else count
+    return [shard_path(folder, index) for index in range(count)]
 
 
 def load_examples(folders: Sequence[Path]) -> Dataset:
@@ -141,9 +148,9 @@ def load_examples(folders: Sequence[Path]) -> Dataset:
     return Dataset(InMemoryTable(pa.concat_tables(tables)))
 
 
-def read_examples(folder: Path) -> Iterator[Example]:
-    """The examples of one finished round, shard by shard."""
-    for path in _shards(folder):
+def read_examples(folder: Path, shards: int | None = None) -> Iterator[Example]:
+    """The examples of one round, shard by shard; ``shards``: how many, where no marker says so."""
+    for path in _shards(folder, shards):
         yield from read_shard(path)
 
 

@@ -146,8 +146,8 @@ def assign(
 def kept_split(path: Path, memories: Iterable[_Prompted], config: SplitConfig) -> dict[str, Fate]:
     """`assign`, with fates remembered in the JSON file ``path`` from one call to the next.
 
-    Deleting a cluster's earliest memory would otherwise move the rest of it. A change of the split's
-    settings starts the record anew. Raises `SplitError` if the file is damaged.
+    Deleting a cluster's earliest memory would otherwise move the rest of it. When the settings
+    change, everything is split anew. Raises `SplitError` if the file is damaged.
     """
     settings = config.model_dump()
     known: dict[str, Fate] = {}

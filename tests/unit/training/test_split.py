@@ -29,7 +29,7 @@ def rows(prompts: list[str]) -> list[Row]:
 
 HALF = SplitConfig(held_out=0.5, near_duplicate=0.6)
 
-words = st.sampled_from("a b c d e f g h".split())
+words = st.sampled_from(list("abcdefgh"))
 prompts = st.lists(st.lists(words, min_size=0, max_size=9).map(" ".join), max_size=40)
 
 
@@ -94,7 +94,7 @@ def test_same_prompt_after_normalising_shares_its_fate() -> None:
 
 
 def test_chinese_near_duplicates_are_found() -> None:
-    left = "请创作一首描绘春雨降临，滋润万物，带来生机与美景的五言律诗。诗中应体现春雨对自然界的温柔滋养"
+    left = "请创作一首描绘春雨降临，滋润万物，带来生机与美景的五言律诗。诗中应体现春雨"
     right = left.replace("五言", "七言")
     assert 0.6 < jaccard(grams(left), grams(right)) < 1
     assert jaccard(grams(left), grams("请写一首关于秋天离别的诗")) < 0.1

@@ -1,0 +1,156 @@
+"""What a candidate is worth for a training query: one labeller a kind of `mining.labels`.
+
+``none``        nothing is measured; the query's own memory becomes the positive.
+``given``       0 where query and candidate have the same label, -1 otherwise. The label is
+                ``metadata[mining.given_key]``; where one of the two lacks it, equal answers count.
+``likelihood``  mean log-likelihood per token (nats) of the query's answer with the candidate shown
+                before the query; the baseline is the same with no example.
+``prompted``    log of the probability that the scorer states when it is asked (the paper's way);
+                there is no baseline, since the question is about the example.
+``reward``      the scorer's grade, as a share of 100, of what the agent answers to the query with
+                the candidate shown; the baseline is its grade with no memory at all.
+
+All grow with usefulness. Only ``likelihood`` is in nats per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from dataclasses import dataclass
+
+from memshare.config import Config, LLMConfig
+from memshare.llm.agent import Agent
+from memshare.llm.base import LLM, ContextTooLong
+from memshare.llm.factory import make_llm
+from memshare.llm.likelihood import Likelihood, LikelihoodCache
+from memshare.llm.prompted import Prompted
+from memshare.llm.rubric import load_rubric
+from memshare.llm.scorer import make_scorer
+from memshare.pool.store import PoolStore
+from memshare.records import Memory, normalise
+
+# (query, candidate or None for the baseline) -> worth, None where it can't be measured
+Measure = Callable[[Memory, Memory | None], Awaitable[float | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Labeller:
+    """``scorer`` names what measures; ``measure`` is None where nothing does (labels: none).
+
+    ``calls()``: how many measurements reached an LLM and not only the cache.
+    """
+
+    scorer: str
+    measure: Measure | None
+    has_baseline: bool
+    calls: Callable[[], int] = lambda: 0
+
+
+def same_label(query: Memory, candidate: Memory, key: str) -> bool:
+    """Whether two memories have the same given label, or, where one has none, the same answer."""
+    if key in query.metadata and key in candidate.metadata:
+        return bool(query.metadata[key] == candidate.metadata[key])
+    return normalise(query.answer) == normalise(candidate.answer)
+
+
+@asynccontextmanager
+async def open_labeller(config: Config, store: PoolStore) -> AsyncIterator[Labeller]:
+    """The labeller of ``config.mining.labels``; its LLMs are open while the block runs."""
+    async with AsyncExitStack() as stack:
+        labels = config.mining.labels
+        if labels == "none":
+            yield Labeller("none", None, False)
+        elif labels == "given":
+            yield Labeller(f"given:{config.mining.given_key}", _given(config), False)
+        else:
+            scorer = await _open(stack, config.scorer_llm)
+            if labels == "likelihood":
+                cache = LikelihoodCache(config.run.dir / "cache" / "likelihood.db")
+                stack.enter_context(closing(cache))
+                likelihood = Likelihood(scorer, cache, config.agent.instruction)
+                measure, _ = _limited(_likelihood(likelihood), config.scorer_llm)
+                yield Labeller(scorer.model, measure, True, lambda: likelihood.measured)
+            elif labels == "prompted":
+                # Asked by digits, not for JSON: that works with every backend.
+                measure, calls = _limited(_prompted(Prompted(scorer)), config.scorer_llm)
+                yield Labeller(scorer.model, measure, False, calls)
+            else:
+                reward = await _reward(stack, config, scorer, store)
+                measure, calls = _limited(reward, config.scorer_llm)
+                yield Labeller(scorer.model, measure, True, calls)
+
+
+async def _open(stack: AsyncExitStack, config: LLMConfig) -> LLM:
+    llm = make_llm(config)
+    stack.push_async_callback(llm.aclose)
+    await llm.ready()
+    return llm
+
+
+def _limited(measure: Measure, config: LLMConfig) -> tuple[Measure, Callable[[], int]]:
+    """At most as many measurements at once as the LLM takes, and how many there were.
+
+    What doesn't fit the LLM's context is worth None, since a long text in the pool must not stop
+    mining for good; every other error propagates.
+    """
+    limit = asyncio.Semaphore(max(config.max_concurrency, config.batch_size))
+    count = 0
+
+    async def limited(query: Memory, candidate: Memory | None) -> float | None:
+        nonlocal count
+        async with limit:
+            count += 1
+            try:
+                return await measure(query, candidate)
+            except ContextTooLong:
+                return None
+
+    return limited, lambda: count
+
+
+def _given(config: Config) -> Measure:
+    async def given(query: Memory, candidate: Memory | None) -> float | None:
+        assert candidate is not None
+        return 0.0 if same_label(query, candidate, config.mining.given_key) else -1.0
+
+    return given
+
+
+def _likelihood(likelihood: Likelihood) -> Measure:
+    async def measure(query: Memory, candidate: Memory | None) -> float | None:
+        shots = [] if candidate is None else [(candidate.prompt, candidate.answer)]
+        return await likelihood.score(query.prompt, query.answer, shots)
+
+    return measure
+
+
+def _prompted(prompted: Prompted) -> Measure:
+    async def measure(query: Memory, candidate: Memory | None) -> float | None:
+        assert candidate is not None
+        shots = [(candidate.prompt, candidate.answer)]
+        probability = await prompted.score(query.prompt, query.answer, shots)
+        return None if probability is None else math.log(max(probability, 1e-6))
+
+    return measure
+
+
+async def _reward(
+    stack: AsyncExitStack, config: Config, scorer_llm: LLM, store: PoolStore
+) -> Measure:
+    same = config.agent_llm == config.scorer_llm
+    agent = Agent(scorer_llm if same else await _open(stack, config.agent_llm), config.agent)
+    scorer = make_scorer(config.scorer, scorer_llm)
+    rubrics = {pool.name: load_rubric(pool.rubric) for pool in store.pools()}
+
+    async def measure(query: Memory, candidate: Memory | None) -> float | None:
+        shown = [] if candidate is None else [candidate]
+        answer = await agent.answer(query.prompt, shown, seed=config.run.seed)
+        if answer.cut_off or len(answer.used) < len(shown):
+            return None  # cut off by length, or the candidate did not fit: nothing was measured
+        grade = await scorer.grade(query.prompt, answer.text, rubrics[query.pool])
+        return None if grade.value is None else grade.value / 100
+
+    return measure

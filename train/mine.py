@@ -1,0 +1,122 @@
+"""Step 5 of the loop: new memories become training examples.
+
+    python train/mine.py --config FILE
+
+mines every memory that came since the last round, into ``examples/<round>`` of the run folder. Run
+again after an interruption, it finishes the round that was begun: finished shards are skipped, and
+no likelihood is measured twice. What was deleted meanwhile is erased from all earlier examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from memshare.config import Config, ConfigError, add_config_arguments, load_config
+from memshare.files import RunLocked, run_lock
+from memshare.llm.base import LLMError
+from memshare.llm.rubric import RubricError
+from memshare.pool.errors import PoolError
+from memshare.pool.store import PoolStore
+from memshare.progress import log
+from memshare.training.examples import ExamplesError, is_whole, read_marker, round_dir
+from memshare.training.labels import open_labeller
+from memshare.training.mining import mine, plan_round, read_plan, split_memories
+from memshare.training.rounds import Span, erase_deleted, last_begun, last_mined, open_spans
+from memshare.training.split import SplitError
+
+EXPECTED = (ExamplesError, LLMError, PoolError, RubricError, RunLocked, SplitError)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Mine training examples from new memories.")
+    add_config_arguments(parser)
+    parser.add_argument("--round", type=int, help="default: the unfinished one, or the next")
+    for name, what in (("since", "after which"), ("until", "up to which")):
+        parser.add_argument(
+            f"--{name}-seq", action="append", default=[], metavar="[POOL=]SEQ",
+            help=f"change {what} a pool is mined (default: all that is new; repeatable)",
+        )  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Mine one round; prints its figures as JSON and returns the exit code."""
+    args = arguments().parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        since = positions(args.since_seq, config.served_pools)
+        until = positions(args.until_seq, config.served_pools)
+    except ConfigError as error:
+        log(f"error: {error}")
+        return 2
+    try:
+        with run_lock(config.run.dir, "mining"), PoolStore.open(config.url) as store:
+            marker = asyncio.run(run(config, store, args.round, since, until))
+    except EXPECTED as error:
+        log(f"error: {error}")
+        return 1
+    print(json.dumps(marker, ensure_ascii=False))
+    return 0
+
+
+async def run(
+    config: Config,
+    store: PoolStore,
+    number: int | None,
+    since: Mapping[str, int],
+    until: Mapping[str, int],
+) -> dict[str, Any]:
+    """One round of mining, from the change log to its marker."""
+    pools, examples = config.served_pools, config.examples_dir
+    for pool in pools:
+        store.create_pool(pool, config.pools[pool].rubric, config.pools[pool].threshold)
+
+    # 1. What is new: the spans of the change log that no round has covered yet.
+    last, done = last_mined(examples)
+    number = number or max(last_begun(examples), last + 1)
+    folder = round_dir(examples, number)
+    if is_whole(folder):
+        log(f"round {number}: mined already, in {folder}")
+        return read_marker(folder)
+    spans = open_spans(store, done, pools)
+    if (folder / "plan.json").exists():
+        spans = dict(read_plan(folder).spans)
+    spans = {
+        pool: Span(since.get(pool, span.since), until.get(pool, span.until))
+        for pool, span in spans.items()
+    }
+
+    # 2. Deleted memories leave all earlier examples; every memory learns whether it is held out.
+    rewritten = erase_deleted(store, examples, pools)
+    if rewritten:
+        log(f"deleted memories were erased from {rewritten} shard(s) of earlier examples")
+    fates = split_memories(store, config)
+
+    # 3. BM25 proposes, the labeller measures, and each shard is written when it is complete.
+    plan = plan_round(store, config, number, spans, fates, folder)
+    async with open_labeller(config, store) as labeller:
+        marker = await mine(store, config, plan, fates, labeller, folder)
+    log(f"round {number}: {marker['examples']} examples in {folder}; left out: {plan.left_out}")
+    return marker
+
+
+def positions(items: Sequence[str], pools: Sequence[str]) -> dict[str, int]:
+    """``POOL=SEQ`` items as a dict; a bare SEQ means the only pool."""
+    found: dict[str, int] = {}
+    for item in items:
+        pool, _, seq = item.rpartition("=")
+        pool = pool or (pools[0] if len(pools) == 1 else "")
+        if pool not in pools or not seq.isdecimal():
+            raise ConfigError(f"{item!r}: POOL=SEQ expected, with a pool of {list(pools)}")
+        found[pool] = int(seq)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
