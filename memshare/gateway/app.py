@@ -103,7 +103,7 @@ def _sizes(shared: SharedMemory) -> Sizes:
     stats = [shared.store.stats(info.name) for info in shared.store.pools()]
     return Sizes(
         generation=searcher.generation or 0,
-        swaps=len(searcher.swaps),
+        swaps=max(0, len(searcher.swaps) - 1),  # the first one is the start
         swap_seconds=searcher.swaps[-1].swap_seconds if searcher.swaps else 0.0,
         search_queue=searcher.queue_depth,
         memories={item.pool.name: item.memories for item in stats},
