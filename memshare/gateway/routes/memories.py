@@ -23,7 +23,8 @@ from memshare.gateway.schemas import (
 )
 from memshare.gateway.state import LOCAL_AGENT, Gateway, ReadyGateway
 from memshare.gateway.strict import StrictRoute
-from memshare.pool.errors import InvalidMemory
+from memshare.pool.errors import InvalidMemory, PoolError
+from memshare.pool.rows import read_cursor
 from memshare.pool.validate import check_memory, check_text
 from memshare.records import NewMemory
 from memshare.retrieval.searcher import Filter
@@ -150,8 +151,20 @@ async def page(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> JSONResponse:
     """One page of a pool, in the order of storing."""
+    if cursor is not None:
+        _check_cursor(cursor)
     memories, after = await gateway.shared.read(gateway.shared.store.list, pool, cursor, limit)
     return JSONResponse({"memories": [memory.wire() for memory in memories], "next_cursor": after})
+
+
+def _check_cursor(cursor: str) -> None:
+    try:
+        usable = 0 <= read_cursor(cursor) < 2**63  # a database integer
+    except PoolError:
+        usable = False
+    if not usable:
+        message = f"cursor: {cursor!r} is none of ours; start again without one"
+        raise ApiError(422, message, param="cursor", code="invalid_cursor")
 
 
 @router.get("/{id}", response_model=MemoryOut, responses=_NOT_FOUND)

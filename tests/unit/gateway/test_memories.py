@@ -1,0 +1,167 @@
+"""Memories over HTTP, on real parts in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from tests.unit.gateway.conftest import running
+
+
+def add(client: TestClient, *items: dict[str, Any], pool: str = "keep") -> Any:
+    body = {"items": [{"pool": pool, **item} for item in items]}
+    return client.post("/v1/memories", json=body)
+
+
+def test_added_memory_is_found_read_listed_and_deleted(client: TestClient) -> None:
+    reply = add(client, {"prompt": "red apples", "answer": "sweet", "metadata": {"n": [1, None]}})
+    assert reply.status_code == 201
+    (result,) = reply.json()["results"]
+    assert (result["status"], result["reason"]) == ("stored", None)
+    search = {"pool": "keep", "query": "red apples", "k": 1}
+    found = client.post("/v1/memories/search", json=search).json()
+    assert found["generation"] == 0
+    (memory,) = found["memories"]
+    assert memory.pop("similarity") > 0.5
+    assert memory["id"] == result["id"]
+    assert (memory["prompt"], memory["answer"]) == ("red apples", "sweet")
+    assert memory["metadata"] == {"n": [1, None]}
+    assert client.get(f"/v1/memories/{result['id']}").json() == memory
+    assert memory in client.get("/v1/memories?pool=keep&limit=1000").json()["memories"]
+    gone = client.delete(f"/v1/memories/{result['id']}")
+    assert gone.json() == {"id": result["id"], "deleted": True}
+    assert client.get(f"/v1/memories/{result['id']}").status_code == 404
+    assert client.delete(f"/v1/memories/{result['id']}").status_code == 404
+    again = client.post("/v1/memories/search", json={**search, "k": 1000}).json()
+    assert result["id"] not in [memory["id"] for memory in again["memories"]]
+
+
+def test_provenance_is_not_the_clients_to_claim(client: TestClient) -> None:
+    claimed = {"id": "mine", "score": 100, "agent": "admin", "created_at": "1999-01-01"}
+    item = {"prompt": "who wrote this", "answer": "me", "model": "m", **claimed}
+    (result,) = add(client, item).json()["results"]
+    memory = client.get(f"/v1/memories/{result['id']}").json()
+    assert (memory["score"], memory["agent"], memory["model"]) == (None, "local", "m")
+    assert memory["id"] != "mine" and memory["created_at"] > "2020"
+
+
+def test_each_item_has_its_result_and_reason(client: TestClient) -> None:
+    reply = add(
+        client,
+        {"prompt": "per item", "answer": "one"},
+        {"prompt": " ", "answer": "one"},
+        {"prompt": "PER  item", "answer": "ONE"},
+        {"prompt": "nul", "answer": "a\x00b"},
+        {"prompt": "long", "answer": "x" * 32_769},
+    )
+    assert reply.status_code == 201
+    results = reply.json()["results"]
+    statuses = [result["status"] for result in results]
+    assert statuses == ["stored", "rejected", "duplicate", "rejected", "rejected"]
+    assert results[2]["id"] == results[0]["id"]
+    reasons = [results[place]["reason"] for place in (1, 3, 4)]
+    for reason, word in zip(reasons, ("prompt: is empty", "NUL", "32769"), strict=True):
+        assert word in reason
+
+
+def test_nothing_storable_is_a_refusal(client: TestClient) -> None:
+    reply = add(client, {"prompt": "", "answer": "x"})
+    assert reply.status_code == 422
+    assert "prompt: is empty" in reply.json()["error"]["message"]
+    assert reply.json()["results"][0]["status"] == "rejected"
+
+
+def test_unknown_pool_stores_nothing_at_all(client: TestClient) -> None:
+    items = [
+        {"pool": "keep", "prompt": "half of a batch", "answer": "x"},
+        {"pool": "nowhere", "prompt": "half of a batch", "answer": "x"},
+    ]
+    reply = client.post("/v1/memories", json={"items": items})
+    assert reply.status_code == 404
+    assert reply.json()["error"]["code"] == "unknown_pool"
+    page = client.get("/v1/memories?pool=keep&limit=1000").json()
+    assert "half of a batch" not in [memory["prompt"] for memory in page["memories"]]
+
+
+def test_pages_hold_everything_once(tmp_path: Path, models: Path) -> None:
+    with running(tmp_path, models) as client:
+        add(client, *({"prompt": f"page {n}", "answer": "x"} for n in range(7)))
+        seen: list[str] = []
+        cursor: str | None = None
+        while True:
+            query = "" if cursor is None else f"&cursor={cursor}"
+            page = client.get(f"/v1/memories?pool=keep&limit=3{query}").json()
+            seen += [memory["prompt"] for memory in page["memories"]]
+            cursor = page["next_cursor"]
+            if cursor is None:
+                break
+        assert seen == [f"page {n}" for n in range(7)]
+        everything = {"pool": "keep", "query": "page", "k": 1000}
+        found = client.post("/v1/memories/search", json=everything).json()["memories"]
+        assert len(found) == 7  # k larger than the pool: all there are
+        empty = client.post("/v1/memories/search", json={**everything, "pool": "strict"})
+        assert empty.json() == {"generation": 0, "memories": []}
+
+
+def test_search_is_filtered(client: TestClient) -> None:
+    add(client, {"prompt": "filter me", "answer": "x"})
+    search = {"pool": "keep", "query": "filter me", "k": 1}
+
+    def found(**restrict: str) -> int:
+        reply = client.post("/v1/memories/search", json={**search, "filter": restrict})
+        assert reply.status_code == 200, reply.text
+        return len(reply.json()["memories"])
+
+    assert found(agent="local") == 1
+    assert found(agent="nobody") == 0
+    assert found(created_after="2020-01-01") == 1
+    assert found(created_before="2020-01-01T00:00:00Z") == 0
+
+
+def test_scored_writes_are_pending_until_the_scorer_decides(tmp_path: Path, models: Path) -> None:
+    with running(tmp_path, models, gateway={"score_writes": True}) as client:
+        kept = add(client, {"prompt": "a pair", "answer": "to grade"}, {"prompt": "", "answer": ""})
+        assert kept.status_code == 202
+        first, second = kept.json()["results"]
+        assert (first["status"], first["id"], second["status"]) == ("pending", None, "rejected")
+        add(client, {"prompt": "a pair", "answer": "to drop"}, pool="strict")
+    with running(tmp_path, models) as client:  # a stop finishes what was accepted
+        (memory,) = client.get("/v1/memories?pool=keep").json()["memories"]
+        assert memory["prompt"] == "a pair" and 0 < memory["score"] < 100
+        assert client.get("/v1/memories?pool=strict").json()["memories"] == []
+
+
+def test_full_queue_refuses_scored_writes(tmp_path: Path, models: Path) -> None:
+    gateway = {"score_writes": True, "scoring_queue": 1, "scoring_workers": 1}
+    with running(tmp_path, models, gateway=gateway) as client:
+        many = [{"prompt": f"question {n}", "answer": "x"} for n in range(50)]
+        results = add(client, *many).json()["results"]
+        dropped = [result for result in results if result["status"] == "rejected"]
+        assert dropped and dropped[0]["reason"] == "scoring queue full"
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v1/memories/nothing", 404),
+        ("/v1/memories/a%00b", 422),
+        ("/v1/memories/" + "x" * 65, 422),
+        ("/v1/memories", 422),
+        ("/v1/memories?pool=", 422),
+        ("/v1/memories?pool=nowhere", 404),
+        ("/v1/memories?pool=%00", 404),
+        ("/v1/memories?pool=keep&limit=0", 422),
+        ("/v1/memories?pool=keep&limit=1e9", 422),
+        ("/v1/memories?pool=keep&cursor=nonsense", 422),
+        ("/v1/memories?pool=keep&cursor=czk5OTk5OTk5OTk5OTk5OTk5OTk5OTk5OTk", 422),
+        ("/v1/memories?pool=keep&cursor=%F0%9F%98%80", 422),
+        ("/v1/retrievers/other/generations", 404),
+    ],
+)
+def test_bad_reads(client: TestClient, path: str, status: int) -> None:
+    reply = client.get(path)
+    assert reply.status_code == status, reply.text
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
