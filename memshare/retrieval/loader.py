@@ -105,22 +105,23 @@ class Loader:
     def _step(self) -> None:
         """Load what CURRENT names, if it is not what serves, and swap it in."""
         stamp = current_stamp(self._root, self._name)
-        old = self._worker.serving
-        if old is not None and stamp == self._seen:
+        # Numbers only: a reference to the old `Serving` would keep its memory through the swap.
+        number = None if self._worker.serving is None else self._worker.serving.number
+        if number is not None and stamp == self._seen:
             return
         began = time.perf_counter()
-        if old is None:
+        if number is None:
             following = self._first()
         else:
             try:
-                if current(self._root, self._name) in (old.number, None):
+                if current(self._root, self._name) in (number, None):
                     self._seen, self.error = stamp, None
                     return
                 following = self._serving_of(self._load())
             except (DamagedGeneration, NoGeneration) as error:
                 # Refused until CURRENT is written again: reading it again would not mend it.
                 self._seen = stamp
-                self.error = report(f"generation {old.number} serves on", error, self.error)
+                self.error = report(f"generation {number} serves on", error, self.error)
                 return
         try:
             if self._swap_in(following, began):
@@ -170,23 +171,26 @@ class Loader:
             following.catch_up(self._store, gaps, self._stop.is_set)
         following.settle(self._config.retriever.gpu)
         with self._feeder.paused():
-            old = self._worker.serving
-            if old is None:
-                gaps = following.behind(self._store)
-            else:
-                gaps = {
-                    pool: shard.position - following.shards[pool].position
-                    for pool, shard in old.shards.items()
-                }
+            number, gaps = self._gaps(following)
             following.catch_up(self._store, gaps, self._stop.is_set)
             if self._stop.is_set():
                 return False
             load_seconds = time.perf_counter() - began
             swap_seconds = self._worker.swap(following)
         self.swaps = (*self.swaps, SwapRecord(following.number, load_seconds, swap_seconds))
-        if old is not None:
+        if number is not None:
             self.error = None
-            log(f"{self._name}: generation {old.number} -> {following.number}")
+            log(f"{self._name}: generation {number} -> {following.number}")
         self._announce()
         self._feeder.wake()
         return True
+
+    def _gaps(self, following: Serving) -> tuple[int | None, dict[str, int]]:
+        """What serves, and what ``following`` lacks of it (before the first: of the pools)."""
+        old = self._worker.serving
+        if old is None:
+            return None, following.behind(self._store)
+        return old.number, {
+            pool: shard.position - following.shards[pool].position
+            for pool, shard in old.shards.items()
+        }
