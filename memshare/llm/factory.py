@@ -37,12 +37,12 @@ def resolve_model(name: str) -> str:
     Raises `LLMError` naming a folder that is missing.
     """
     if name == "pocket":
-        from memshare.pocket.lm import lm_folder
+        from memshare.pocket.lm import PocketLMMissing, lm_folder
 
-        folder = Path(lm_folder())
-        if not (folder / "config.json").is_file():
-            raise LLMError(f"the pocket LM is not built ({folder}): run python train/pocket_lm.py")
-        return str(folder)
+        try:
+            return str(lm_folder())
+        except PocketLMMissing as error:
+            raise LLMError(str(error)) from error
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

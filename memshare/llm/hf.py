@@ -163,7 +163,11 @@ class TransformersBackend:
 
     async def aclose(self) -> None:
         """Finish what is queued, stop the thread and drop the weights."""
-        await asyncio.to_thread(self._worker.close)
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """The same, blocking."""
+        self._worker.close()
 
     def _row(
         self,

@@ -19,7 +19,7 @@ BREAK = "\u200b"  # zero-width space: breaks a match, changes nothing a human se
 # Control strings of the common chat formats, refused even where this tokenizer does not know them:
 # the same memory may be shown to another model later.
 _KNOWN = (
-    r"<[|｜][^<>\n]{1,64}[|｜]>",
+    r"<[|｜][^<>\s]{1,64}[|｜]>",
     r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]",
     r"<</?SYS>>",
     r"</?s>",

@@ -1,0 +1,109 @@
+"""Start the vLLM servers that a configuration names, and keep them until told to stop.
+
+    python serve/llm.py --config configs/h200.yaml
+
+One server for each distinct model and URL of ``agent_llm`` and ``scorer_llm`` with backend
+``vllm``. Prints ``ready`` once all of them answer. Ctrl-C or SIGTERM stops them; one that dies ends
+this program with code 1 and its last log lines. ``--check`` starts nothing: it says whether they
+run and serve the right models. Servers on other hosts are only waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from memshare.config import Config, ConfigError, add_config_arguments, load_config
+from memshare.llm.base import LLMError
+from memshare.llm.server import Server, ServerPlan, plan_servers, server_command, serves, wait_ready
+from memshare.progress import log
+
+
+class _Stop(Exception):
+    """A signal asked for the end."""
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise _Stop(signal.Signals(number).name)
+
+
+def check(plans: list[ServerPlan]) -> int:
+    """Say of every server whether it is up; 0 if all are."""
+    missing = 0
+    for plan in plans:
+        try:
+            state = "ready" if serves(plan) else "not running"
+        except LLMError as error:
+            state = str(error)
+        missing += state != "ready"
+        print(f"{plan.name} {plan.url} {plan.model}: {state}")
+    return 1 if missing else 0
+
+
+def run(config: Config, plans: list[ServerPlan]) -> int:
+    """Start what is local, wait for all of it, and stay until a signal or a death."""
+    servers: list[Server] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        for plan in plans:
+            if serves(plan):
+                log(f"{plan.name}: {plan.url} serves {plan.model} already")
+            elif plan.local:
+                server = Server(plan, config.run.dir / "logs" / f"vllm-{plan.port}.log")
+                log(f"{plan.name}: starting {' '.join(server_command(plan))} (log: {server.log})")
+                server.start()
+                servers.append(server)
+            else:
+                raise LLMError(
+                    f"{plan.url} is on another machine and does not answer; start it there"
+                )
+        wait_ready(
+            servers, max((plan.llm.server.start_timeout_seconds for plan in plans), default=0)
+        )
+        print("ready", flush=True)
+        while servers:
+            time.sleep(1.0)
+            for server in servers:
+                if (code := server.process.poll()) is not None:
+                    raise LLMError(
+                        f"vLLM ({server.plan.name}) died with code {code}:\n{server.last_words()}"
+                    )
+        return 0
+    except _Stop as stop:
+        log(f"{stop}: stopping")
+        return 0
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave a child behind
+        for server in servers:
+            server.stop()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and run; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--check", action="store_true", help="only say whether they run")
+    arguments = parser.parse_args(argv)
+    config_path: Path | None = arguments.config
+    try:
+        config = load_config(config_path, arguments.overrides)
+        plans = plan_servers(config)
+        if not plans:
+            log("neither agent_llm nor scorer_llm has backend vllm: nothing to start")
+            return 0
+        return check(plans) if arguments.check else run(config, plans)
+    except (ConfigError, LLMError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

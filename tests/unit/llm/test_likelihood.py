@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memshare.llm.base import ContextTooLong, LLMError, LogLikelihood
+from memshare.llm.hf import TransformersBackend
+from memshare.llm.likelihood import Likelihood, LikelihoodCache
+from memshare.llm.prompted import Prompted
+from memshare.llm.prompts import few_shot
+
+
+def test_score_is_the_mean_of_the_span(backend: TransformersBackend) -> None:
+    likelihood = Likelihood(backend, instruction="be kind")
+    shots = [("q1", "a1"), ("q2", "a2")]
+    got = asyncio.run(likelihood.score("why", "because", shots))
+    plain = asyncio.run(backend.loglikelihood(few_shot("be kind", shots, "why"), "because"))
+    assert got == pytest.approx(plain.sum / plain.tokens, abs=1e-5)
+    alone = asyncio.run(likelihood.baseline("why", "because"))
+    assert alone == pytest.approx(asyncio.run(likelihood.score("why", "because", [])), abs=1e-6)
+    assert alone != pytest.approx(got, abs=1e-4)
+
+
+def test_nothing_is_scored_twice(backend: TransformersBackend, tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "likelihood.db"
+    cache = LikelihoodCache(path)
+    likelihood = Likelihood(backend, cache)
+
+    async def crowd() -> list[float]:
+        return await asyncio.gather(*(likelihood.score("why", f"b{i % 3}") for i in range(30)))
+
+    first = asyncio.run(crowd())
+    assert likelihood.measured == len(cache) == 3
+    assert asyncio.run(crowd()) == first
+    assert likelihood.measured == 3
+    cache.close()
+    reopened = Likelihood(backend, LikelihoodCache(path))
+    assert asyncio.run(reopened.score("why", "b1")) == first[1]
+    assert reopened.measured == 0
+
+
+def test_the_key_tells_everything_apart_that_matters(
+    backend: TransformersBackend, tmp_path: Path
+) -> None:
+    cache = LikelihoodCache(tmp_path / "c.db")
+    likelihood = Likelihood(backend, cache)
+
+    async def run() -> None:
+        await likelihood.score("q", "a", [("b", "c"), ("d", "e")])
+        await likelihood.score("q", "a", [("d", "e"), ("b", "c")])
+        await likelihood.score("q", "a", [("b", "cd"), ("", "e")])
+        await likelihood.score("qa", "a")
+        await likelihood.score("q", "aa")
+        await Likelihood(backend, cache, "instruction").score("q", "aa")
+
+    asyncio.run(run())
+    assert len(cache) == 6
+    other = Likelihood(backend, cache)
+    assert other._key("q", "a", ()) == likelihood._key("q", "a", [])
+    before = other._key("q", "a", ())
+    backend.model, name = "other", backend.model
+    try:
+        assert other._key("q", "a", ()) != before
+    finally:
+        backend.model = name
+
+
+def test_one_caller_that_gives_up_does_not_spoil_the_others(backend: TransformersBackend) -> None:
+    likelihood = Likelihood(backend)
+
+    async def run() -> float:
+        first = asyncio.create_task(likelihood.score("long " * 200, "answer"))
+        second = asyncio.create_task(likelihood.score("long " * 200, "answer"))
+        await asyncio.sleep(0)
+        first.cancel()
+        value = await second
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        return value
+
+    assert asyncio.run(run()) < 0
+    assert likelihood.measured == 1
+
+
+def test_failures_are_not_remembered(backend: TransformersBackend, tmp_path: Path) -> None:
+    cache = LikelihoodCache(tmp_path / "c.db")
+    likelihood = Likelihood(backend, cache)
+    with pytest.raises(ContextTooLong):
+        asyncio.run(likelihood.score("w " * 3000, "a"))
+    with pytest.raises(LLMError, match="empty"):
+        asyncio.run(likelihood.score("w", ""))
+    assert len(cache) == 0 and not likelihood._flying
+
+
+def test_several_processes_share_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "shared.db"
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from memshare.llm.likelihood import LikelihoodCache\n"
+        "from memshare.llm.base import LogLikelihood\n"
+        "cache = LikelihoodCache(Path(sys.argv[1]))\n"
+        "for i in range(200): cache.put(str(i % 150).encode(), LogLikelihood(-1.0 * i, 2))\n"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", program, str(path)]) for _ in range(3)]
+    assert [child.wait(120) for child in children] == [0, 0, 0]
+    cache = LikelihoodCache(path)
+    assert len(cache) == 150
+    assert cache.get(b"7") == LogLikelihood(-7.0, 2)
+    assert cache.get(b"none") is None
+
+
+def test_prompted_reads_a_probability(backend: TransformersBackend) -> None:
+    value = asyncio.run(Prompted(backend).score("why", "because", [("q", "a")]))
+    assert value is not None and 0.0 <= value <= 1.0
+    # A random model writes no JSON, and this backend can't force it to: unreadable, not a number.
+    structured = Prompted(backend, grading="structured")
+    assert asyncio.run(structured.score("why", "because", [("q", "a")])) is None

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from memshare.config import Config, ConfigError
+from memshare.llm.base import LLMError
+from memshare.llm.server import Server, plan_servers, server_command, wait_ready
+
+ROOT = Path(__file__).parents[3]
+URL = "http://127.0.0.1:8101"
+
+
+def _config(folder: Path, agent: dict | None = None, scorer: dict | None = None, **rest) -> Config:
+    base = {"backend": "vllm", "model": str(folder), "url": URL}
+    return Config(agent_llm=base | (agent or {}), scorer_llm=base | (scorer or {}), **rest)
+
+
+def test_one_server_for_each_model_and_url(lm_folder: Path) -> None:
+    (both,) = plan_servers(_config(lm_folder))
+    assert both.roles == ("agent", "scorer") and both.port == 8101 and both.local
+    two = plan_servers(_config(lm_folder, scorer={"url": "http://127.0.0.1:8102/v1"}))
+    assert [(plan.roles, plan.port) for plan in two] == [(("agent",), 8101), (("scorer",), 8102)]
+    assert plan_servers(Config(agent_llm={"model": str(lm_folder)})) == []
+    assert not plan_servers(_config(lm_folder, agent={"url": "http://10.0.0.9:1"}))[0].local
+
+
+def test_a_scorer_nobody_asks_is_not_started(lm_folder: Path) -> None:
+    config = Config(
+        agent_llm={"model": str(lm_folder)},
+        scorer_llm={"backend": "vllm", "model": str(lm_folder), "url": URL},
+        scorer={"kind": "reference"},
+        mining={"labels": "none"},
+    )
+    assert plan_servers(config) == []
+
+
+def test_contradictions_are_config_errors(lm_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="two models"):
+        plan_servers(_config(lm_folder, scorer={"model": "hub/other"}))
+    with pytest.raises(ConfigError, match="differ"):
+        plan_servers(_config(lm_folder, scorer={"server": {"dtype": "float32"}}))
+
+
+def test_the_command_is_an_argument_list(lm_folder: Path) -> None:
+    server = {"max_model_len": 300, "dtype": "float32", "args": ["--seed", "3"]}
+    (plan,) = plan_servers(_config(lm_folder, {"server": server}, {"server": server}))
+    command = server_command(plan)
+    assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    for pair in (
+        ["--model", str(lm_folder)], ["--port", "8101"], ["--max-model-len", "300"],
+        ["--dtype", "float32"], ["--host", "127.0.0.1"], ["--seed", "3"],
+    ):  # fmt: skip
+        at = command.index(pair[0])
+        assert command[at : at + 2] == pair
+    assert "--enable-prefix-caching" in command
+
+
+def test_a_likelihood_replica_has_no_prefix_cache(lm_folder: Path) -> None:
+    scorer = plan_servers(_config(lm_folder, scorer={"url": "http://127.0.0.1:8102"}))[1]
+    assert "--no-enable-prefix-caching" in server_command(scorer)
+
+
+def _server(lm_folder: Path, tmp_path: Path, script: str) -> Server:
+    """A server whose Python ignores vLLM and runs ``script``: real children, real deaths."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    port = _free_port()
+    settings = {"url": f"http://127.0.0.1:{port}", "server": {"python": str(python)}}
+    (plan,) = plan_servers(_config(lm_folder, settings, settings))
+    return Server(plan, tmp_path / "logs" / "vllm.log")
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_child_that_dies_says_its_last_words(lm_folder: Path, tmp_path: Path) -> None:
+    server = _server(lm_folder, tmp_path, "echo no memory left; exit 7")
+    server.start()
+    with pytest.raises(LLMError, match=r"code 7(.|\n)*no memory left"):
+        wait_ready([server], 30)
+    server.stop()
+
+
+def test_a_mute_child_runs_out_of_time_and_is_stopped(lm_folder: Path, tmp_path: Path) -> None:
+    server = _server(lm_folder, tmp_path, "trap '' TERM; echo waiting; sleep 300")
+    server.start()
+    with pytest.raises(LLMError, match=r"not ready after 2 s(.|\n)*waiting"):
+        wait_ready([server], 2)
+    began = time.monotonic()
+    server.stop(patience=1.0)
+    assert server.process.poll() is not None and time.monotonic() - began < 15
+
+
+def test_missing_environment_and_taken_port(lm_folder: Path, tmp_path: Path) -> None:
+    import socket
+
+    server = _server(lm_folder, tmp_path, "exit 0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", server.plan.port))
+        taken.listen()
+        with pytest.raises(LLMError, match="port"):
+            server.start()
+    server.plan.llm.server.python.unlink()
+    with pytest.raises(LLMError, match="make vllm"):
+        server.start()
+
+
+def _program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "serve" / "llm.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def test_program_checks_and_complains(lm_folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"run: {{dir: {tmp_path / 'run'}}}\n"
+        f"agent_llm: {{backend: vllm, model: {lm_folder}, url: 'http://127.0.0.1:{_free_port()}',"
+        f" server: {{python: {tmp_path / 'no-python'}}}}}\n"
+        f"scorer_llm: {{model: {lm_folder}}}\n"
+    )
+    checked = _program("--config", str(config), "--check")
+    assert checked.returncode == 1 and "not running" in checked.stdout
+    started = _program("--config", str(config))
+    assert started.returncode == 1 and "make vllm" in started.stderr
+    wrong = _program("--set", "agent_llm.model=/no/such/folder", "--set", "agent_llm.backend=vllm")
+    assert wrong.returncode == 1 and "/no/such/folder" in wrong.stderr

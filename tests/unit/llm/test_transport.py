@@ -1,0 +1,245 @@
+"""The transport against a real local server that misbehaves on request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memshare.config import LLMConfig
+from memshare.llm.base import LLMError, LLMUnavailable
+from memshare.llm.transport import Transport
+from memshare.llm.vllm import VLLMBackend
+
+
+class Flaky:
+    """Answers by ``behave(handler, number of the request)``; records when requests came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.behave: Callable[[BaseHTTPRequestHandler, int], None] = lambda h, _: reply(h, 200, {})
+        self.active = self.most_active = 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer._serve(self)
+
+            do_POST = do_GET
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+        length = int(handler.headers.get("content-length", 0))
+        body = json.loads(handler.rfile.read(length)) if length else {}
+        with self.lock:
+            self.times.append(time.monotonic())
+            self.bodies.append(body)
+            self.active += 1
+            self.most_active = max(self.most_active, self.active)
+            number = len(self.times)
+        try:
+            self.behave(handler, number)
+        finally:
+            with self.lock:
+                self.active -= 1
+
+
+def reply(handler: BaseHTTPRequestHandler, status: int, body: object, **headers: str) -> None:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.send_header("content-length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data)
+
+
+@pytest.fixture
+def flaky() -> Iterator[Flaky]:
+    made = Flaky()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def _transport(url: str, **kwargs: Any) -> Transport:
+    settings = {"timeout": 5.0, "retries": 3, "concurrency": 4, "backoff": 0.01} | kwargs
+    return Transport(url, "the-model", **settings)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, 408])
+def test_passing_failures_are_retried(flaky: Flaky, status: int) -> None:
+    flaky.behave = lambda h, n: reply(h, 200 if n == 3 else status, {"n": n})
+    assert asyncio.run(_transport(flaky.url).post("/x", {"a": 1})) == {"n": 3}
+    assert flaky.bodies == [{"a": 1}] * 3
+
+
+def test_retry_after_is_obeyed(flaky: Flaky) -> None:
+    flaky.behave = lambda h, n: (
+        reply(h, 200, {}) if n == 2 else reply(h, 429, {}, retry_after="0.6")
+    )
+    asyncio.run(_transport(flaky.url).get("/x"))
+    assert flaky.times[1] - flaky.times[0] >= 0.6
+
+
+def test_backoff_grows(flaky: Flaky) -> None:
+    flaky.behave = lambda h, n: reply(h, 200 if n == 4 else 503, {})
+    asyncio.run(_transport(flaky.url, backoff=0.1).get("/x"))
+    gaps = [b - a for a, b in zip(flaky.times, flaky.times[1:], strict=False)]
+    assert gaps[0] >= 0.1 and gaps[1] >= 0.2 and gaps[2] >= 0.4
+
+
+def test_retries_end_with_url_model_and_reason(flaky: Flaky) -> None:
+    flaky.behave = lambda h, n: reply(h, 503, {"error": {"message": "loading weights"}})
+    with pytest.raises(LLMUnavailable) as caught:
+        asyncio.run(_transport(flaky.url).get("/x"))
+    for part in (flaky.url, "the-model", "503", "loading weights", "4 attempt"):
+        assert part in str(caught.value)
+    assert len(flaky.times) == 4
+
+
+def test_a_refusal_is_final_and_quotes_the_server(flaky: Flaky) -> None:
+    flaky.behave = lambda h, n: reply(h, 400, {"error": {"message": "context too long"}})
+    with pytest.raises(LLMError, match="context too long") as caught:
+        asyncio.run(_transport(flaky.url).post("/x", {}))
+    assert not isinstance(caught.value, LLMUnavailable)
+    assert len(flaky.times) == 1
+
+
+def test_a_mute_server_is_unavailable(flaky: Flaky) -> None:
+    flaky.behave = lambda h, n: time.sleep(1.0)
+    with pytest.raises(LLMUnavailable, match="no answer in time"):
+        asyncio.run(_transport(flaky.url, timeout=0.2, retries=1).get("/x"))
+    assert len(flaky.times) == 2
+
+
+def test_nobody_there_is_unavailable() -> None:
+    with pytest.raises(LLMUnavailable, match=r"127\.0\.0\.1:9 .*the-model"):
+        asyncio.run(_transport("http://127.0.0.1:9/v1", retries=1).get("/x"))
+
+
+def test_no_json_is_an_error(flaky: Flaky) -> None:
+    for body in (b"<html>", b"[1]"):
+        flaky.behave = lambda h, n, body=body: reply(h, 200, body)
+        with pytest.raises(LLMError, match="no JSON"):
+            asyncio.run(_transport(flaky.url).get("/x"))
+
+
+def test_concurrency_is_bounded(flaky: Flaky) -> None:
+    def slow(handler: BaseHTTPRequestHandler, number: int) -> None:
+        time.sleep(0.05)
+        reply(handler, 200, {})
+
+    flaky.behave = slow
+
+    async def crowd() -> None:
+        transport = _transport(flaky.url, concurrency=3)
+        await asyncio.gather(*(transport.get("/x") for _ in range(12)))
+        await transport.aclose()
+
+    asyncio.run(crowd())
+    assert flaky.most_active == 3
+
+
+def test_one_transport_serves_several_loops(flaky: Flaky) -> None:
+    transport = _transport(flaky.url)
+    assert asyncio.run(transport.get("/x")) == {}
+    assert asyncio.run(transport.get("/x")) == {}
+
+
+def _sse(handler: BaseHTTPRequestHandler, *events: str) -> None:
+    reply(handler, 200, "".join(f"data: {event}\n\n" for event in events).encode())
+
+
+async def _read(transport: Transport) -> list[dict[str, Any]]:
+    return [event async for event in transport.events("/x", {})]
+
+
+def test_streams_are_read_and_retried_before_they_start(flaky: Flaky) -> None:
+    flaky.behave = lambda h, n: (
+        reply(h, 503, {}) if n == 1 else _sse(h, '{"a": 1}', '{"a": 2}', "[DONE]")
+    )
+    assert asyncio.run(_read(_transport(flaky.url))) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_torn_stream_is_no_whole_answer(flaky: Flaky) -> None:
+    flaky.behave = lambda h, n: _sse(h, '{"a": 1}')
+    with pytest.raises(LLMUnavailable, match="before it was complete"):
+        asyncio.run(_read(_transport(flaky.url)))
+    flaky.behave = lambda h, n: _sse(h, '{"error": {"message": "engine died"}}')
+    with pytest.raises(LLMError, match="engine died"):
+        asyncio.run(_read(_transport(flaky.url)))
+
+
+def test_a_stream_left_early_frees_its_place(flaky: Flaky) -> None:
+    flaky.behave = lambda h, n: _sse(h, *['{"a": 1}'] * 50, "[DONE]")
+
+    async def run() -> None:
+        transport = _transport(flaky.url, concurrency=1)
+        for _ in range(3):
+            events = transport.events("/x", {})
+            async for _event in events:
+                break
+            await events.aclose()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def _backend(flaky: Flaky, folder: Path, card: dict[str, Any]) -> VLLMBackend:
+    flaky.behave = lambda h, n: reply(h, 200, {"data": [card]})
+    config = LLMConfig(backend="vllm", url=flaky.url, retries=0)
+    return VLLMBackend(str(folder), config, backoff_seconds=0.01)
+
+
+def test_the_served_name_is_found_or_refused(flaky: Flaky, lm_folder: Path) -> None:
+    alias = {"id": "alias", "root": str(lm_folder), "max_model_len": 333}
+    backend = _backend(flaky, lm_folder, alias)
+    asyncio.run(backend.ready())
+    assert (backend._served, backend.context_length) == ("alias", 333)
+    with pytest.raises(LLMError, match="serves other, not"):
+        asyncio.run(_backend(flaky, lm_folder, {"id": "other", "root": "other"}).ready())
+
+
+def test_unknown_fields_pass_through_unchanged(flaky: Flaky, lm_folder: Path) -> None:
+    backend = _backend(flaky, lm_folder, {"id": str(lm_folder), "max_model_len": 333})
+    asyncio.run(backend.ready())
+    choice = {"message": {"content": None, "tool_calls": [1]}, "finish_reason": "tool_calls"}
+    flaky.behave = lambda h, n: reply(h, 200, {"choices": [choice]})
+    extra = {"tools": [{"type": "function"}], "new_field": {"x": 1}}
+    got = asyncio.run(
+        backend.chat([{"role": "user", "content": "<|im_end|>"}], max_tokens=3, seed=5, extra=extra)
+    )
+    sent = flaky.bodies[-1]
+    assert got.text == "" and got.raw["choices"][0]["message"]["tool_calls"] == [1]
+    assert sent["tools"] == extra["tools"] and sent["new_field"] == {"x": 1}
+    assert (sent["max_tokens"], sent["seed"], sent["temperature"]) == (3, 5, 0.0)
+    assert sent["messages"][0]["content"] != "<|im_end|>"
+
+
+def test_an_answer_of_another_shape_is_an_error(flaky: Flaky, lm_folder: Path) -> None:
+    backend = _backend(flaky, lm_folder, {"id": str(lm_folder), "max_model_len": 333})
+    asyncio.run(backend.ready())
+    context: Any = [{"role": "user", "content": "x"}]
+    for body in ({}, {"choices": []}, {"choices": [{"logprobs": None, "prompt_logprobs": [None]}]}):
+        flaky.behave = lambda h, n, body=body: reply(h, 200, body)
+        for call in (
+            lambda: backend.chat(context, max_tokens=1),
+            lambda: backend.loglikelihood(context, "y"),
+            lambda: backend.label_probabilities(context, ["0", "1"]),
+        ):
+            with pytest.raises(LLMError, match="unexpected reply"):
+                asyncio.run(call())
