@@ -74,9 +74,12 @@ class EpisodeWriter:
         forms = [self.form(style, slots, long) for _ in range(max(plan) + 1)]
         ask = self._pocket_ask() if rng.random() < 0.5 else self._random_ask(style)
         names = [self.name(style) for _ in range(len(plan) * 2)]
+        quoted = rng.random() < 0.7
         turns = []
         for place, which in enumerate(plan):
             subject = self.subject(style)
+            if quoted:
+                subject = f"“{subject}”"
             same_name = rng.random() < 0.3
             name = names[which] if same_name else rng.choice(names)
             turns.append(
@@ -250,11 +253,11 @@ def capital(text: str) -> str:
 
 
 def fill(text: str, subject: str, name: str = "") -> str:
-    """Put subject and name into a text; capital slots begin a sentence."""
-    article = f"the {subject}"
+    """Put subject (quoted if it is) and name into a text; capital slots begin a sentence."""
+    mark, bare = ("“", subject[1:]) if subject.startswith("“") else ("", subject)
     return (
-        text.replace("{s}", article)
-        .replace("{S}", capital(article))
+        text.replace("{s}", f"{mark}the {bare}")
+        .replace("{S}", f"{mark}The {bare}")
         .replace("{a}", name)
         .replace("{A}", capital(name))
     )

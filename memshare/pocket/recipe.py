@@ -40,11 +40,11 @@ class Recipe:
     copy: float = 0.3
     steps: int = 1200
     batch_tokens: int = 1536
-    muon_lr: float = 0.02
-    adam_lr: float = 0.004
+    muon_lr: float = 0.006
+    adam_lr: float = 0.002
     warmup_steps: int = 20
     decay: float = 0.4  # share of the steps over which the learning rate falls to zero
-    stages: tuple[tuple[float, int], ...] = ((0.4, 128), (0.35, 320), (0.25, 1024))
+    stages: tuple[tuple[float, int], ...] = ((0.35, 160), (0.4, 400), (0.25, 1024))
     repeats: tuple[float, float] = (0.1, 0.05)
     unknown_weight: float = 0.05  # loss weight of answers that nothing before them shows
     long_answers: float = 0.08  # in the last stage

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from memshare.pocket import words
@@ -13,6 +13,7 @@ from memshare.pocket.episodes import EpisodeWriter
 from memshare.pocket.recipe import Recipe
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+QUOTES = ("“", "”")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -27,12 +28,14 @@ def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocab_size,
+        vocab_size=recipe.vocab_size - len(QUOTES),
         special_tokens=[PAD, START, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_corpus(recipe.seed), trainer)
+    # Never merged with the punctuation beside them, so that a quoted subject always looks alike.
+    tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in QUOTES])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

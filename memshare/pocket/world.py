@@ -172,11 +172,10 @@ def _groups(rng: random.Random, kind: Kind) -> list[_Group]:
 
 
 def _fill(text: str, subject: str, name: str) -> str:
-    """Put subject and name into a text; capital slots begin a sentence."""
-    article = f"the {subject}"
+    """Put the quoted subject and the name into a text; a capital slot begins a sentence."""
     return (
-        text.replace("{s}", article)
-        .replace("{S}", article[0].upper() + article[1:])
+        text.replace("{s}", f"“the {subject}”")
+        .replace("{S}", f"“The {subject}”")
         .replace("{a}", name)
         .replace("{A}", name[0].upper() + name[1:])
     )

@@ -52,6 +52,10 @@ def test_an_answer_without_example_is_marked_unknown() -> None:
     assert not any(writer.episode(shots=0).turns[0].learn for _ in range(50))
 
 
+def test_a_quoted_subject_stays_quoted() -> None:
+    assert fill("{S} saw {s}.", "“red hen”") == "“The red hen” saw “the red hen”."
+
+
 def test_capital_and_fill() -> None:
     assert capital("{s} sings") == "{S} sings"
     assert fill("{S} and {s}, said {a}. {A}!", "red hen", "old Tom") == (
