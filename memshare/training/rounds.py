@@ -8,8 +8,10 @@ recognises the generation that it published.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -147,22 +149,28 @@ def new_ids(store: PoolStore, pool: str, span: Span) -> list[str]:
     return list(found)
 
 
-def count_new(store: PoolStore, positions: Mapping[str, int], pools: tuple[str, ...]) -> int:
-    """How many memories came since ``positions``, over all ``pools``."""
-    return sum(
-        len(new_ids(store, pool, Span(positions.get(pool, 0), store.last_seq(pool))))
-        for pool in pools
-    )
+def count_new(
+    store: PoolStore, positions: Mapping[str, int], pools: Sequence[str], need: int = 1
+) -> int:
+    """How many memories came since ``positions``, over all ``pools``; 0 if fewer than ``need``.
+
+    The logs are read only once they are long enough, so that waiting costs next to nothing.
+    """
+    spans = open_spans(store, positions, pools)
+    if sum(span.until - span.since for span in spans.values()) < need:
+        return 0
+    found = sum(len(new_ids(store, pool, span)) for pool, span in spans.items())
+    return found if found >= need else 0
 
 
 def open_spans(
-    store: PoolStore, positions: Mapping[str, int], pools: tuple[str, ...]
+    store: PoolStore, positions: Mapping[str, int], pools: Sequence[str]
 ) -> dict[str, Span]:
     """From ``positions`` to each pool's present end."""
     return {pool: Span(positions.get(pool, 0), store.last_seq(pool)) for pool in pools}
 
 
-def erase_deleted(store: PoolStore, examples_dir: Path, pools: tuple[str, ...]) -> int:
+def erase_deleted(store: PoolStore, examples_dir: Path, pools: Sequence[str]) -> int:
     """Erase what was deleted or put on hold since the last call from all examples on disk.
 
     A memory that is released later is mined again. Returns the number of shards rewritten.
@@ -188,3 +196,20 @@ def erase_deleted(store: PoolStore, examples_dir: Path, pools: tuple[str, ...]) 
 def training_dir(run_dir: Path, number: int) -> Path:
     """Where round ``number`` keeps its checkpoints, encoder and results."""
     return round_dir(run_dir / "training", number)
+
+
+def forget_stale_checkpoints(output: Path, folders: Sequence[Path]) -> bool:
+    """Delete the checkpoints in ``output`` if its examples changed since the last call.
+
+    Deleting a memory changes them; what was learned from it must not be continued. Returns whether
+    they were stale.
+    """
+    shards = [path for folder in folders for path in sorted(folder.glob("shard-*.parquet"))]
+    stamps = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in shards]
+    inputs = {"examples": hashlib.sha256("\n".join(stamps).encode()).hexdigest()}
+    path = output / "inputs.json"
+    stale = path.exists() and json.loads(path.read_text(encoding="utf-8")) != inputs
+    if stale:
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    write_json(path, inputs)
+    return stale

@@ -1,0 +1,126 @@
+"""Running one program of the loop as a child: its log, stopping it, and clearing up after a crash.
+
+A child gets a session of its own, so that everything it starts (``accelerate launch`` starts the
+trainer) can be stopped with it. Who it is stands in a file while it runs: a loop that was killed
+leaves its child behind, and the next loop stops that one before it starts anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from memshare.config import ContinualConfig
+from memshare.files import write_json
+
+_POLL_SECONDS = 0.1
+_GRACE_SECONDS = 30.0  # to save a checkpoint after SIGTERM
+_TAIL_LINES = 30
+
+
+class ChildFailed(RuntimeError):
+    """A child ended with an error; the message holds the end of its log."""
+
+
+class Stopped(RuntimeError):
+    """A signal asked the loop to stop while a child ran; the child was stopped first."""
+
+
+def accelerate_command(config: ContinualConfig) -> list[str]:
+    """The start of an ``accelerate launch`` command line, up to the program."""
+    import torch
+
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if config.accelerate_config is not None:
+        return [*command, "--config_file", str(config.accelerate_config)]
+    command += ["--num_processes", str(config.num_processes), "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [] if torch.cuda.is_available() else ["--cpu"]
+    # Port 0: a free one, since others may train on this machine.
+    return command if config.num_processes == 1 else [*command, "--main_process_port", "0"]
+
+
+def run_child(
+    command: Sequence[str], log_file: Path, record: Path, stop: threading.Event, cwd: Path
+) -> None:
+    """Run ``command`` to its end, its output appended to ``log_file``; ``record`` names it.
+
+    Raises `ChildFailed` for a non-zero exit code, `Stopped` once ``stop`` is set.
+    """
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("ab") as output:
+        output.write(f"$ {' '.join(command)}\n".encode())
+        output.flush()
+        child = subprocess.Popen(
+            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        write_json(
+            record, {"session": child.pid, "created": psutil.Process(child.pid).create_time()}
+        )
+        while child.poll() is None and not stop.wait(_POLL_SECONDS):
+            pass
+    finally:
+        if child.poll() is None:
+            _stop_session(child.pid, child)
+    record.unlink(missing_ok=True)
+    if stop.is_set():
+        raise Stopped(f"{command[1]} was stopped")
+    if child.returncode:
+        lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        raise ChildFailed(
+            f"{' '.join(command)}\nended with code {child.returncode}; the end of {log_file}:\n"
+            + "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:])
+        )
+
+
+def stop_orphan(record: Path) -> bool:
+    """Stop what a killed loop left running; True if there was anything."""
+    try:
+        row = json.loads(record.read_text(encoding="utf-8"))
+        session, created = int(row["session"]), float(row["created"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+    found = [pid for pid in _members(session) if psutil.pid_exists(pid)]
+    with suppress(psutil.NoSuchProcess):
+        if abs(psutil.Process(session).create_time() - created) > 1.0:
+            found = []  # the number belongs to somebody else by now
+    if found:
+        _stop_session(session, None)
+    record.unlink(missing_ok=True)
+    return bool(found)
+
+
+def _members(session: int) -> list[int]:
+    members = []
+    for pid in psutil.pids():
+        with suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+            if os.getsid(pid) == session and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                members.append(pid)
+    return members
+
+
+def _stop_session(session: int, child: subprocess.Popen[bytes] | None) -> None:
+    """SIGTERM to every process of the session, SIGKILL to what is left after the grace period."""
+    for number, seconds in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, _GRACE_SECONDS)):
+        for pid in _members(session):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if child is not None:
+                child.poll()  # reap it
+            if not _members(session):
+                return
+            time.sleep(_POLL_SECONDS)

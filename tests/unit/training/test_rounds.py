@@ -1,0 +1,138 @@
+"""The journal of continual training, and what a round reads from the change log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from memshare.pool.store import PoolStore
+from memshare.records import Candidate, Example, NewMemory
+from memshare.training.examples import (
+    load_examples,
+    round_dir,
+    shard_path,
+    write_marker,
+    write_shard,
+)
+from memshare.training.rounds import (
+    Journal,
+    JournalError,
+    Span,
+    count_new,
+    erase_deleted,
+    forget_stale_checkpoints,
+    last_begun,
+    last_mined,
+    new_ids,
+    open_spans,
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    with PoolStore.open(f"sqlite:///{tmp_path / 'pool.db'}") as store:
+        for name in ("one", "two"):
+            store.create_pool(name)
+        yield store
+
+
+def add(store: PoolStore, pool: str, *prompts: str) -> list[str]:
+    return [r.id for r in store.append([NewMemory(pool, prompt, "yes") for prompt in prompts])]
+
+
+def test_a_round_goes_through_its_steps(tmp_path: Path) -> None:
+    path = tmp_path / "continual.json"
+    assert Journal.load(path) == Journal()
+    journal = Journal().begin(1, {"one": Span(0, 9)}, "frozen")
+    for step, following in (("mine", "train"), ("train", "index")):
+        assert journal.open_round is not None and journal.open_round.step == step
+        journal = journal.advance({"did": step})
+        assert journal.open_round is not None and journal.open_round.step == following
+        journal.save(path)
+        assert Journal.load(path) == journal
+    with pytest.raises(JournalError, match="not done"):
+        journal.begin(2, {}, "frozen")
+    journal = journal.advance({}, outcome="published")
+    assert journal.open_round is None
+    with pytest.raises(JournalError, match="no round"):
+        journal.advance({})
+    journal = journal.begin(5, {"two": Span(0, 3), "one": Span(9, 11)}, "x")
+    assert journal.positions == {"one": 11, "two": 3}
+    journal = journal.advance({}, outcome="empty")  # ends the round at any step
+    journal.save(path)
+    assert Journal.load(path).rounds[1].outcome == "empty"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rounds": [{"step": "mine"}]}', '{"rounds": 3}'])
+def test_a_damaged_journal_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "continual.json"
+    path.write_text(text)
+    with pytest.raises(JournalError, match=r"continual\.json"):
+        Journal.load(path)
+
+
+def test_new_memories_come_from_the_log(store: PoolStore) -> None:
+    a, b, c = add(store, "one", "a", "b", "c")
+    (d,) = add(store, "two", "d")
+    store.hold(a)  # seq 4
+    store.delete(b)  # 5
+    assert new_ids(store, "one", Span(0, 5)) == [a, b, c]
+    assert new_ids(store, "one", Span(1, 2)) == [b]
+    store.release(a)  # 6
+    assert new_ids(store, "one", Span(5, 6)) == [a]
+    assert count_new(store, {}, ("one", "two")) == 4
+    assert count_new(store, {"one": 3}, ("one", "two"), 2) == 2
+    assert count_new(store, {"one": 3}, ("one", "two"), 3) == 0
+    assert open_spans(store, {"one": 3}, ("one", "two")) == {"one": Span(3, 6), "two": Span(0, 1)}
+    assert new_ids(store, "two", Span(0, 1)) == [d]
+
+
+def write_round(folder: Path, number: int, *ids: str, finish: bool = True) -> Path:
+    target = round_dir(folder, number)
+    rows = [
+        Example(i, "q", "a", "one", None, number, 1, "s", "given", None,
+                (Candidate("other", "t", 0, 0.0, "k"),))
+        for i in ids
+    ]  # fmt: skip
+    write_shard(shard_path(target, 0), rows)
+    (target / "plan.json").write_text("{}")
+    if finish:
+        spans = {"one": {"since": 0, "until": 10 * number}}
+        write_marker(target, {"shards": 1, "round": number, "spans": spans})
+    return target
+
+
+def test_last_rounds(tmp_path: Path) -> None:
+    assert last_mined(tmp_path) == (0, {}) and last_begun(tmp_path) == 0
+    write_round(tmp_path, 1, "x")
+    write_round(tmp_path, 2, "y")
+    write_round(tmp_path, 3, "z", finish=False)
+    assert last_mined(tmp_path) == (2, {"one": 20})
+    assert last_begun(tmp_path) == 3
+
+
+def test_what_is_deleted_or_held_leaves_the_examples(store: PoolStore, tmp_path: Path) -> None:
+    ids = add(store, "one", "a", "b", "c", "d")
+    folder = write_round(tmp_path / "examples", 1, *ids)
+    store.delete(ids[0])
+    store.hold(ids[1])
+    assert erase_deleted(store, tmp_path / "examples", ("one", "two")) == 1
+    assert load_examples([folder])["query_id"] == ids[2:]
+    assert erase_deleted(store, tmp_path / "examples", ("one", "two")) == 0
+    store.release(ids[1])
+    store.delete(ids[2])
+    assert erase_deleted(store, tmp_path / "examples", ("one", "two")) == 1
+    assert load_examples([folder])["query_id"] == ids[3:]
+
+
+def test_changed_examples_start_training_afresh(tmp_path: Path) -> None:
+    folder = write_round(tmp_path / "examples", 1, "a", "b")
+    output = tmp_path / "training"
+    (output / "checkpoints" / "step-1").mkdir(parents=True)
+    assert not any(forget_stale_checkpoints(output, [folder]) for _ in range(2))
+    assert (output / "checkpoints" / "step-1").exists()
+    write_shard(shard_path(folder, 0), [])
+    assert forget_stale_checkpoints(output, [folder])
+    assert not (output / "checkpoints").exists()
+    assert not forget_stale_checkpoints(output, [folder])

@@ -1,0 +1,172 @@
+"""Step 6 of the loop, its second half: a new generation, and the gate before it.
+
+    python train/index.py --config FILE
+
+encodes the pools with the encoder trained last, compares the result with the generation that serves
+on held-out memories, and publishes it if it is not worse; serving processes swap it in by
+themselves. A rejection is put on record in ``generations/<retriever>/rejected.jsonl`` and is no
+error. ``--encoder frozen --no-gate`` publishes a first generation of the configured encoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: F401  (before faiss)
+
+from memshare.config import Config, ConfigError, add_config_arguments, load_config
+from memshare.files import RunLocked, fsync_dir, run_lock, write_json
+from memshare.llm.base import LLMError
+from memshare.llm.rubric import RubricError
+from memshare.pool.errors import PoolError
+from memshare.pool.store import PoolStore
+from memshare.progress import log
+from memshare.retrieval.build import build_generation
+from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.retrieval.gate import GateResult
+from memshare.retrieval.gate_run import gate_built
+from memshare.retrieval.generation import GenerationError, current, generations
+from memshare.retrieval.manifest import folder_name
+from memshare.retrieval.publish import publish
+from memshare.training.mining import split_memories
+from memshare.training.relevance import HeldOutRelevance
+from memshare.training.split import SplitError
+
+EXPECTED = (
+    EncoderError, GenerationError, LLMError, PoolError, RubricError, RunLocked, SplitError,
+)  # fmt: skip
+FROZEN = "frozen"
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Build, judge and publish a generation.")
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--encoder", help="folder, or `frozen` for the configured one (default: trained last)"
+    )
+    parser.add_argument("--round", type=int, help="continual round, for the record")
+    parser.add_argument("--result", type=Path, metavar="FILE", help="write what became of it here")
+    parser.add_argument("--no-gate", action="store_true", help="publish without comparing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build and publish; prints what became of it as JSON and returns the exit code."""
+    args = arguments().parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+    except ConfigError as error:
+        log(f"error: {error}")
+        return 2
+    try:
+        with run_lock(config.run.dir, "index"), PoolStore.open(config.url) as store:
+            outcome = run(config, store, args.encoder, args.round, gated=not args.no_gate)
+    except EXPECTED as error:
+        log(f"error: {error}")
+        return 1
+    if args.result is not None:
+        write_json(args.result, outcome)
+    print(json.dumps(outcome, ensure_ascii=False))
+    return 0
+
+
+def run(
+    config: Config, store: PoolStore, source: str | None, number: int | None, *, gated: bool
+) -> dict[str, Any]:
+    """Encode, judge, publish; what became of it as a dict."""
+    root, name, pools = config.generations_dir, config.retriever.name, config.served_pools
+    for pool in pools:
+        store.create_pool(pool, config.pools[pool].rubric, config.pools[pool].threshold)
+    source = source or str(latest_encoder(config.run.dir))
+    settings = config.encoder
+    if source != FROZEN:
+        settings = settings.model_copy(update={"model": source})
+    encoder = Encoder.load(settings)
+    earlier = recorded(config, number, source)
+    if earlier is not None:
+        log(f"round {number}: generation {earlier['generation']} was published before")
+        return earlier
+
+    # 1. Encode every pool.
+    begun = time.monotonic()
+    built = build_generation(store, config, encoder)
+    build_seconds = time.monotonic() - begun
+    log(f"{len(built.ids)} memories encoded in {build_seconds:.1f} s")
+
+    # 2. Judge on the held-out memories.
+    verdict = GateResult(True, "not asked for", 0)
+    begun = time.monotonic()
+    if gated:
+        fates = split_memories(store, config)
+        held_out = [
+            memory
+            for pool in pools
+            for memory in store.iter(pool, until_seq=built.positions[pool])
+            if fates.get(memory.id) == "held_out"
+        ]
+        relevance = HeldOutRelevance(config, store)
+        verdict = gate_built(store, config, encoder, built, held_out, relevance)
+    metrics: dict[str, Any] = {
+        "gate": verdict.record(),
+        "round": number,
+        "encoder": source,
+        "build_seconds": build_seconds,
+        "gate_seconds": time.monotonic() - begun,
+        "created": time.time(),
+    }
+
+    # 3. Publish, or put the rejection on record.
+    if not verdict.passed:
+        log(f"not published: the gate rejected it ({verdict.reason}); the current one serves on")
+        record_rejection(root / name / "rejected.jsonl", metrics)
+        return {"outcome": "rejected", "generation": current(root, name), **metrics}
+    generation = publish(
+        root, name, encoder=encoder, **built.parts(), metrics=metrics, parent=current(root, name),
+        keep=config.retriever.keep, best=verdict.best,
+    )  # fmt: skip
+    log(f"published generation {generation} ({len(built.ids)} memories; gate: {verdict.reason})")
+    return {"outcome": "published", "generation": generation, **metrics}
+
+
+def latest_encoder(run_dir: Path) -> Path:
+    """The encoder that training wrote last. Raises `EncoderError` if there is none."""
+    found = sorted((run_dir / "training").glob("[0-9]*/encoder"))
+    if not found:
+        raise EncoderError(
+            f"{run_dir / 'training'}: no trained encoder; run train/contrastive.py, or give "
+            "--encoder FOLDER (`frozen`: the configured one)"
+        )
+    return found[-1]
+
+
+def recorded(config: Config, number: int | None, source: str) -> dict[str, Any] | None:
+    """What this round came to, if an earlier run of it was killed after deciding."""
+    if number is None:
+        return None
+    home = config.generations_dir / config.retriever.name
+    for manifest in reversed(generations(config.generations_dir, config.retriever.name)):
+        path = home / folder_name(manifest.number) / "metrics.json"
+        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if (metrics.get("round"), metrics.get("encoder")) == (number, source):
+            return {"outcome": "published", "generation": manifest.number, **metrics}
+    return None
+
+
+def record_rejection(path: Path, metrics: dict[str, Any]) -> None:
+    """Append one line, durably."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(metrics, ensure_ascii=False) + "\n")
+        handle.flush()
+    fsync_dir(path.parent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
