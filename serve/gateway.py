@@ -17,16 +17,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-import uvicorn
-
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.files import RunLocked, run_lock, write_json
-from memshare.gateway.app import create_app
 from memshare.llm.base import LLMError
 from memshare.pool.errors import PoolError
 from memshare.progress import log
-from memshare.retrieval.encoder import EncoderError
-from memshare.sharing import assemble
 
 
 class AddressError(RuntimeError):
@@ -66,6 +61,12 @@ def serve(config: Config, host: str, port: int) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit code."""
     failures: list[BaseException] = []
     with run_lock(config.run.dir, "gateway"), listen(host, port) as sock:
+        # Only now, so that a wrong setting or a taken port is told at once: torch takes seconds.
+        import uvicorn
+
+        from memshare.gateway.app import create_app
+        from memshare.sharing import assemble
+
         bound = sock.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
         app = create_app(assemble(config), on_failure=lambda error: stop(error))
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             log(f"warning: {host} is open to whoever reaches it: no keys are asked for")
         return serve(config, host, port)
-    except (AddressError, ConfigError, RunLocked, PoolError, LLMError, EncoderError) as error:
+    except (AddressError, ConfigError, RunLocked, PoolError, LLMError) as error:
         log(f"gateway: {error}")
         return 2
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from memshare.llm.factory import make_llm
 from memshare.llm.rubric import RubricError, load_rubric
 from memshare.llm.scorer import make_scorer
 from memshare.pool.store import PoolStore
+from memshare.retrieval.encoder import EncoderError
 from memshare.retrieval.searcher import Searcher
 from memshare.sharing.shared import SharedMemory
 
@@ -24,7 +25,7 @@ def assemble(config: Config) -> SharedMemory:
     """Open the pool (creating the pools of the configuration), make searcher, agent and scorer.
 
     Nothing is started yet. Equal settings for agent and scorer share one LLM. Raises `ConfigError`,
-    `PoolError`, `EncoderError` and `LLMError`, each saying what to do.
+    `PoolError` and `LLMError`, each saying what to do.
     """
     store = PoolStore.open(config.url)
     try:
@@ -37,11 +38,15 @@ def assemble(config: Config) -> SharedMemory:
         llms = [make_llm(config.agent_llm)]
         if uses_scorer_llm(config) and config.scorer_llm != config.agent_llm:
             llms.append(make_llm(config.scorer_llm))
+        try:
+            scorer = make_scorer(config.scorer, llms[-1] if uses_scorer_llm(config) else None)
+        except EncoderError as error:
+            raise ConfigError(f"scorer.bertscore_model: {error}") from error
         return SharedMemory(
             store,
             Searcher(store, config),
             Agent(llms[0], config.agent),
-            make_scorer(config.scorer, llms[-1] if uses_scorer_llm(config) else None),
+            scorer,
             config,
             llms=tuple(llms),
         )

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from memshare.bootstrap import BootstrapError, QuestionFilter, bootstrap, tidy, write_question
 from memshare.cli import main
@@ -15,6 +16,7 @@ from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
 from memshare.sharing import SharedMemory, open_shared
 from tests.loop import loop_config, loop_config_file
+from tests.tiny_lm import tiny_lm
 
 SEEDS = [f"Write a limerick about the {thing} of a cat by the sea." for thing in "abcdefgh"]
 
@@ -108,17 +110,35 @@ def test_every_question_ends_with_a_reason_on_record(tmp_path: Path, models: Pat
     asyncio.run(body())
 
 
-def test_answers_that_the_scorer_accepts_become_memories(tmp_path: Path, models: Path) -> None:
+@pytest.fixture(scope="module")
+def brief(models: Path) -> Path:
+    """The tiny model with a louder end-of-turn token: it comes to an end by itself."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tiny_lm(models / "brief")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.eos_token_id] *= 2
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_answers_that_the_scorer_accepts_become_memories(
+    tmp_path: Path, models: Path, brief: Path
+) -> None:
     async def body() -> None:
         config = loop_config(
             tmp_path,
             models,
+            agent_llm={"model": str(brief)},
             bootstrap={"questions": 16, "min_chars": 1, "temperature": 1.0},
             agent={"max_tokens": 200, "temperature": 1.0, "shots": 1},
         )
         async with open_shared(config) as shared:
             seeded(shared)
             report = await bootstrap(shared, "keep")
+            assert len(report.stored) > 0, report.counts
             for memory in shared.store.get_many(report.stored).values():
                 assert (memory.agent, memory.metadata) == ("bootstrap", {"source": "bootstrap"})
                 assert memory.score is not None

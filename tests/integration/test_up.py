@@ -1,0 +1,97 @@
+"""serve/up.py: everything at once, stopped cleanly, and down together when a part dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.loop import loop_config_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+def launch(run_dir: Path, models: Path, *more: str) -> subprocess.Popen[bytes]:
+    config = loop_config_file(run_dir, models, wandb={"mode": "disabled"})
+    command = [sys.executable, str(ROOT / "serve/up.py"), "--config", str(config), *more]
+    with open(run_dir / "up.log", "wb") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+
+def wait_for(words: str, run_dir: Path, process: subprocess.Popen[bytes]) -> str:
+    deadline = time.monotonic() + 180
+    while words not in (text := (run_dir / "up.log").read_text()):
+        assert process.poll() is None, text
+        assert time.monotonic() < deadline, text
+        time.sleep(0.2)
+    return text
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+def pids(log: str) -> dict[str, int]:
+    words = [line.split() for line in log.splitlines() if " started " in line]
+    return {word[2]: int(word[4].rstrip(",")) for word in words}
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.slow
+def test_everything_runs_and_stops_in_order(tmp_path: Path, models: Path) -> None:
+    process = launch(tmp_path, models, "--port", free_port())
+    try:
+        log = wait_for("status: generation", tmp_path, process)
+        assert set(pids(log)) == {"gateway", "continual"}
+        url = json.loads((tmp_path / "gateway.json").read_text())["url"]
+        assert httpx.get(f"{url}/readyz").json()["ready"]
+        second = launch(tmp_path / "other", models, "--set", f"run.dir={tmp_path}")
+        assert second.wait(120) == 2
+        assert "another up is running" in (tmp_path / "other" / "up.log").read_text()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(120)
+    log = (tmp_path / "up.log").read_text()
+    assert code == 0, log
+    assert log.index("stopped continual") < log.index("stopped gateway")
+    assert "Traceback" not in log
+    assert all(gone(pid) for pid in pids(log).values())
+
+
+@pytest.mark.slow
+def test_a_part_that_dies_takes_the_rest_down(tmp_path: Path, models: Path) -> None:
+    process = launch(tmp_path, models, "--no-train", "--port", free_port())
+    try:
+        log = wait_for("serving on", tmp_path, process)
+        os.kill(pids(log)["gateway"], signal.SIGKILL)
+        assert process.wait(120) == 1
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(120)
+    log = (tmp_path / "up.log").read_text()
+    assert "gateway ended with exit code -9" in log
+    assert "listening on http://127.0.0.1" in log.split("exit code -9")[1]  # its own last words

@@ -1,0 +1,86 @@
+"""Child processes that live and die together: real ones, stopped in order, none left behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from memshare.gateway.supervisor import Part, Supervisor
+
+POLITE = (
+    "import signal, sys, time\n"
+    "def stop(*_):\n"
+    "    print('stopping', time.monotonic_ns(), flush=True)\n"
+    "    sys.exit(0)\n"
+    "signal.signal(signal.SIGTERM, stop)\n"
+    "print('up', flush=True)\n"
+    "time.sleep(60)\n"
+)
+STUBBORN = POLITE.replace("SIGTERM, stop", "SIGTERM, signal.SIG_IGN")
+PARENT = (
+    "import subprocess, sys, time\n"
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    "print('up', child.pid, flush=True)\n"
+    "time.sleep(60)\n"
+)
+
+
+def up(supervisor: Supervisor, name: str, code: str) -> Part:
+    part = supervisor.start(name, [sys.executable, "-c", code])
+    deadline = time.monotonic() + 30
+    while "up" not in part.tail():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return part
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_the_last_started_stops_first(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path, 20)
+    first, second = up(supervisor, "first", POLITE), up(supervisor, "second", POLITE)
+    assert supervisor.dead() is None
+    assert supervisor.stop()
+    moments = [int(part.tail().split()[-1]) for part in (second, first)]
+    assert moments == sorted(moments)
+    assert [part.process.returncode for part in (first, second)] == [0, 0]
+
+
+def test_what_does_not_stop_is_killed(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path, 0.2)
+    part = up(supervisor, "stubborn", STUBBORN)
+    assert not supervisor.stop()
+    assert part.process.returncode == -9
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_children_of_children_are_not_left_behind(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path, 20)
+    part = up(supervisor, "parent", PARENT)
+    grandchild = int(part.tail().split()[-1])
+    assert alive(grandchild)
+    supervisor.stop()
+    deadline = time.monotonic() + 10
+    while alive(grandchild):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_death_is_noticed_and_its_last_words_kept(tmp_path: Path) -> None:
+    supervisor = Supervisor(tmp_path, 20)
+    up(supervisor, "well", POLITE)
+    ill = supervisor.start("ill", [sys.executable, "-c", "raise SystemExit('out of luck')"])
+    ill.process.wait(30)
+    assert supervisor.dead() is ill
+    assert ill.tail() == "out of luck" and ill.process.returncode == 1
+    assert supervisor.stop()
