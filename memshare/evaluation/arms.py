@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memshare.config import AgentConfig
 from memshare.evaluation.data import Pair
 from memshare.evaluation.rankers import Ranker
-from memshare.llm.agent import Agent
-from memshare.llm.base import LLMError
+from memshare.llm.agent import Agent, AgentAnswer
+from memshare.llm.base import LLM, LLMError
 from memshare.metrics.bertscore import BertScore, BertScorer
 from memshare.metrics.ir import ir_metrics
 from memshare.metrics.stats import bootstrap_mean
@@ -24,16 +25,24 @@ SHOT_NAMES = ("zero_shot", "one_shot", "two_shot", "three_shot")
 
 @dataclass(frozen=True)
 class Arm:
-    """BERTScore of each test question; ``failed`` answers (an LLM error) score zero."""
+    """Answers and their BERTScore, by test question; a failed one (an LLM error) scores zero."""
 
     scores: Sequence[BertScore]
-    answers: Sequence[str]
-    failed: int
+    answers: Sequence[str | None]  # None: failed
 
     @property
     def f1(self) -> list[float]:
         """F1 by question."""
         return [score.f1 for score in self.scores]
+
+    @property
+    def failed(self) -> int:
+        """How many questions got no answer."""
+        return sum(answer is None for answer in self.answers)
+
+    def part(self, at: Sequence[int]) -> Arm:
+        """The arm over some of its questions."""
+        return Arm([self.scores[i] for i in at], [self.answers[i] for i in at])
 
     def summary(self, seed: int) -> dict[str, Any]:
         """Means, the 95 % bootstrap interval of F1, and the count of questions and failures."""
@@ -50,6 +59,32 @@ class Arm:
         }
 
 
+class RememberingAgent(Agent):
+    """An agent that is not asked twice what it answers greedily; for arms that share prompts."""
+
+    def __init__(self, llm: LLM, config: AgentConfig) -> None:
+        """Raises ValueError for a temperature other than 0: there a repeat is another answer."""
+        if config.temperature != 0.0:
+            raise ValueError(f"only greedy answers can be kept, not at {config.temperature}")
+        super().__init__(llm, config)
+        self._kept: dict[tuple[Any, ...], AgentAnswer] = {}
+
+    async def answer(
+        self,
+        question: str,
+        memories: Sequence[Memory],
+        seed: int | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> AgentAnswer:
+        """As `Agent.answer`, kept by the texts of question and memories."""
+        if extra:
+            return await super().answer(question, memories, seed, extra)
+        key = (question, *((memory.prompt, memory.answer) for memory in memories))
+        if key not in self._kept:
+            self._kept[key] = await super().answer(question, memories, seed)
+        return self._kept[key]
+
+
 async def answer_arm(
     agent: Agent, scorer: BertScorer, tests: Sequence[Pair], shots: Sequence[Sequence[Memory]]
 ) -> Arm:
@@ -64,7 +99,7 @@ async def answer_arm(
     answers = await asyncio.gather(*(one(t, m) for t, m in zip(tests, shots, strict=True)))
     texts = [answer or "" for answer in answers]
     scores = await asyncio.to_thread(scorer.score, texts, [test.answer for test in tests])
-    return Arm(scores, texts, sum(answer is None for answer in answers))
+    return Arm(scores, answers)
 
 
 async def shot_arms(

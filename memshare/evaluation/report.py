@@ -70,7 +70,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is checked out, ``+changes`` behind it if files differ; unknown outside git."""
+    """The commit, with ``+changes`` if files differ from it; unknown outside git."""
     folder = str(Path(__file__).parent)
     try:
         head = _output("git", "-C", folder, "rev-parse", "HEAD")
