@@ -1,4 +1,7 @@
-"""Low-rank adapters (Hu et al. 2022, "LoRA") through peft, on by ``training.lora.enabled``."""
+"""Low-rank adapters (Hu et al. 2022, "LoRA") through peft, on by ``training.lora.enabled``.
+
+peft is imported where it is needed: it takes seconds, and most runs do without.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 
 from memshare.config import LoRAConfig
 from memshare.retrieval.encoder import Encoder, EncoderError
@@ -17,6 +19,8 @@ def add_adapters(encoder: Encoder, config: LoRAConfig, seed: int) -> None:
 
     Raises `EncoderError` where the model has none of the modules that the configuration names.
     """
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(seed)
     settings = LoraConfig(
         r=config.r,
@@ -36,7 +40,7 @@ def add_adapters(encoder: Encoder, config: LoRAConfig, seed: int) -> None:
 
 def merge_adapters(encoder: Encoder) -> None:
     """Add the adapters to the weights they belong to; the encoder is a plain model again."""
-    if isinstance(encoder.model, PeftModel):
+    if hasattr(encoder.model, "merge_and_unload"):  # a PeftModel
         encoder.model = encoder.model.merge_and_unload()
 
 

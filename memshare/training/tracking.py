@@ -163,6 +163,7 @@ class Tracker:
                 raise
             log(f"W&B can't be reached ({error}); its run goes on offline")
             self.mode = "offline"
+            wandb.teardown()  # the run that could not be opened would keep its id from the next
             return start("offline")
 
 

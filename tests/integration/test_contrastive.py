@@ -1,0 +1,326 @@
+"""train/contrastive.py as a user runs it: whole runs, stopped runs, several processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from memshare.files import run_lock
+from memshare.retrieval.encoder import Encoder
+from memshare.training import checkpoint
+from tests.tiny import tiny_encoder
+from tests.training_data import candidate, example, examples, write_round
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "train" / "contrastive.py"
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny encoder and two rounds of examples."""
+    folder = tmp_path_factory.mktemp("contrastive")
+    tiny_encoder(folder / "encoder")
+    write_round(folder / "round-1", examples(60))
+    write_round(folder / "round-2", examples(40, start=60))
+    return folder
+
+
+def options(base: Path, output: Path, *more: str, steps: int = 60) -> list[str]:
+    settings = {
+        "training.max_steps": steps,
+        "training.batch_size": 8,
+        "training.lr": 1e-3,
+        "training.checkpoint_every": 5,
+        "wandb.mode": "disabled",
+    }
+    return [
+        "--examples", str(base / "round-1"), "--encoder", str(base / "encoder"),
+        "--output", str(output),
+        *(f"--set={key}={value}" for key, value in settings.items()), *more,
+    ]  # fmt: skip
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, str(PROGRAM), *arguments]
+    return subprocess.Popen(command, env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def launch(processes: int, program: Path, arguments: list[str]) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+        "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port", "0", str(program), *arguments,
+    ]  # fmt: skip
+    return subprocess.Popen(command, env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not what():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, "nothing happened for two minutes"
+        time.sleep(0.01)
+
+
+def steps_saved(output: Path) -> list[int]:
+    return [int(path.name[5:]) for path in checkpoint.checkpoints(output / "checkpoints")]
+
+
+def result(output: Path) -> dict[str, object]:
+    loaded = json.loads((output / "result.json").read_text())
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def logged(output: Path) -> list[dict[str, float]]:
+    keys = ("step", "loss", "lr", "grad_norm")
+    lines = (output / "log.jsonl").read_text().splitlines()
+    return [{key: json.loads(line)[key] for key in keys} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    """The program as a module, to call its main without starting a process each time."""
+    spec = importlib.util.spec_from_file_location("contrastive", PROGRAM)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_every_way_ends_as_the_uninterrupted_one(
+    base: Path, tmp_path: Path
+) -> None:
+    """SIGKILL, SIGTERM, then a damaged checkpoint: equal weights, bit for bit."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    with start(options(base, whole, steps=100)) as process:
+        assert process.wait(timeout=240) == 0, process.communicate()
+
+    arguments = options(base, broken, "--set=wandb.mode=offline", steps=100)
+    with start(arguments) as process:
+        wait_for(lambda: bool(steps_saved(broken)), process)
+        process.kill()
+    assert not (broken / "result.json").exists()
+    reached = steps_saved(broken)[-1]
+    with start(arguments) as process:
+        wait_for(lambda: steps_saved(broken)[-1] > reached, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 75, process.communicate()
+    said = result(broken)
+    assert said["status"] == "stopped" and said["steps"] == steps_saved(broken)[-1]
+    ids = {said["wandb"]["id"]}  # type: ignore[index]
+    assert not (broken / "encoder").exists()
+    assert steps_saved(broken)[-1] < 100, "the run ended before it could be stopped"
+
+    *_, last = checkpoint.checkpoints(broken / "checkpoints")
+    os.truncate(last / "model.safetensors", 1000)
+    with start([*arguments, "--resume"]) as process:
+        _, said_last = process.communicate(timeout=240)
+        assert process.returncode == 0, said_last
+    assert "damaged checkpoint" in said_last or "has another size" in said_last
+    ids.add(result(broken)["wandb"]["id"])  # type: ignore[index]
+    assert len(ids) == 1  # one W&B run throughout
+    for name in ("loss", "steps", "tokens", "real_token_share", "examples"):
+        assert result(broken)[name] == result(whole)[name]
+    ours, theirs = (load_file(f / "encoder" / "model.safetensors") for f in (broken, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert [line for line in logged(broken) if line["step"] % 5 == 0] == logged(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_gradients_of_several_processes_are_those_of_one(
+    base: Path, tmp_path: Path, processes: int
+) -> None:
+    from tests.integration import gradient_worker
+
+    one, many = tmp_path / "one", tmp_path / "many"
+    one.mkdir()
+    many.mkdir()
+    gradient_worker.main(base / "encoder", one)
+    worker = Path(str(gradient_worker.__file__))
+    with launch(processes, worker, [str(base / "encoder"), str(many)]) as process:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    for name in gradient_worker.BATCHES:
+        for mode in ("kept", "cached"):
+            want = load_file(one / f"{name}-{mode}-0.safetensors")
+            largest = max(float(g.abs().max()) for g in want.values())
+            assert largest > 1e-3
+            for rank in range(processes):
+                got = load_file(many / f"{name}-{mode}-{rank}.safetensors")
+                assert got.keys() == want.keys()
+                assert max(float((got[n] - want[n]).abs().max()) for n in want) < 1e-5
+                losses = (json.loads((f / f"{name}-{mode}-{r}.json").read_text())
+                          for f, r in ((one, 0), (many, rank)))  # fmt: skip
+                assert next(losses) == pytest.approx(next(losses), abs=1e-5)
+    for rank in range(processes):
+        told = (many / f"different-{rank}.txt").read_text()
+        assert "see other examples than process 0" in told
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_survive_a_killed_one(
+    base: Path, tmp_path: Path, program: ModuleType
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    same = ("--set=training.dropout=false",)
+    assert program.main(options(base, one, *same, steps=60)) == 0
+    arguments = options(base, two, *same, "--set=training.batch_size=4", steps=60)
+    with launch(2, PROGRAM, arguments) as process:
+        wait_for(lambda: bool(steps_saved(two)), process)
+        workers = [p for p in psutil.Process(process.pid).children() if str(PROGRAM) in p.cmdline()]
+        assert len(workers) == 2
+        workers[1].kill()
+        _, errors = process.communicate(timeout=120)  # it ends, and does not hang
+        assert process.returncode != 0 and "SIGKILL" in errors
+        psutil.wait_procs(workers, timeout=30)
+    assert not (two / "encoder").exists()
+    with launch(2, PROGRAM, arguments) as process:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    assert "continuing from" in errors
+    for got, want in zip(logged(two), logged(one), strict=True):
+        assert got == pytest.approx(want, abs=1e-3)
+    ours, theirs = (load_file(f / "encoder" / "model.safetensors") for f in (two, one))
+    assert max(float((ours[n] - theirs[n]).abs().max()) for n in theirs) < 1e-4
+
+
+def test_lora_replay_and_round_in_one_run(base: Path, tmp_path: Path, program: ModuleType) -> None:
+    output = tmp_path / "out"
+    code = program.main([
+        *options(base, output, steps=5), "--examples", str(base / "round-2"),
+        "--replay-examples", str(base / "round-1"), "--replay-count", "10", "--round", "2",
+        "--set=training.lora.enabled=true", "--set=training.lora.r=4",
+    ])  # fmt: skip
+    assert code == 0
+    said = result(output)
+    assert (said["status"], said["examples"], said["replayed"]) == ("trained", 40, 10)
+    assert said["steps"] == 5 and 0.5 < float(str(said["real_token_share"])) <= 1.0
+    [saved] = checkpoint.checkpoints(output / "checkpoints")
+    names = load_file(saved / "model.safetensors").keys()
+    assert names and all("lora_" in name for name in names)
+    trained, before = (
+        Encoder.from_folder(f, "cpu") for f in (output / "encoder", base / "encoder")
+    )
+    assert trained.model.state_dict().keys() == before.model.state_dict().keys()
+    assert trained.query_fingerprint() != before.query_fingerprint()
+
+
+def test_run_again_after_the_end(base: Path, tmp_path: Path, program: ModuleType) -> None:
+    output = tmp_path / "out"
+    assert program.main(options(base, output, steps=3)) == 0
+    first, weights = result(output), (output / "encoder" / "model.safetensors").read_bytes()
+    assert program.main(options(base, output, steps=3)) == 0
+    assert (output / "encoder" / "model.safetensors").read_bytes() == weights
+    assert {**result(output), "wandb": None} == {**first, "wandb": None}
+    assert program.main([*options(base, output, steps=3), "--resume", "never"]) == 0
+    assert (output / "encoder" / "model.safetensors").read_bytes() == weights  # same seed
+
+
+def test_changed_configuration_is_refused_unless_told(
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert program.main(options(base, output, steps=3)) == 0
+    changed = [*options(base, output, steps=5), "--set=training.temperature=0.1"]
+    changed.append("--set=training.log_every=1")  # changes nothing of the training: allowed
+    assert program.main(changed) == 1
+    told = capsys.readouterr().err
+    assert "training.temperature: 0.05 -> 0.1" in told and "steps: 3 -> 5" in told
+    assert "log_every" not in told
+    assert result(output)["status"] == "failed"
+    assert program.main([*changed, "--allow-config-change"]) == 0
+    assert result(output)["steps"] == 5
+
+
+def test_an_empty_round_has_its_own_exit_code(
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = [example("a"), example("b", candidates=(candidate("c", "c", -9.0),))]
+    write_round(tmp_path / "round", bad)
+    output = tmp_path / "out"
+    code = program.main([*options(base, output), "--examples", str(tmp_path / "round")])
+    assert code == 66
+    assert result(output) == {
+        "status": "empty", "examples": 0, "without_hard_negatives": 0,
+        "dropped": {"no candidates": 1, "no positive beats the baseline": 1},
+    }  # fmt: skip
+    assert "no usable example" in capsys.readouterr().err
+    assert not (output / "encoder").exists()
+
+
+def test_dry_run_tells_and_writes_nothing(
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert program.main([*options(base, output), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "max_steps: 60" in told and "60 examples, 60 steps" in told
+    assert "parameters" in told and "memory per process" in told
+    assert not output.exists()
+
+
+def test_divergence_names_the_batch_and_keeps_the_last_checkpoint(
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert program.main(options(base, output, steps=5)) == 0
+    kept = checkpoint.latest_intact(output / "checkpoints")
+    wild = [*options(base, output), "--set=training.lr=1e38", "--allow-config-change"]
+    assert program.main(wild) == 1
+    told = capsys.readouterr().err
+    assert "is not finite; the batch's queries are main-" in told
+    assert result(output)["status"] == "failed"
+    assert checkpoint.latest_intact(output / "checkpoints") == kept
+    assert (output / "encoder").exists()  # the earlier one
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--set=training.lrr=1", "--set=training.epochs=no"], 2, ["training.lrr", "epochs"]),
+        (["--encoder", "/no/such/folder"], 1, ["/no/such/folder"]),
+        (["--examples", "/no/such/round"], 1, ["/no/such/round"]),
+        (["--resume"], 1, ["no intact checkpoint"]),
+    ],
+    ids=["config", "encoder", "examples", "resume"],
+)
+def test_bad_input(
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str],
+    more: list[str], code: int, words: list[str],
+) -> None:  # fmt: skip
+    assert program.main([*options(base, tmp_path / "out"), *more]) == code
+    told = capsys.readouterr().err
+    assert "error: " in told and all(word in told for word in words)
+
+
+def test_a_second_training_into_the_same_folder_is_refused(
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    with run_lock(output, "training"):
+        assert program.main(options(base, output)) == 1
+    assert "another training is running" in capsys.readouterr().err
+    assert not (output / "result.json").exists()
