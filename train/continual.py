@@ -115,9 +115,8 @@ class Loop:
             log(f"round {now.number}: {now.step}")
             begun = time.monotonic()
             result, outcome = getattr(self, now.step)(now)
-            journal = journal.advance(
-                {**result, "wall_seconds": time.monotonic() - begun}, outcome=outcome
-            )
+            result["wall_seconds"] = time.monotonic() - begun
+            journal = journal.advance(result, outcome=outcome)
             journal.save(self.path)
             if outcome is not None:
                 log(f"round {now.number}: {outcome}")
