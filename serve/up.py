@@ -22,7 +22,7 @@ import httpx
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.files import RunLocked, run_lock
-from memshare.gateway.supervisor import Part, Supervisor
+from memshare.gateway.supervisor import Supervisor
 from memshare.progress import log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,16 +59,17 @@ def is_up(state: dict[str, Any]) -> bool:
     return bool(state.get("ready")) and not any(s.startswith(("unre", "unkn")) for s in llms)
 
 
-def check(supervisor: Supervisor, may_finish: Part | None = None) -> None:
+def check(supervisor: Supervisor) -> None:
     """Raise `Failed` with its log's end if a part has died.
 
-    A trainer that has done ``continual.rounds`` rounds ends with 0, and the rest serves on.
+    Two may end with 0 while the rest serves on: a trainer that has done ``continual.rounds``
+    rounds, and serve/llm.py where every LLM server runs already.
     """
     part = supervisor.dead()
     if part is None:
         return
-    if part is may_finish and part.process.returncode == 0:
-        log("the trainer has done its rounds; serving goes on")
+    if part.process.returncode == 0 and part.name in ("continual", "llm"):
+        log(f"{part.name} has nothing more to do; serving goes on")
         supervisor.parts.remove(part)
         return
     raise Failed(
@@ -101,12 +102,11 @@ def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stoppi
         if stopping.wait(_POLL_SECONDS):
             return
     log(f"serving on {url}")
-    trainer = None
     if not args.no_train:
-        trainer = supervisor.start("continual", command("train/continual.py", args))
+        supervisor.start("continual", command("train/continual.py", args))
     shown = ""
     while not stopping.wait(_POLL_SECONDS):
-        check(supervisor, trainer)
+        check(supervisor)
         state = state_of(url)
         llms = ", ".join(f"{name} {value}" for name, value in state.get("llm", {}).items())
         status = f"generation {state.get('generation')}, LLMs: {llms}" if state else "no answer"
