@@ -94,8 +94,7 @@ class Loop:
 
     def run(self, *, once: bool) -> None:
         """Rounds, one after the other."""
-        for pool in self.pools:
-            settings = self.config.pools[pool]
+        for pool, settings in self.config.pools.items():
             self.store.create_pool(pool, settings.rubric, settings.threshold)
         journal = Journal.load(self.path)
         if stop_orphan(self.child):
