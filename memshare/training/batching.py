@@ -25,6 +25,8 @@ from memshare.training.select import Selected
 
 Ints = npt.NDArray[np.int64]
 _TOKENISE_AT_ONCE = 8192
+_SMALLEST = 1 / 8  # of batch_tokens: what keeps a device busy
+_MUCH_SHORTER = 0.85  # of a micro-batch's longest text
 
 
 class TokenTable:
@@ -211,3 +213,23 @@ def deal(lengths: Ints, processes: int) -> list[Ints]:
     turn = np.arange(len(order)) % (2 * processes)
     owner = np.where(turn < processes, turn, 2 * processes - 1 - turn)
     return [order[owner == process] for process in range(processes)]
+
+
+def cut(lengths: Ints, batch_tokens: int) -> list[slice]:
+    """Cut texts, longest first, into micro-batches of at most ``batch_tokens`` padded tokens.
+
+    A text longer than that is alone. One that is much shorter than its micro-batch's longest starts
+    a new one, if the one before is large enough to keep the device busy.
+    """
+    slices: list[slice] = []
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        width, rows = int(lengths[start]), end - start
+        if (
+            end == len(lengths)
+            or (rows + 1) * width > batch_tokens
+            or (rows * width >= batch_tokens * _SMALLEST and lengths[end] < width * _MUCH_SHORTER)
+        ):
+            slices.append(slice(start, end))
+            start = end
+    return slices

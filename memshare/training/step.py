@@ -25,13 +25,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from memshare.config import TrainingConfig
-from memshare.retrieval.encoder import Encoder, cut_batches
-from memshare.training.batching import Ints, StepBatch, TokenTable, deal
+from memshare.retrieval.encoder import Encoder
+from memshare.training.batching import Ints, StepBatch, TokenTable, cut, deal
 from memshare.training.gather import World
 from memshare.training.loss import info_nce_rows
 
@@ -100,17 +99,17 @@ class ContrastiveStep:
         world, table = self._world, self._table
         owners = deal(table.lengths[batch.texts], world.size)
         mine = batch.texts[owners[world.rank]]  # rows of the token table, longest first
-        lengths = table.lengths[mine].tolist()
-        micro = [np.array(m) for m in cut_batches(lengths, self._config.batch_tokens)]
+        micro = cut(table.lengths[mine], self._config.batch_tokens)
         local = torch.zeros(len(mine), self._encoder.dim, device=world.device)
         graphs: dict[int, Tensor] = {}
         padded = 0
         for index, places in enumerate(micro):
-            padded += len(places) * int(table.lengths[mine[places]].max())
+            lengths = table.lengths[mine[places]]
+            padded += len(lengths) * int(lengths.max())
             keep = padded <= self._config.graph_tokens
             with torch.set_grad_enabled(keep):
                 vectors = self._encode(mine[places], step, index)
-            local[torch.from_numpy(places).to(world.device)] = vectors.detach()
+            local[places] = vectors.detach()
             if keep:
                 graphs[index] = vectors
 
@@ -125,8 +124,7 @@ class ContrastiveStep:
         for index, places in enumerate(micro):
             kept = graphs.pop(index, None)
             vectors = self._encode(mine[places], step, index) if kept is None else kept
-            here = torch.from_numpy(places).to(world.device)
-            torch.autograd.backward(vectors, gradient.index_select(0, here))
+            torch.autograd.backward(vectors, gradient[places])
         world.sum_gradients(p for p in self._encoder.model.parameters() if p.requires_grad)
         return StepResult(
             loss=total[0],

@@ -8,7 +8,7 @@ import torch
 
 from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
-from memshare.training.batching import Batches, StepBatch, deal
+from memshare.training.batching import Batches, StepBatch, cut, deal
 from memshare.training.select import select
 from tests.tiny import tiny_encoder
 from tests.training_data import candidate, example, examples
@@ -138,6 +138,25 @@ def test_texts_are_dealt_evenly(processes: int) -> None:
     tokens = [int(lengths[share].sum()) for share in shares]
     assert max(tokens) - min(tokens) <= lengths.max()
     assert all((np.diff(lengths[share]) <= 0).all() for share in shares)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 4096, 10**9])
+def test_micro_batches_keep_the_budget_and_little_padding(batch_tokens: int) -> None:
+    lengths = np.random.default_rng(0).lognormal(4.0, 0.6, size=500).astype(np.int64)
+    lengths = -np.sort(-np.minimum(lengths, 256))
+    pieces = cut(lengths, batch_tokens)
+    assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(500))
+    sizes = [len(lengths[piece]) * int(lengths[piece].max()) for piece in pieces]
+    assert all(
+        size <= batch_tokens or len(lengths[piece]) == 1
+        for size, piece in zip(sizes, pieces, strict=True)
+    )
+    if batch_tokens == 4096:
+        assert lengths.sum() > 0.9 * sum(sizes) and len(pieces) < 40
+
+
+def test_micro_batches_of_nothing() -> None:
+    assert cut(np.zeros(0, dtype=np.int64), 4096) == []
 
 
 def test_no_examples_is_an_error(encoder: Encoder) -> None:
