@@ -184,7 +184,7 @@ class TrainingConfig(Section):
     false_negative_margin: Annotated[float, Field(ge=0.0)] = 0.0
     batch_size: PositiveInt = 16  # queries per process and step
     batch_tokens: PositiveInt = 4096
-    graph_tokens: NonNegativeInt = 16384
+    graph_tokens: NonNegativeInt = 8192
     dropout: bool = True
     epochs: PositiveFloat = 1.0
     max_steps: PositiveInt | None = None  # wins over epochs

@@ -44,7 +44,7 @@ class TrainState:
     settings: dict[str, Any]
     seed: int
     wandb_id: str
-    loss: float = float("inf")
+    loss: float = 0.0
     tokens: int = 0
     padded: int = 0
     seconds: float = 0.0

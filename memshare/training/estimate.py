@@ -11,8 +11,8 @@ from memshare.training.step import TILE_ROWS
 
 _FLOAT = 4  # bytes
 _LOGIT_COPIES = 6  # similarities, masked ones, softplus, and what their gradients keep
-_HIDDEN_COPIES = 16  # per layer: q, k, v, attention output, projections, norms, dropouts
-_INNER_COPIES = 3  # per layer: the feed-forward's input, activation and output
+_HIDDEN_COPIES = 24  # per layer: q, k, v, attention output, projections, norms, dropouts
+_INNER_COPIES = 5  # per layer: the feed-forward's input, activation and output
 
 
 @dataclass(frozen=True, slots=True)
