@@ -151,11 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         pool, splits = config.served_pools[0], World(config.run.seed).splits()
-        program("train/pocket_lm.py")
+        if "pocket" in (config.agent_llm.model, config.scorer_llm.model):
+            program("train/pocket_lm.py")
         fresh(config.run.dir)
         with run_lock(config.run.dir, "demo"):
             fill(config, pool, splits)
-            program("train/index.py", *words(args), "--encoder", "frozen")
+            program("train/index.py", *words(args), "--encoder", "frozen", "--no-gate")
             traffic = serve(config, args, pool, splits)
             log("measuring on held-out questions")
             report = demo.record(config, pool, splits, traffic)

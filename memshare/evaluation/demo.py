@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from memshare.config import Config
 from memshare.evaluation.arms import (
     SHOT_NAMES,
@@ -36,7 +38,13 @@ from memshare.pool.store import PoolStore
 from memshare.progress import track
 from memshare.records import Memory
 from memshare.retrieval.encoder import Encoder, resolve_encoder
-from memshare.retrieval.generation import GenerationError, Manifest, generations, load_current
+from memshare.retrieval.generation import (
+    Generation,
+    GenerationError,
+    Manifest,
+    generations,
+    load_current,
+)
 from memshare.retrieval.manifest import folder_name
 from memshare.retrieval.shelf import home_of
 
@@ -71,12 +79,13 @@ class Material:
 
 
 async def measure(
-    config: Config, material: Material, agent: Agent, bert: BertScorer, trained: Encoder
+    config: Config, material: Material, agent: Agent, bert: BertScorer, serving: Generation
 ) -> dict[str, Any]:
     """The report's ``bertscore``, ``retrieval`` and ``growth`` parts, with their intervals."""
     memories, seed = material.memories, config.run.seed
     by_id = {memory.id: memory for memory in memories}
-    vectors = trained.encode_memories([(m.prompt, m.answer) for m in memories])
+    trained = serving.encoder
+    vectors = _vectors(serving, memories)
     best = dense_ranker(memories, trained, vectors)
     rankers: dict[str, Ranker] = {
         "random": random_ranker(memories, seed),
@@ -112,6 +121,18 @@ async def measure(
     }
 
 
+def _vectors(serving: Generation, memories: Sequence[Memory]) -> np.ndarray:
+    """(memories, dim): what the generation holds already, and the newer ones by its encoder."""
+    pool = memories[0].pool
+    rows = {id_.decode(): row for row, id_ in enumerate(serving.ids[pool].tolist())}
+    newer = [memory for memory in memories if memory.id not in rows]
+    fresh = serving.encoder.encode_memories([(m.prompt, m.answer) for m in newer])
+    held = serving.indexes[pool].reconstruct(np.arange(len(rows)))
+    rows |= {memory.id: len(rows) + number for number, memory in enumerate(newer)}
+    stacked: np.ndarray = np.concatenate([held, fresh])[[rows[memory.id] for memory in memories]]
+    return stacked
+
+
 def record(config: Config, pool: str, splits: Splits, traffic: Traffic) -> dict[str, Any]:
     """Everything that report.json holds, measured through what was published and stored."""
     bert = BertScorer(resolve_encoder(config.scorer.bertscore_model))
@@ -125,12 +146,12 @@ def record(config: Config, pool: str, splits: Splits, traffic: Traffic) -> dict[
     serving = load_current(root, retriever)
     if serving is None:
         raise GenerationError(f"nothing was published under {root / retriever}")
-    encoder = serving.encoder
+    generation = serving
 
     async def measured() -> dict[str, Any]:
         try:
             agent = Agent(llm, config.agent)
-            return await measure(config, material, agent, bert, encoder)
+            return await measure(config, material, agent, bert, generation)
         finally:
             await llm.aclose()
 
@@ -168,6 +189,12 @@ def _generation(root: Path, manifest: Manifest, pool: str, traffic: Traffic) -> 
         "build_seconds": metrics["build_seconds"],
         "swap_seconds": traffic.swaps.get(manifest.number),
     }
+
+
+def _gate_gain(gate: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Mean and lower bound of the MRR@10 difference; a first generation had nothing to beat."""
+    gain = gate.get("differences", {}).get("current", {}).get("MRR@10")
+    return (gain["mean"], gain["low"]) if gain else (None, None)
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +235,7 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
             "Generations",
             ("generation", "pool position", "MRR@10 gain", "95 % low", "build s", "swap s"),
             [
-                [g["id"], g["position"], g["gate_gain"], g["gate_low"], g["build_seconds"],
+                [g["id"], g["position"], *_gate_gain(g["gate"]), g["build_seconds"],
                  g["swap_seconds"]]
                 for g in record["generations"]
             ],
