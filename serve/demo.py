@@ -33,6 +33,7 @@ from memshare.pocket.world import Splits, World, write_references
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.records import NewMemory
+from memshare.retrieval.generation import current
 from memshare.training.rounds import Journal, count_new
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,6 +101,8 @@ def serve(config: Config, args: argparse.Namespace, pool: str, splits: Splits) -
     url = f"http://{config.gateway.host}:{config.gateway.port}"
     started = time.monotonic()
     finished = learned(config)
+    first = current(config.generations_dir, config.retriever.name)
+    stream = Stream(url, pool, AGENTS, RATE)
 
     def check() -> None:
         if up.process.poll() is not None:
@@ -109,7 +112,8 @@ def serve(config: Config, args: argparse.Namespace, pool: str, splits: Splits) -
         check()
         if time.monotonic() - started > STREAM_SECONDS:
             raise DemoFailed(f"no end of learning after {STREAM_SECONDS:g} s; see {up.log_file}")
-        return finished()
+        number = current(config.generations_dir, config.retriever.name)
+        return finished() and number in (first, *stream.traffic.swaps)
 
     try:
         while not is_ready(url):
@@ -118,7 +122,6 @@ def serve(config: Config, args: argparse.Namespace, pool: str, splits: Splits) -
                 raise DemoFailed(f"not ready after {START_SECONDS:g} s; see {up.log_file}")
             time.sleep(0.5)
         log(f"serving on {url}; {len(splits.problems)} questions at {RATE:g} a second")
-        stream = Stream(url, pool, AGENTS, RATE)
         return asyncio.run(stream.run(splits.problems, splits.test, done, progress(splits)))
     finally:
         supervisor.stop()

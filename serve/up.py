@@ -10,6 +10,7 @@ Ctrl-C and SIGTERM stop everything cleanly: the trainer, then the gateway, then 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -89,7 +90,10 @@ def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stoppi
     options = ["--host", host, "--port", str(port)]
     if args.allow_unauthenticated:
         options.append("--allow-unauthenticated")
-    supervisor.start("gateway", command("serve/gateway.py", args, *options))
+    # Gateway and trainer share the cores: a thread that waits must sleep, not spin (torch's OpenMP
+    # spins by default, and two such processes slow each other by far more than two).
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    supervisor.start("gateway", command("serve/gateway.py", args, *options), env)
     limit = 120.0
     if uses_vllm:
         servers = (config.agent_llm.server, config.scorer_llm.server)
@@ -103,7 +107,7 @@ def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stoppi
             return
     log(f"serving on {url}")
     if not args.no_train:
-        supervisor.start("continual", command("train/continual.py", args))
+        supervisor.start("continual", command("train/continual.py", args), env)
     shown = ""
     while not stopping.wait(_POLL_SECONDS):
         check(supervisor)
