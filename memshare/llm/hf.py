@@ -15,6 +15,7 @@ from memshare.llm.factory import model_identity
 from memshare.llm.hf_generate import Row, Sampling
 from memshare.llm.hf_worker import Worker
 from memshare.llm.tokens import ChatTokenizer
+from memshare.progress import quiet_transformers
 
 _NO_EFFECT = frozenset(
     {"user", "metadata", "store", "service_tier", "stream_options", "n", "logprobs"}
@@ -49,7 +50,8 @@ class TransformersBackend:
         if dtype == "auto" and device == "cpu":
             dtype = "float32"  # bfloat16 is slower there on most machines, and less exact
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+            with quiet_transformers():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
             loaded = loaded.to(device).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise LLMError(f"{model}: the model can't be loaded: {error}") from error

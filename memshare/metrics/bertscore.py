@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from memshare.progress import quiet_transformers
+
 
 class BertScore(NamedTuple):
     """Precision, recall and F1 in about [-1, 1] (cosines; no rescaling with a baseline)."""
@@ -37,13 +39,14 @@ class BertScorer:
             tuned.get(self.name) or AutoConfig.from_pretrained(model).num_hidden_layers
         )
         self._batch_size = batch_size
-        self._scorer = BERTScorer(
-            model_type=model,
-            num_layers=self.layer,
-            batch_size=batch_size,
-            device=device,
-            use_fast_tokenizer=True,
-        )
+        with quiet_transformers():
+            self._scorer = BERTScorer(
+                model_type=model,
+                num_layers=self.layer,
+                batch_size=batch_size,
+                device=device,
+                use_fast_tokenizer=True,
+            )
         # A tokenizer that states no limit would let a long text overrun the position table.
         tokenizer, positions = self._scorer._tokenizer, self._scorer._model.config
         limit = getattr(positions, "max_position_embeddings", tokenizer.model_max_length)

@@ -8,16 +8,14 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 
 from memshare.files import write_json
+from memshare.progress import quiet_transformers
 
 Pooling = Literal["mean", "cls"]
 
@@ -103,26 +101,11 @@ def _stored_pooling(folder: Path, config: dict[str, Any]) -> Pooling:
     return "cls" if mode == "cls" else "mean"
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Loading without transformers' bars and report: what is missing is checked here instead."""
-    log = transformers.utils.logging
-    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bar:
-            log.enable_progress_bar()
-
-
 def save_parts(folder: Path, model: Any, tokenizer: Any, settings: Settings, dim: int) -> None:
     """Write a folder that sentence-transformers from 5 on loads, with prompts query and memory."""
     folder.mkdir(parents=True, exist_ok=True)
     takes_pooler = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
-    with quiet():
+    with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.model_max_length = settings.max_length
         tokenizer.save_pretrained(folder)

@@ -45,6 +45,8 @@ def accelerate_command(config: ContinualConfig) -> list[str]:
         return [*command, "--config_file", str(config.accelerate_config)]
     command += ["--num_processes", str(config.num_processes), "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    threads = max(1, len(os.sched_getaffinity(0)) // config.num_processes)
+    command += ["--num_cpu_threads_per_process", str(threads)]
     command += [] if torch.cuda.is_available() else ["--cpu"]
     # Port 0: a free one, since others may train on this machine.
     return command if config.num_processes == 1 else [*command, "--main_process_port", "0"]
