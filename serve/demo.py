@@ -39,8 +39,9 @@ from memshare.training.rounds import Journal, count_new
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 180.0
 STREAM_SECONDS = 1200.0  # a run that has not learned by then never will
-RATE = 5.0  # requests a second
+RATE = 3.0  # requests a second
 AGENTS = 4
+SIZES = (300, 540, 150)  # seed memories, questions asked, questions held out
 
 
 class DemoFailed(RuntimeError):
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     try:
         config = load_config(args.config, args.overrides)
-        pool, splits = config.served_pools[0], World(config.run.seed).splits()
+        pool, splits = config.served_pools[0], World(config.run.seed).splits(*SIZES)
         if "pocket" in (config.agent_llm.model, config.scorer_llm.model):
             program("train/pocket_lm.py")
         fresh(config.run.dir)

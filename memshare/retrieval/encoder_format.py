@@ -136,7 +136,7 @@ def save_parts(folder: Path, model: Any, tokenizer: Any, settings: Settings, dim
         {
             "__version__": {
                 "sentence_transformers": importlib.metadata.version("sentence-transformers"),
-                "transformers": transformers.__version__,
+                "transformers": importlib.metadata.version("transformers"),
                 "pytorch": torch.__version__,
             },
             "model_type": "SentenceTransformer",
