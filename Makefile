@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 VLLM_VENV := .venv-vllm
 
+# Without a GPU several programs share few cores: a thread that waits must sleep, not spin. (torch's
+# OpenMP spins by default; two such processes then slow each other tenfold.)
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: setup demo test lint integration vllm gpu-check clean
 
 setup: $(VENV)/.ready

@@ -10,7 +10,6 @@ Ctrl-C and SIGTERM stop everything cleanly: the trainer, then the gateway, then 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -90,9 +89,7 @@ def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stoppi
     options = ["--host", host, "--port", str(port)]
     if args.allow_unauthenticated:
         options.append("--allow-unauthenticated")
-    # Gateway and trainer share the cores: a thread that waits must sleep, not spin (torch's OpenMP
-    # spins by default, and two such processes slow each other by far more than two).
-    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    env = shared_cores()
     supervisor.start("gateway", command("serve/gateway.py", args, *options), env)
     limit = 120.0
     if uses_vllm:

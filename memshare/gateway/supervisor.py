@@ -16,6 +16,14 @@ from memshare.progress import log
 _TAIL_BYTES = 8192
 
 
+def shared_cores() -> dict[str, str]:
+    """The environment for programs that share cores: a thread that waits sleeps instead of spinning.
+
+    torch's OpenMP spins by default, and two such processes slow each other tenfold.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+
+
 @dataclass
 class Part:
     """One child: its name, its log file, its process."""
