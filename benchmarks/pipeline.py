@@ -23,6 +23,7 @@ from common import ROOT
 
 from memshare.config import Config, load_config
 from memshare.evaluation.data import Pair
+from memshare.gateway.supervisor import shared_cores
 from memshare.pocket.lm import lm_folder
 from memshare.pool.store import PoolStore
 from memshare.progress import log
@@ -43,7 +44,7 @@ def environment() -> dict[str, str]:
     cores = str(len(os.sched_getaffinity(0)))
     return {
         "OMP_NUM_THREADS": cores, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-        **os.environ,
+        **shared_cores(),
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ import httpx
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.files import RunLocked, run_lock
-from memshare.gateway.supervisor import Supervisor
+from memshare.gateway.supervisor import Supervisor, shared_cores
 from memshare.progress import log
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ _TAIL_BYTES = 8192
 
 
 def shared_cores() -> dict[str, str]:
-    """The environment for programs that share cores: a thread that waits sleeps instead of spinning.
+    """The environment of programs that share cores: a thread that waits sleeps, it doesn't spin.
 
     torch's OpenMP spins by default, and two such processes slow each other tenfold.
     """
