@@ -233,7 +233,7 @@ class GatewayConfig(Section):
 
     ``score_writes``: memories that clients write are graded before they are stored, as answers are.
     ``scoring_queue`` bounds the pairs that wait for the scorer, ``scoring_wait_seconds`` how long
-    an answer waits for a place there, ``shutdown_seconds`` how long a stopping gateway works it off.
+    an answer waits for a place there, ``shutdown_seconds`` how long a stopping one works it off.
     """
 
     host: str = "127.0.0.1"
