@@ -29,7 +29,7 @@ def test_programs_are_never_imported(path: Path) -> None:
     names = {program.stem for program in PROGRAMS}
     assert not tops & set(WINGS)
     if path in PROGRAMS:
-        # `accelerate launch train/x.py` puts train/ first on sys.path: a neighbour's name would win.
+        # `accelerate launch train/x.py` puts train/ first on sys.path: a neighbour would win.
         assert not (tops & names) - {"memshare"}
 
 
