@@ -93,7 +93,7 @@ def _copying_start(model: Qwen2ForCausalLM, recipe: Recipe) -> None:
         first.v_proj.weight[rows] = sketch.T
         first.o_proj.weight[:, rows] = place * 2 * recipe.embedding_std
     second: Any = model.model.layers[1].self_attn
-    slow = [n + side for n in range(half) if turns[n] < 0.01 for side in (0, half)]
+    slow = [n + side for n in range(half) if turns[n] < recipe.slow for side in (0, half)]
     near, far = slow[0::2], slow[1::2]
     copies = torch.linalg.qr(torch.randn(size, size))[0]
     for head in range(heads):
@@ -283,7 +283,7 @@ class Muon:
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """The nearest semi-orthogonal matrices of a stack (n, rows, columns), roughly: five rounds."""
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = matrices if wide else matrices.mT
+    x: torch.Tensor = matrices if wide else matrices.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT

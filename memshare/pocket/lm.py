@@ -80,6 +80,8 @@ def building(folder: Path) -> Iterator[Path | None]:
         if is_built(folder):
             yield None
             return
+        for stale in folder.parent.glob(f".{folder.name}.*"):
+            shutil.rmtree(stale)  # of a builder that was killed: we hold its lock
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             yield partial

@@ -18,32 +18,34 @@ _SOURCES = (
 class Recipe:
     """Shape of the model, what it reads, and for how long.
 
-    ``look_back``, ``match``, ``copy``: strengths of the copying circuit that the weights start as
-    (see `memshare.pocket.fit.new_model`). ``stages``: share of all steps, and the tokens a row may
+    ``look_back``, ``match``, ``copy``: strengths of the copying circuit that the weights start as,
+    which compares tokens in the rotary dimensions that turn by less than ``slow`` radians a token
+    (see `memshare.pocket.fit`). ``stages``: share of all steps, and the tokens a row may
     have. ``repeats``: share of tokens in repeated random sequences, first and last.
     ``batch_tokens`` counts padded tokens a step.
     """
 
     seed: int = 0
     vocab_size: int = 3072
-    hidden_size: int = 128
+    hidden_size: int = 192
     layers: int = 4
-    heads: int = 4
-    kv_heads: int = 4
+    heads: int = 3
+    kv_heads: int = 3
     mlp_size: int = 256
-    rope_theta: float = 1_000_000.0
+    rope_theta: float = 100_000_000.0
     max_positions: int = 4096
     init_std: float = 0.02
     embedding_std: float = 0.05
-    look_back: float = 8.0
-    match: float = 2.0
-    copy: float = 0.3
-    steps: int = 1200
+    look_back: float = 12.0
+    match: float = 2.6
+    copy: float = 0.5
+    slow: float = 0.004
+    steps: int = 900
     batch_tokens: int = 1536
     muon_lr: float = 0.006
     adam_lr: float = 0.002
     warmup_steps: int = 20
-    decay: float = 0.4  # share of the steps over which the learning rate falls to zero
+    decay: float = 0.6  # share of the steps over which the learning rate falls to zero
     stages: tuple[tuple[float, int], ...] = ((0.35, 160), (0.4, 400), (0.25, 1024))
     repeats: tuple[float, float] = (0.1, 0.05)
     unknown_weight: float = 0.05  # loss weight of answers that nothing before them shows

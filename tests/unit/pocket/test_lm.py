@@ -70,6 +70,17 @@ def test_an_unfinished_folder_is_replaced(cache: Path) -> None:
     assert lm.is_built(folder)
 
 
+def test_what_a_killed_build_left_is_cleared_away(cache: Path) -> None:
+    folder = lm.folder_of(Recipe())
+    stale = folder.with_name(f".{folder.name}.abcd")
+    stale.mkdir(parents=True)
+    (stale / "model.safetensors").write_text("half")
+    with lm.building(folder) as partial:
+        assert partial is not None
+        finish(partial)
+    assert not stale.exists()
+
+
 def _slow_build(folder: Path, started: "multiprocessing.synchronize.Event") -> None:
     with lm.building(folder) as partial:
         assert partial is not None
