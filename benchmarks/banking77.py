@@ -49,8 +49,8 @@ SETTINGS: dict[str, Any] = {
     "encoder": {"model": "all-MiniLM-L6-v2", "max_length": 64},
     "mining": {"candidates": 16},
     "training": {
-        "positives": 2, "hard_negatives": 3, "batch_size": 16, "max_steps": 96, "lr": 1e-4,
-        "temperature": 0.05,
+        "positives": 2, "hard_negatives": 3, "batch_size": 16, "max_steps": 60, "lr": 1e-4,
+        "margin": 1.0, "temperature": 0.05, "batch_tokens": 384,
     },
     "gate": {"margin": 1.0},
     "wandb": {"mode": "disabled"},

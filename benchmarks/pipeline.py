@@ -40,12 +40,9 @@ class ProgramFailed(RuntimeError):
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with as many threads as there are cores and no network."""
+    """This process's environment, with as many threads as there are cores unless it says."""
     cores = str(len(os.sched_getaffinity(0)))
-    return {
-        "OMP_NUM_THREADS": cores, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-        **shared_cores(),
-    }  # fmt: skip
+    return {"OMP_NUM_THREADS": cores, "TOKENIZERS_PARALLELISM": "false", **shared_cores()}
 
 
 def run_program(words: Sequence[str], logfile: Path) -> None:
