@@ -186,7 +186,10 @@ class EpisodeWriter:
         if style == "mixed":
             style = "english" if rng.random() < 0.6 else "invented"
         if style == "english":
-            return rng.choice(words.ENGLISH)
+            word = rng.choice(words.ENGLISH)
+            if rng.random() < 0.12:  # a word that the tokenizer cuts into pieces
+                word = rng.choice(words.ENGLISH)[: rng.randint(2, 4)] + rng.choice(words.SYLLABLES)
+            return f"{word}'s" if rng.random() < 0.02 else word
         if style == "invented":
             return "".join(rng.choices(words.SYLLABLES, k=rng.randint(1, 4)))
         low, high = rng.choice(_SCRIPTS)
@@ -202,10 +205,12 @@ class EpisodeWriter:
             out += [rng.choice(words.SMALL)] if rng.random() < 0.3 else ["the"]
             if rng.random() < 0.4:
                 out.append(rng.choice(words.ADJECTIVES))
-            out += [rng.choice(words.NOUNS), rng.choice(words.VERBS)]
+            noun = rng.choice(words.NOUNS) if rng.random() < 0.7 else self.word("english")
+            out += [noun, rng.choice(words.VERBS) if rng.random() < 0.7 else self.word("english")]
             if rng.random() < 0.5:
                 out.append(rng.choice(words.PREPOSITIONS))
-            out += [rng.choice(("the", "a", "my", "no")), rng.choice(words.NOUNS)]
+            noun = rng.choice(words.NOUNS) if rng.random() < 0.7 else self.word("english")
+            out += [rng.choice(("the", "a", "my", "no")), noun]
             if rng.random() < 0.4:
                 out.append(rng.choice(words.LINKS))
         return " ".join(out[:length])
@@ -216,24 +221,37 @@ class EpisodeWriter:
         return capital(self.clause(style, rng.randint(4, 14))) + rng.choice((".", ".", "?", "!"))
 
     def form(self, style: str, slots: int, long: bool) -> str:
-        """An answer's hidden form with ``slots`` places for the subject."""
+        """An answer's hidden form, one to four sentences with ``slots`` places for the subject."""
         rng = self.rng
         size = rng.randint(40, 120) if long else rng.randint(5, 34)
         places = set(rng.sample(range(size), slots))
+        plain = rng.random() < 0.15  # no capitals, few stops
+        ends = set()
+        place = rng.randint(4, 14)
+        while place < size - 2 and not plain:
+            ends.add(place)
+            place += rng.randint(4, 14)
         out: list[str] = []
-        text = self.clause(style, size).split(" ")
-        for place, word in enumerate(text):
-            out.append(SLOT if place in places else word)
-            if place + 1 < size and rng.random() < 0.14:
-                out[-1] += rng.choice((",", ".", ";", ":", ".", ",", " -", "\n"))
-        joined = capital(" ".join(out)) if rng.random() < 0.8 else " ".join(out)
-        return joined + rng.choice((".", ".", ".", "!", "?", ""))
+        for place, word in enumerate(self.clause(style, size).split(" ")):
+            text = SLOT if place in places else word
+            if not plain and (place == 0 or place - 1 in ends):
+                text = capital(text)
+            if place in ends:
+                text += rng.choice((".", ".", ".", ";", "!", "?", ":", ",", ".\n"))
+            elif place + 1 < size and rng.random() < 0.08:
+                text += rng.choice((",", ",", ";", ":", " -"))
+            out.append(text)
+        return " ".join(out) + rng.choice((".", ".", ".", ".", "!", "?", ""))
 
     def subject(self, style: str) -> str:
         """What a question is about: one to three words, mostly two."""
         rng = self.rng
-        if style in ("english", "mixed") and rng.random() < 0.7:
-            return f"{rng.choice(words.ADJECTIVES)} {rng.choice(words.NOUNS)}"
+        draw = rng.random()
+        if style in ("english", "mixed") and draw < 0.7:
+            if draw < 0.2:
+                return rng.choice(rng.choice(DOMAINS).subjects)
+            first = rng.choice(words.ADJECTIVES) if draw < 0.5 else self.word("mixed")
+            return f"{first} {self.word(style)}"
         return " ".join(self.word(style) for _ in range(rng.choice((1, 2, 2, 3))))
 
     def name(self, style: str) -> str:

@@ -8,6 +8,7 @@ demand nothing but copying, and rows are short at first.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
@@ -67,11 +68,12 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCau
 def _copying_start(model: Qwen2ForCausalLM, recipe: Recipe) -> None:
     """Set the first two layers' attention to a copying circuit; every other output to zero.
 
-    First layer: head n writes a sketch of the token n back (n = 1, 2) into a subspace of its own.
-    With rotary positions a constant key is nearest to itself turned back n positions, so biases do
-    that. Second layer: the sketches of this token and the last are compared with those that stand
-    before each earlier token, in the slowly turning dimensions, which distance hardly changes; the
-    best match's token is copied to the output, each head passing on its part of the embedding.
+    First layer: head n writes a sketch of the token n back (n = 1, 2, ...) into a subspace of its
+    own. With rotary positions a constant key is nearest to itself turned back n positions, so
+    biases do that. Second layer: the sketches of this token and of those just before it are
+    compared with those that stand before each earlier token, in the slowly turning dimensions,
+    which distance hardly changes; the best match's token is copied to the output, each head
+    passing on its part of the embedding.
     """
     size, heads = recipe.hidden_size, recipe.heads
     dim = size // heads
@@ -81,25 +83,26 @@ def _copying_start(model: Qwen2ForCausalLM, recipe: Recipe) -> None:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     basis = torch.linalg.qr(torch.randn(size, size))[0]
-    sketch, *places = (basis[:, n * dim : (n + 1) * dim] for n in range(3))
+    sketches = [basis[:, n * dim : (n + 1) * dim] for n in range(min(heads, 4))]
     first: Any = model.model.layers[0].self_attn
-    for head, place in enumerate(places):
+    for head, place in enumerate(sketches[1:]):
         rows = slice(head * dim, (head + 1) * dim)
         first.k_proj.bias[rows] = torch.cat((torch.ones(half), torch.zeros(half)))
         angle = -(head + 1) * turns
         first.q_proj.bias[rows] = torch.cat((angle.cos(), angle.sin()))
         first.k_proj.bias[rows] *= recipe.look_back
         first.q_proj.bias[rows] *= recipe.look_back
-        first.v_proj.weight[rows] = sketch.T
+        first.v_proj.weight[rows] = sketches[0].T
         first.o_proj.weight[:, rows] = place * 2 * recipe.embedding_std
     second: Any = model.model.layers[1].self_attn
     slow = [n + side for n in range(half) if turns[n] < recipe.slow for side in (0, half)]
-    near, far = slow[0::2], slow[1::2]
+    pairs = list(itertools.pairwise(sketches))
     copies = torch.linalg.qr(torch.randn(size, size))[0]
     for head in range(heads):
         start = head * dim
         rows = slice(start, start + dim)
-        for slots, now, before in ((near, sketch, places[0]), (far, places[0], places[1])):
+        for number, (now, before) in enumerate(pairs):
+            slots = slow[number :: len(pairs)]
             picked = torch.randperm(dim)[: len(slots)]
             at = torch.tensor(slots) + start
             second.q_proj.weight[at] = now.T[picked] * recipe.match

@@ -27,10 +27,10 @@ class Recipe:
 
     seed: int = 0
     vocab_size: int = 3072
-    hidden_size: int = 192
-    layers: int = 4
-    heads: int = 3
-    kv_heads: int = 3
+    hidden_size: int = 256
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 4
     mlp_size: int = 256
     rope_theta: float = 100_000_000.0
     max_positions: int = 4096
@@ -40,7 +40,7 @@ class Recipe:
     match: float = 2.6
     copy: float = 0.5
     slow: float = 0.004
-    steps: int = 900
+    steps: int = 650
     batch_tokens: int = 1536
     muon_lr: float = 0.006
     adam_lr: float = 0.002
@@ -48,7 +48,7 @@ class Recipe:
     decay: float = 0.6  # share of the steps over which the learning rate falls to zero
     stages: tuple[tuple[float, int], ...] = ((0.35, 160), (0.4, 400), (0.25, 1024))
     repeats: tuple[float, float] = (0.1, 0.05)
-    unknown_weight: float = 0.05  # loss weight of answers that nothing before them shows
+    unknown_weight: float = 0.1  # loss weight of answers that nothing before them shows
     long_answers: float = 0.08  # in the last stage
 
     def name(self) -> str:
