@@ -159,7 +159,7 @@ def record(config: Config, pool: str, splits: Splits, traffic: Traffic) -> dict[
     decisions = dict(stats.decisions)
     return {
         **figures,
-        "bertscore_model": {"name": bert.name, "layer": bert.layer},
+        "bertscore_model": {"name": config.scorer.bertscore_model, "layer": bert.layer},
         "memories": {
             "seed": len(splits.seed),
             "taught": sum(task.taught for task in splits.problems),
