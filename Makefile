@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRA ?= cpu
+EXTRA ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 VLLM_VENV := .venv-vllm
 
 # Without a GPU several programs share few cores: a thread that waits must sleep, not spin. (torch's
