@@ -166,7 +166,7 @@ def main() -> None:
     args = options.parse_args()
     train, test = load_banking77()
     seeds = range(args.seed, args.seed + (1 if args.quick else 3))
-    intents, steps = (6, 3) if args.quick else (None, None)
+    intents, steps = (4, 2) if args.quick else (None, None)
     rows: list[dict[str, dict[str, float]]] = []
     details: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:

@@ -189,6 +189,7 @@ class TrainingConfig(Section):
     epochs: PositiveFloat = 1.0
     max_steps: PositiveInt | None = None  # wins over epochs
     lr: PositiveFloat = 3e-5
+    round_lr_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # round r: lr * decay ** (r - 1)
     schedule: Literal["linear", "cosine"] = "linear"  # after the warm-up, down to 0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     warmup_ratio: Fraction = 0.1

@@ -154,13 +154,15 @@ def train(
     gradient = ContrastiveStep(
         encoder, batches.table, settings, world, seed=seed, autocast=accelerator.autocast
     )
+    # The first round moves a frozen encoder far; later ones adjust one that serves already.
+    peak = settings.lr * settings.round_lr_decay ** (args.round - 1)
     with tracker:
         todo = range(state.step, steps)
         for step in track(todo, "training") if world.main else todo:
             began = time.perf_counter()
             batch = batches.batch(step)
             result = gradient.backward(batch, step, stop=stop.signal is not None)
-            lr = settings.lr * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
+            lr = peak * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
             norm = update(optimizer, lr, settings.max_grad_norm)
             if not math.isfinite(norm):
                 raise NonFinite("the gradient", step, batch)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from memshare.files import run_lock
 from memshare.retrieval.encoder import Encoder
 from memshare.training import checkpoint
+from memshare.training.optimizer import lr_factor
 from tests.tiny import tiny_encoder
 from tests.training_data import candidate, example, examples, write_round
 
@@ -213,8 +214,10 @@ def test_lora_replay_and_round_in_one_run(base: Path, tmp_path: Path, program: M
         *options(base, output, steps=5), "--examples", str(base / "round-2"),
         "--replay-examples", str(base / "round-1"), "--replay-count", "10", "--round", "2",
         "--set=training.lora.enabled=true", "--set=training.lora.r=4",
+        "--set=training.round_lr_decay=0.5",
     ])  # fmt: skip
     assert code == 0
+    assert logged(output)[-1]["lr"] == pytest.approx(1e-3 * 0.5 * lr_factor(4, 5, 0.1, "linear"))
     said = result(output)
     assert (said["status"], said["examples"], said["replayed"]) == ("trained", 40, 10)
     assert said["steps"] == 5 and 0.5 < float(str(said["real_token_share"])) <= 1.0
