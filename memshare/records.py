@@ -112,19 +112,20 @@ class PoolInfo:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A memory proposed by BM25 for one training query.
+    """A memory proposed for one training query by BM25, by the serving retriever, or by both.
 
-    ``bm25_rank`` counts from 0. ``loglik`` is the mean log-likelihood per token, in nats, of the
-    query's own answer when this memory is shown before the query; None where nothing measured it.
-    ``answer_key`` is the hash of the candidate's normalised answer: equal answers are never
-    negatives of each other.
+    ``bm25_rank`` and ``dense_rank`` count from 0; None: that one did not propose it. ``loglik`` is
+    the mean log-likelihood per token, in nats, of the query's own answer when this memory is shown
+    before the query; None where nothing measured it. ``answer_key`` is the hash of the candidate's
+    normalised answer: equal answers are never negatives of each other.
     """
 
     id: str
     text: str
-    bm25_rank: int
+    bm25_rank: int | None
     loglik: float | None
     answer_key: str
+    dense_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

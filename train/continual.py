@@ -3,9 +3,10 @@
     python train/continual.py --config FILE
 
 Every step is a program of its own (train/mine.py, train/contrastive.py under accelerate,
-train/index.py); their logs are in ``logs/`` of the run folder. Earlier examples are mixed in, so
-that nothing is forgotten, and each round starts from the encoder that serves. ``continual.json``
-says which step is next: killed at any point and started again, the loop goes on from there.
+train/index.py); their logs are in ``logs/`` of the run folder. Earlier memories are mined again
+beside the new ones, so that nothing is forgotten, and each round starts from the encoder that
+serves. ``continual.json`` says which step is next: killed at any point and started again, the loop
+goes on from there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from memshare.training.child import (
     run_child,
     stop_orphan,
 )
-from memshare.training.examples import ExamplesError, read_marker, round_dir, round_dirs
+from memshare.training.examples import ExamplesError, read_marker, round_dir
 from memshare.training.outcome import read_result
 from memshare.training.rounds import (
     Journal,
@@ -141,7 +142,7 @@ class Loop:
         return journal
 
     def mine(self, now: Round) -> tuple[dict[str, Any], str | None]:
-        """Step 5: examples from the new memories."""
+        """Step 5: examples from the new memories, and from a sample of the earlier ones."""
         arguments = ["--round", str(now.number)]
         for pool, span in now.spans.items():
             arguments += ["--since-seq", f"{pool}={span.since}"]
@@ -151,22 +152,17 @@ class Loop:
         return marker, None if marker["examples"] else "empty"
 
     def train(self, now: Round) -> tuple[dict[str, Any], str | None]:
-        """Step 6: the encoder learns from them, and from a sample of the earlier ones."""
+        """Step 6: the encoder learns from them."""
         output = training_dir(self.config.run.dir, now.number)
         result = read_result(output)
         if result is None or result["status"] not in ("trained", "empty"):
             erase_deleted(self.store, self.examples, self.pools)
-            new = round_dir(self.examples, now.number)
-            earlier = [folder for folder in round_dirs(self.examples) if folder < new]
-            forget_stale_checkpoints(output, [new, *earlier])
-            count = round(self.config.continual.replay * read_marker(new)["examples"])
+            examples = round_dir(self.examples, now.number)
+            forget_stale_checkpoints(output, examples)
             arguments = [
-                *self.settings, "--examples", str(new), "--encoder", now.encoder,
+                *self.settings, "--examples", str(examples), "--encoder", now.encoder,
                 "--output", str(output), "--round", str(now.number),
             ]  # fmt: skip
-            if earlier and count:
-                arguments += ["--replay-examples", *map(str, earlier)]
-                arguments += ["--replay-count", str(count)]
             try:
                 start = accelerate_command(self.config.continual)
                 self.launch(now, [*start, f"{HERE}/contrastive.py", *arguments])

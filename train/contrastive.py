@@ -34,7 +34,7 @@ from memshare.training.examples import ExamplesError, read_examples
 from memshare.training.gather import DifferentData, World, launch
 from memshare.training.lora import add_adapters, export
 from memshare.training.optimizer import lr_factor, make_optimizer, update
-from memshare.training.select import mix_replay, select
+from memshare.training.select import select
 from memshare.training.step import ContrastiveStep, NonFinite
 from memshare.training.tracking import Tracker, new_run_id
 
@@ -47,8 +47,6 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Contrastive training of the encoder.")
     add_config_arguments(parser)
     parser.add_argument("--examples", type=Path, nargs="+", required=True, metavar="DIR")
-    parser.add_argument("--replay-examples", type=Path, nargs="*", default=[], metavar="DIR")
-    parser.add_argument("--replay-count", type=int, default=0, help="earlier examples to mix in")
     parser.add_argument("--encoder", help="folder or name to start from (default: the config's)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--round", type=int, default=1, help="continual round: varies the order")
@@ -95,16 +93,15 @@ def train(
     seed = (config.run.seed + 1_000_003 * args.round) % 2**62
     say = log if world.main else lambda message: None
 
-    # 1. Examples: choose positives and hard negatives, mix earlier rounds' in.
-    fresh = select(chain.from_iterable(map(read_examples, args.examples)), settings)
-    earlier = select(chain.from_iterable(map(read_examples, args.replay_examples)), settings)
-    say(f"{fresh}; {len(earlier.items)} of earlier rounds to draw {args.replay_count} from")
-    if not fresh.items:
+    # 1. Examples: choose positives and hard negatives. What was mined again since counts once.
+    mined = chain.from_iterable(map(read_examples, args.examples))
+    selection = select({item.query_id: item for item in mined}.values(), settings)
+    say(str(selection))
+    if not selection.items:
         say("error: no usable example, nothing to train on; the encoder stays as it is")
         if world.main and not args.dry_run:
-            outcome.write_result(args.output, "empty", **fresh.counts())
+            outcome.write_result(args.output, "empty", **selection.counts())
         return outcome.EXIT_CODES["empty"]
-    items = mix_replay(fresh.items, earlier.items, args.replay_count, seed)
 
     # 2. The encoder to start from, its optimizer, and the order of the data.
     model = args.encoder or config.encoder.model
@@ -115,7 +112,9 @@ def train(
         add_adapters(encoder, settings.lora, seed)
     world.broadcast(p.data for p in encoder.model.parameters())
     optimizer = make_optimizer(encoder.model, settings)
-    batches = Batches(items, encoder, global_batch=settings.batch_size * world.size, seed=seed)
+    batches = Batches(
+        selection.items, encoder, global_batch=settings.batch_size * world.size, seed=seed
+    )
     steps = settings.max_steps or math.ceil(settings.epochs * batches.steps_per_epoch)
     if batches.table.truncated:
         say(f"{batches.table.truncated} texts have over {encoder.max_length} tokens: cut off")
@@ -154,15 +153,13 @@ def train(
     gradient = ContrastiveStep(
         encoder, batches.table, settings, world, seed=seed, autocast=accelerator.autocast
     )
-    # The first round moves a frozen encoder far; later ones adjust one that serves already.
-    peak = settings.lr * settings.round_lr_decay ** (args.round - 1)
     with tracker:
         todo = range(state.step, steps)
         for step in track(todo, "training") if world.main else todo:
             began = time.perf_counter()
             batch = batches.batch(step)
             result = gradient.backward(batch, step, stop=stop.signal is not None)
-            lr = peak * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
+            lr = settings.lr * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
             norm = update(optimizer, lr, settings.max_grad_norm)
             if not math.isfinite(norm):
                 raise NonFinite("the gradient", step, batch)
@@ -184,10 +181,9 @@ def train(
         if done:
             export(encoder, args.output / "encoder")  # LoRA merged
         outcome.write_result(
-            args.output, "trained" if done else "stopped", **fresh.counts(),
-            replayed=len(items) - len(fresh.items), truncated=batches.table.truncated,
-            **state.figures(), of_steps=steps, processes=world.size, seed=seed,
-            encoder=model, wandb=tracker.wandb,
+            args.output, "trained" if done else "stopped", **selection.counts(),
+            truncated=batches.table.truncated, **state.figures(), of_steps=steps,
+            processes=world.size, seed=seed, encoder=model, wandb=tracker.wandb,
         )  # fmt: skip
     say(f"{state.step} of {steps} steps done" + ("" if done else "; stopped by a signal"))
     return outcome.EXIT_CODES["trained" if done else "stopped"]

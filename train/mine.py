@@ -23,13 +23,19 @@ from memshare.llm.rubric import RubricError
 from memshare.pool.errors import PoolError
 from memshare.pool.store import PoolStore
 from memshare.progress import log
+from memshare.retrieval.encoder import EncoderError
+from memshare.retrieval.generation import GenerationError
 from memshare.training.examples import ExamplesError, is_whole, read_marker, round_dir
 from memshare.training.labels import open_labeller
-from memshare.training.mining import mine, plan_round, read_plan, split_memories
+from memshare.training.mining import PLAN, mine, plan_round, read_plan, split_memories
+from memshare.training.proposals import open_proposer
 from memshare.training.rounds import Span, erase_deleted, last_begun, last_mined, open_spans
 from memshare.training.split import SplitError
 
-EXPECTED = (ExamplesError, LLMError, PoolError, RubricError, RunLocked, SplitError)
+EXPECTED = (
+    EncoderError, ExamplesError, GenerationError, LLMError, PoolError, RubricError, RunLocked,
+    SplitError,
+)  # fmt: skip
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -84,9 +90,8 @@ async def run(
     if is_whole(folder):
         log(f"round {number}: mined already, in {folder}")
         return read_marker(folder)
-    spans = open_spans(store, done, pools)
-    if (folder / "plan.json").exists():
-        spans = dict(read_plan(folder).spans)
+    begun = read_plan(folder) if (folder / PLAN).exists() else None
+    spans = dict(begun.spans) if begun else open_spans(store, done, pools)
     spans = {
         pool: Span(since.get(pool, span.since), until.get(pool, span.until))
         for pool, span in spans.items()
@@ -98,10 +103,13 @@ async def run(
         log(f"deleted memories were erased from {rewritten} shard(s) of earlier examples")
     fates = split_memories(store, config)
 
-    # 3. BM25 proposes, the labeller measures, and each shard is written when it is complete.
-    plan = plan_round(store, config, number, spans, fates, folder)
-    async with open_labeller(config, store) as labeller:
-        marker = await mine(store, config, plan, fates, labeller, folder)
+    # 3. BM25 and the serving retriever propose, the labeller measures, and each shard is written
+    # when it is complete.
+    with open_proposer(config, begun.proposer if begun else None) as proposer:
+        by = None if proposer is None else proposer.number
+        plan = plan_round(store, config, number, spans, fates, folder, by)
+        async with open_labeller(config, store) as labeller:
+            marker = await mine(store, config, plan, fates, labeller, folder, proposer)
     log(f"round {number}: {marker['examples']} examples in {folder}; left out: {plan.left_out}")
     return marker
 

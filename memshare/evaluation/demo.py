@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from memshare.config import Config
 from memshare.evaluation.arms import (
     SHOT_NAMES,
@@ -37,6 +35,7 @@ from memshare.pocket.world import Splits, Task
 from memshare.pool.store import PoolStore
 from memshare.progress import track
 from memshare.records import Memory
+from memshare.retrieval.build import memory_vectors
 from memshare.retrieval.encoder import Encoder, resolve_encoder
 from memshare.retrieval.generation import (
     Generation,
@@ -85,7 +84,7 @@ async def measure(
     memories, seed = material.memories, config.run.seed
     by_id = {memory.id: memory for memory in memories}
     trained = serving.encoder
-    vectors = _vectors(serving, memories)
+    vectors = memory_vectors(trained, memories, serving)
     best = dense_ranker(memories, trained, vectors)
     rankers: dict[str, Ranker] = {
         "random": random_ranker(memories, seed),
@@ -119,18 +118,6 @@ async def measure(
         )._asdict(),
         "growth": {f"{share:.0%}": arm.summary(seed) for share, arm in growth.items()},
     }
-
-
-def _vectors(serving: Generation, memories: Sequence[Memory]) -> np.ndarray:
-    """(memories, dim): what the generation holds already, and the newer ones by its encoder."""
-    pool = memories[0].pool
-    rows = {id_.decode(): row for row, id_ in enumerate(serving.ids[pool].tolist())}
-    newer = [memory for memory in memories if memory.id not in rows]
-    fresh = serving.encoder.encode_memories([(m.prompt, m.answer) for m in newer])
-    held = serving.indexes[pool].reconstruct(np.arange(len(rows)))
-    rows |= {memory.id: len(rows) + number for number, memory in enumerate(newer)}
-    stacked: np.ndarray = np.concatenate([held, fresh])[[rows[memory.id] for memory in memories]]
-    return stacked
 
 
 def record(config: Config, pool: str, splits: Splits, traffic: Traffic) -> dict[str, Any]:

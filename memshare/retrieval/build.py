@@ -13,7 +13,9 @@ import numpy.typing as npt
 from memshare.config import Config
 from memshare.pool.store import PoolStore
 from memshare.progress import track
+from memshare.records import Memory
 from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.generation import Generation
 
 _BLOCK = 2048  # memories encoded at a time: long enough to sort by length, small in memory
 
@@ -59,3 +61,26 @@ def build_generation(
             ids.extend(item.id for item in block)
         spans[pool] = (start, len(ids))
     return Built(np.concatenate(blocks), ids, spans, positions, encoder.memory_fingerprint())
+
+
+def memory_vectors(
+    encoder: Encoder, memories: Sequence[Memory], generation: Generation | None
+) -> npt.NDArray[np.float32]:
+    """``memories`` of one pool as unit rows (n, dim), by ``encoder``.
+
+    Those that ``generation``, which must be that encoder's, holds are copied from its index.
+    """
+    vectors = np.empty((len(memories), encoder.dim), dtype=np.float32)
+    missing = list(range(len(memories)))
+    if generation is not None and memories and memories[0].pool in generation.indexes:
+        pool = memories[0].pool
+        rows = {id_.decode(): row for row, id_ in enumerate(generation.ids[pool].tolist())}
+        found = np.array([rows.get(memory.id, -1) for memory in memories])
+        vectors[found >= 0] = generation.indexes[pool].reconstruct(found[found >= 0])
+        missing = np.flatnonzero(found < 0).tolist()
+    blocks = range(0, len(missing), _BLOCK)
+    for start in track(blocks, "encoding memories"):
+        block = missing[start : start + _BLOCK]
+        pairs = [(memories[i].prompt, memories[i].answer) for i in block]
+        vectors[block] = encoder.encode_memories(pairs)
+    return vectors

@@ -44,6 +44,7 @@ FEATURES = Features(
                 "bm25_rank": Value("int64"),
                 "loglik": Value("float64"),
                 "answer_key": Value("string"),
+                "dense_rank": Value("int64"),
             }
         ),
     }

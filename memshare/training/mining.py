@@ -1,9 +1,11 @@
 """Mining: every new memory (x, y) becomes a training example (step 5 of the loop).
 
-BM25 proposes ``mining.candidates`` memories for x, itself and its copies (same normalised prompt)
-left out; a labeller says what each is worth (`labels`). Held-out memories are neither queries nor
-candidates; those that the split gives to neither side are candidates only. As in EPR (Rubin et al.
-2022) and LLM-R (Wang et al. 2023), except that the pool grows and only new memories are mined.
+BM25 and the serving retriever propose memories for x (`proposals`), itself and its copies (same
+normalised prompt) left out; a labeller says what each is worth (`labels`). Held-out memories are
+neither queries nor candidates; those that the split gives to neither side are candidates only. As
+in EPR (Rubin et al. 2022) and LLM-R (Wang et al. 2023), except that the pool grows: a round mines
+what is new, and a sample of what is older (``mining.replay``) again, so that nothing is forgotten.
+Older examples are not used as they are: their negatives are those of a weaker retriever.
 
 A round is planned once (``plan.json``: which query goes into which shard) and then worked off shard
 by shard. Each shard is written atomically, so a restarted run goes on at the first one missing.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,8 +27,7 @@ from memshare.config import Config
 from memshare.files import write_json
 from memshare.pool.store import PoolStore
 from memshare.progress import log, track
-from memshare.records import Candidate, Example, Memory, answer_key, normalise
-from memshare.retrieval.bm25 import BM25
+from memshare.records import Candidate, Example, Memory, answer_key
 from memshare.retrieval.text import memory_text
 from memshare.training.examples import (
     ExamplesError,
@@ -37,6 +39,7 @@ from memshare.training.examples import (
     write_shard,
 )
 from memshare.training.labels import Labeller
+from memshare.training.proposals import PoolProposals, Proposal, Proposer
 from memshare.training.rounds import Span, new_ids
 from memshare.training.split import Fate, kept_split
 
@@ -53,12 +56,18 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a round mines; ``left_out`` counts new memories that are no queries, by reason."""
+    """What a round mines; ``left_out`` counts new memories that are no queries, by reason.
+
+    ``proposer`` is the generation whose encoder proposes beside BM25 (0: the configured encoder);
+    None: BM25 alone. ``replayed`` counts the queries that are older than the round's spans.
+    """
 
     round: int
     spans: Mapping[str, Span]
     settings: Mapping[str, Any]
+    proposer: int | None
     left_out: Mapping[str, int]
+    replayed: int
     shards: tuple[Shard, ...]
 
 
@@ -80,6 +89,7 @@ def plan_round(
     spans: Mapping[str, Span],
     fates: Mapping[str, Fate],
     folder: Path,
+    proposer: int | None,
 ) -> Plan:
     """The plan of round ``number``, read back where it stands already.
 
@@ -89,7 +99,7 @@ def plan_round(
     path = folder / PLAN
     if path.exists():
         plan = read_plan(folder)
-        if plan.settings != settings or plan.spans != spans:
+        if (plan.settings, plan.spans, plan.proposer) != (settings, spans, proposer):
             raise ExamplesError(
                 f"{path}: round {number} was begun with {dict(plan.settings)} over {plan.spans}, "
                 f"not {settings} over {dict(spans)}; finish it with those, or delete {folder}"
@@ -97,6 +107,7 @@ def plan_round(
         return plan
     shards: list[Shard] = []
     left_out: dict[str, int] = defaultdict(int)
+    replayed = 0
     for pool, span in spans.items():
         ids = new_ids(store, pool, span)
         alive = store.get_many(ids)
@@ -109,14 +120,32 @@ def plan_round(
                 left_out["held out" if fate == "held_out" else "near both sides"] += 1
             else:
                 queries.append(memory_id)
+        draw = random.Random(f"{config.run.seed}/{number}/{pool}")
+        earlier = _earlier(store, pool, span, fates, set(queries))
+        again = draw.sample(earlier, min(len(earlier), round(config.mining.replay * len(queries))))
+        replayed += len(again)
+        queries += again
         size = config.mining.shard_rows
         shards += [
             Shard(pool, tuple(queries[start : start + size]))
             for start in range(0, len(queries), size)
         ]
-    plan = Plan(number, dict(spans), settings, dict(left_out), tuple(shards))
+    plan = Plan(number, dict(spans), settings, proposer, dict(left_out), replayed, tuple(shards))
     write_json(path, asdict(plan))
     return plan
+
+
+def _earlier(
+    store: PoolStore, pool: str, span: Span, fates: Mapping[str, Fate], new: set[str]
+) -> list[str]:
+    """Memories from before the round that may be its queries, in their order."""
+    if span.since == 0:
+        return []
+    return [
+        memory.id
+        for memory in store.iter(pool, until_seq=span.since)
+        if fates.get(memory.id) == "train" and memory.id not in new
+    ]
 
 
 def read_plan(folder: Path) -> Plan:
@@ -125,7 +154,7 @@ def read_plan(folder: Path) -> Plan:
         row = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         spans = {pool: Span(**span) for pool, span in row["spans"].items()}
         shards = tuple(Shard(item["pool"], tuple(item["ids"])) for item in row["shards"])
-        return Plan(int(row["round"]), spans, row["settings"], row["left_out"], shards)
+        return Plan(**{**row, "spans": spans, "shards": shards})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExamplesError(
             f"{folder / PLAN}: unreadable ({error!r}); delete {folder} to mine the round again"
@@ -146,52 +175,31 @@ async def mine(
     fates: Mapping[str, Fate],
     labeller: Labeller,
     folder: Path,
+    proposer: Proposer | None,
 ) -> dict[str, Any]:
     """Write the shards of ``plan`` that are missing, then the round's marker, which is returned.
 
-    Memories deleted or put on hold meanwhile are skipped. An LLM that fails stops the round; what
-    was scored until then stays in the cache.
+    ``proposer`` is the one that the plan names. Memories deleted or put on hold meanwhile are
+    skipped. An LLM that fails stops the round; what was scored until then stays in the cache.
     """
     if is_whole(folder):
         return read_marker(folder)
     begun = time.monotonic()
-    pool_index: _PoolIndex | None = None
+    proposals: PoolProposals | None = None
     missing = [i for i in range(len(plan.shards)) if not shard_path(folder, i).exists()]
     if len(missing) < len(plan.shards):
         log(f"round {plan.round}: {len(plan.shards) - len(missing)} shard(s) were done before")
     for index in missing:
         shard = plan.shards[index]
-        if pool_index is None or pool_index.pool != shard.pool:
-            pool_index = _PoolIndex(store, config, shard.pool, plan.spans[shard.pool].until, fates)
+        if proposals is None or proposals.pool != shard.pool:
+            until = plan.spans[shard.pool].until
+            proposals = PoolProposals(store, config, shard.pool, until, fates, proposer)
         title = f"round {plan.round}: mining shard {index + 1}/{len(plan.shards)}"
-        examples = await _mine_shard(store, config, plan.round, shard, pool_index, labeller, title)
+        examples = await _mine_shard(store, config, plan.round, shard, proposals, labeller, title)
         write_shard(shard_path(folder, index), examples)
     marker = _marker(plan, labeller, folder, time.monotonic() - begun)
     write_marker(folder, marker)
     return marker
-
-
-class _PoolIndex:
-    """BM25 over one pool's candidates, and which of them are copies of one another."""
-
-    def __init__(
-        self, store: PoolStore, config: Config, pool: str, until: int, fates: Mapping[str, Fate]
-    ) -> None:
-        self.pool = pool
-        self.copies: dict[str, list[str]] = defaultdict(list)
-        ids, texts = [], []
-        for memory in store.iter(pool, until_seq=until):
-            if fates.get(memory.id) != "held_out":
-                ids.append(memory.id)
-                texts.append(memory_text(memory.prompt, memory.answer))
-                self.copies[normalise(memory.prompt)].append(memory.id)
-        self.bm25 = BM25(config.bm25).fit(ids, texts)
-
-    def candidates(self, queries: Sequence[Memory], count: int) -> list[list[str]]:
-        """Ids for each query, best first, without itself and its copies."""
-        exclude = [{q.id, *self.copies.get(normalise(q.prompt), ())} for q in queries]
-        hits = self.bm25.top([query.prompt for query in queries], count, exclude)
-        return [[memory_id for memory_id, _ in row] for row in hits]
 
 
 async def _mine_shard(
@@ -199,17 +207,17 @@ async def _mine_shard(
     config: Config,
     number: int,
     shard: Shard,
-    index: _PoolIndex,
+    proposals: PoolProposals,
     labeller: Labeller,
     title: str,
 ) -> list[Example]:
     alive = store.get_many(shard.ids)
     queries = [alive[i] for i in shard.ids if i in alive and not alive[i].held]
-    proposed = index.candidates(queries, config.mining.candidates)
-    found = store.get_many([memory_id for row in proposed for memory_id in row])
+    proposed = proposals.propose(queries)
+    found = store.get_many([proposal.id for row in proposed for proposal in row])
     tasks = []
-    for query, ids in zip(queries, proposed, strict=True):
-        candidates = [(rank, found[i]) for rank, i in enumerate(ids) if i in found]
+    for query, row in zip(queries, proposed, strict=True):
+        candidates = [(proposal, found[proposal.id]) for proposal in row if proposal.id in found]
         work = _example(query, candidates, config, number, labeller)
         tasks.append(asyncio.create_task(work))
     try:
@@ -222,7 +230,7 @@ async def _mine_shard(
 
 async def _example(
     query: Memory,
-    candidates: Sequence[tuple[int, Memory]],
+    candidates: Sequence[tuple[Proposal, Memory]],
     config: Config,
     number: int,
     labeller: Labeller,
@@ -235,11 +243,11 @@ async def _example(
             baseline = await measure(query, None)
         worth = await asyncio.gather(*(measure(query, memory) for _, memory in candidates))
     rows = [
-        _candidate(memory, rank, value)
-        for (rank, memory), value in zip(candidates, worth, strict=True)
+        _candidate(memory, proposal, value)
+        for (proposal, memory), value in zip(candidates, worth, strict=True)
     ]
     if measure is None:  # its own memory is the positive
-        rows.insert(0, _candidate(query, -1, None))
+        rows.insert(0, _candidate(query, Proposal(query.id, None, None), None))
     return Example(
         query_id=query.id,
         query=query.prompt,
@@ -255,9 +263,9 @@ async def _example(
     )
 
 
-def _candidate(memory: Memory, rank: int, worth: float | None) -> Candidate:
-    text = memory_text(memory.prompt, memory.answer)
-    return Candidate(memory.id, text, rank, worth, answer_key(memory.answer))
+def _candidate(memory: Memory, proposal: Proposal, worth: float | None) -> Candidate:
+    text, key = memory_text(memory.prompt, memory.answer), answer_key(memory.answer)
+    return Candidate(memory.id, text, proposal.bm25_rank, worth, key, proposal.dense_rank)
 
 
 def _marker(plan: Plan, labeller: Labeller, folder: Path, seconds: float) -> dict[str, Any]:
@@ -275,11 +283,13 @@ def _marker(plan: Plan, labeller: Labeller, folder: Path, seconds: float) -> dic
         "spans": {pool: asdict(span) for pool, span in plan.spans.items()},
         "labels": plan.settings["labels"],
         "scorer": labeller.scorer,
+        "proposer": plan.proposer,
         "shards": len(plan.shards),
         "examples": examples,
         "candidates": candidates,
         "unmeasured": unmeasured if labeller.measure is not None else 0,
         "left_out": dict(plan.left_out),
+        "replayed": plan.replayed,
         "llm_calls": labeller.calls(),
         "seconds": seconds,
     }

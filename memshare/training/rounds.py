@@ -198,13 +198,13 @@ def training_dir(run_dir: Path, number: int) -> Path:
     return round_dir(run_dir / "training", number)
 
 
-def forget_stale_checkpoints(output: Path, folders: Sequence[Path]) -> bool:
+def forget_stale_checkpoints(output: Path, examples: Path) -> bool:
     """Delete the checkpoints in ``output`` if its examples changed since the last call.
 
     Deleting a memory changes them; what was learned from it must not be continued. Returns whether
     they were stale.
     """
-    shards = [path for folder in folders for path in sorted(folder.glob("shard-*.parquet"))]
+    shards = sorted(examples.glob("shard-*.parquet"))
     stamps = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in shards]
     inputs = {"examples": hashlib.sha256("\n".join(stamps).encode()).hexdigest()}
     path = output / "inputs.json"

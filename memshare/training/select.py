@@ -11,10 +11,11 @@ change without asking an LLM again. For one example:
 * what can't be a hard negative of this query can't be its in-batch negative either, wherever else
   in the batch it turns up: ``Selected.never_negative`` carries the keys.
 
-With ``labels: none`` the query's own memory is the positive and BM25's candidates are the
-negatives, first ranks first. With ``labels: given`` a candidate of log-likelihood 0 has the query's
-label and is a positive; there is no baseline to beat. An example without hard negatives is kept,
-since the batch gives it negatives.
+Candidates come in the order in which they were proposed, and ties go to the earlier one. With
+``labels: none`` the query's own memory is the positive and BM25's candidates are the negatives,
+first ranks first. With ``labels: given`` a candidate of log-likelihood 0 has the query's label and
+is a positive; there is no baseline to beat. An example without hard negatives is kept, since the
+batch gives it negatives.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from memshare.config import TrainingConfig
 from memshare.records import Candidate, Example, answer_key, normalise
@@ -129,7 +128,7 @@ def select_one(example: Example, config: TrainingConfig) -> Selected | str:
     scored = [c for c in others if c.loglik is not None and math.isfinite(c.loglik)]
     if not scored:
         return NOT_SCORED
-    scored.sort(key=lambda c: (-_score(c), c.bm25_rank, c.id))
+    scored.sort(key=lambda c: -_score(c))
     if example.labels == "given":
         good = [c for c in scored if _score(c) >= 0.0]
         if not good:
@@ -157,10 +156,10 @@ def _score(candidate: Candidate) -> float:
 
 
 def _distinct(candidates: Sequence[Candidate], own: Passage) -> list[Candidate]:
-    """Candidates in BM25 order without the query's own memory, copies of it, and repeats."""
+    """Candidates without the query's own memory, copies of it, and repeats."""
     seen_ids, seen_keys = {own.id}, {own.key}
     kept: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.bm25_rank, c.id)):
+    for candidate in candidates:
         key = text_key(candidate.text)
         if candidate.id in seen_ids or key in seen_keys:
             continue
@@ -202,17 +201,3 @@ def _selected(
         negatives=tuple(negatives),
         never_negative=frozenset(never),
     )
-
-
-def mix_replay(
-    new: Sequence[Selected], earlier: Sequence[Selected], count: int, seed: int
-) -> list[Selected]:
-    """``new`` plus ``count`` examples drawn from ``earlier`` without replacement, by ``seed``.
-
-    An earlier example of a query that is in ``new`` is left out: the newer scores win. Fewer than
-    ``count`` are drawn where there are fewer.
-    """
-    fresh = {item.query_id for item in new}
-    old = [item for item in earlier if item.query_id not in fresh]
-    drawn = np.random.default_rng(seed).permutation(len(old))[:count]
-    return [*new, *(old[i] for i in sorted(drawn.tolist()))]

@@ -53,7 +53,12 @@ class Run:
         tree: dict[str, Any] = {
             "run": {"dir": str(folder)},
             "encoder": {"model": str(encoder), "max_length": 48, "device": "cpu"},
-            "mining": {"labels": "given", "candidates": 6, "shard_rows": 8},
+            "mining": {
+                "labels": "given",
+                "candidates": 6,
+                "dense_candidates": 3,
+                "shard_rows": 8,
+            },
             "training": {"batch_size": 8, "lr": 1e-3, "checkpoint_every": 1, "max_steps": 4},
             "continual": {"min_new": 30, "poll_seconds": 0.1, "rounds": 2},
             "gate": {"margin": 1.0, "resamples": 200},
@@ -161,7 +166,10 @@ def test_two_rounds_with_kills_in_every_step(make_run: Any) -> None:
     assert gone not in {item["id"] for row in mined["candidates"] for item in row}
     assert current(root, name) == 2
     assert generations(root, name)[-1].positions["main"] == run.store.last_seq("main")
-    assert "--replay-examples" in (run.folder / "logs" / "round-000002-train.log").read_text()
+    # the generation that served proposed, and earlier memories were mined again
+    assert (done["results"]["mine"]["proposer"], second["results"]["mine"]["proposer"]) == (0, 1)
+    again = second["results"]["mine"]["replayed"]
+    assert again == round(0.5 * (second["results"]["mine"]["examples"] - again)) > 0
 
 
 def test_stops_cleanly_and_refuses_a_second_loop(make_run: Any) -> None:
@@ -186,7 +194,7 @@ def test_stops_cleanly_and_refuses_a_second_loop(make_run: Any) -> None:
 
 
 def test_a_failing_step_is_told_with_its_log(make_run: Any) -> None:
-    run = make_run(encoder={"model": "/no/such/encoder"})
+    run = make_run(encoder={"model": "/no/such/encoder"}, mining={"dense_candidates": 0})
     run.store.append(banking(0, 8))
     child = run.start("--once")
     errors = child.communicate(timeout=100)[1]

@@ -26,7 +26,9 @@ from memshare.retrieval.text import memory_text
 from memshare.training.examples import ExamplesError, read_examples, round_dir, shard_path
 from memshare.training.labels import open_labeller
 from memshare.training.mining import mine, plan_round, split_memories
+from memshare.training.proposals import open_proposer
 from memshare.training.rounds import Span, open_spans
+from tests.tiny import tiny_encoder
 from tests.tiny_lm import tiny_lm
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,7 +54,7 @@ def banking(per_intent: int, intents: int) -> list[NewMemory]:
 
 
 def make_config(folder: Path, **mining: Any) -> Config:
-    items = {"labels": "given", "candidates": 5, "shard_rows": 16, **mining}
+    items = {"labels": "given", "candidates": 5, "dense_candidates": 0, "shard_rows": 16, **mining}
     sets = [f"mining.{key}={value}" for key, value in items.items()]
     return load_config(None, [f"run.dir={folder}", *sets])
 
@@ -72,9 +74,11 @@ def mine_round(
         fates = split_memories(store, config)
         folder = round_dir(config.examples_dir, number)
         wanted = spans or open_spans(store, {}, ("main",))
-        plan = plan_round(store, config, number, wanted, fates, folder)
-        async with open_labeller(config, store) as labeller:
-            return await mine(store, config, plan, fates, labeller, folder)
+        with open_proposer(config, None) as proposer:
+            by = proposer and proposer.number
+            plan = plan_round(store, config, number, wanted, fates, folder, by)
+            async with open_labeller(config, store) as labeller:
+                return await mine(store, config, plan, fates, labeller, folder, proposer)
 
     marker = asyncio.run(run())
     return list(read_examples(round_dir(config.examples_dir, number))), marker
@@ -122,7 +126,7 @@ def test_labels_none_need_no_model(tmp_path: Path) -> None:
     index.fit(open_ids, [memory_text(memories[k].prompt, memories[k].answer) for k in open_ids])
     for example in examples:
         own, *others = example.candidates
-        assert (own.id, own.bm25_rank, own.loglik) == (example.query_id, -1, None)
+        assert (own.id, own.bm25_rank, own.loglik) == (example.query_id, None, None)
         copies = {k for k in open_ids if normalise(memories[k].prompt) == normalise(example.query)}
         expected = index.top([example.query], 5, [copies])[0]
         assert [candidate.id for candidate in others] == [memory_id for memory_id, _ in expected]
@@ -134,7 +138,12 @@ def test_likelihood_is_what_the_model_gives(tmp_path: Path) -> None:
     lm = tiny_lm(tmp_path / "lm", context=500)
     config = load_config(
         None,
-        [f"run.dir={tmp_path / 'run'}", f"scorer_llm.model={lm}", "mining.candidates=3"],
+        [
+            f"run.dir={tmp_path / 'run'}",
+            f"scorer_llm.model={lm}",
+            "mining.candidates=3",
+            "mining.dense_candidates=0",
+        ],
     )
     long = NewMemory("main", "What is the best plan for a very long trip? " * 60, "Stay at home.")
     with open_pool(config, [*plans()[:14], long]) as store:
@@ -179,8 +188,8 @@ def test_labels_by_chat(tmp_path: Path, labels: str) -> None:
         None,
         [
             f"run.dir={tmp_path / 'run'}", f"scorer_llm.model={lm}", f"agent_llm.model={lm}",
-            f"mining.labels={labels}", "mining.candidates=2", "agent.max_tokens=8",
-            "scorer.kind=likelihood",
+            f"mining.labels={labels}", "mining.candidates=2", "mining.dense_candidates=0",
+            "agent.max_tokens=8", "scorer.kind=likelihood",
         ],
     )  # fmt: skip
     with open_pool(config, plans()[:6]) as store:
@@ -210,10 +219,17 @@ def test_later_rounds_mine_only_what_is_new(tmp_path: Path) -> None:
         spans = open_spans(store, {"main": marker["spans"]["main"]["until"]}, ("main",))
         second, marker = mine_round(store, config, 2, spans)
         assert mine_round(store, config, 2, spans)[1] == marker  # done is done
+        fates = json.loads((tmp_path / "split.json").read_text())["fates"]
     ids = {example.query_id for example in first}
-    assert ids & {example.query_id for example in second} == {held}  # released: mined again
+    again = {example.query_id for example in second} & ids
+    # half as many as are new, and the released one, which is new
+    assert held in again and len(again) - 1 == marker["replayed"] > 0
+    assert marker["replayed"] == round(0.5 * (len(second) - marker["replayed"]))
+    assert len({example.query_id for example in second}) == len(second)
+    assert {example.round for example in second} == {2}
     assert gone not in {example.query_id for example in second}
     assert marker["left_out"]["deleted or on hold"] == 1
+    assert all(fates[key] == "train" for key in again)
     # the older half of the pool gives candidates to the newer one
     assert any(candidate.id in ids for example in second for candidate in example.candidates)
 
@@ -246,6 +262,7 @@ def test_killed_mining_goes_on_where_it_was(tmp_path: Path) -> None:
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     sets = [
         f"scorer_llm.model={lm}", "mining.shard_rows=4", "mining.candidates=6",
+        f"encoder.model={tiny_encoder(tmp_path / 'tiny')}", "mining.dense_candidates=2",
         "scorer_llm.batch_size=4", "scorer_llm.max_concurrency=4",
     ]  # fmt: skip
     config = load_config(None, [f"run.dir={broken}", *sets])

@@ -130,9 +130,9 @@ def test_changed_examples_start_training_afresh(tmp_path: Path) -> None:
     folder = write_round(tmp_path / "examples", 1, "a", "b")
     output = tmp_path / "training"
     (output / "checkpoints" / "step-1").mkdir(parents=True)
-    assert not any(forget_stale_checkpoints(output, [folder]) for _ in range(2))
+    assert not any(forget_stale_checkpoints(output, folder) for _ in range(2))
     assert (output / "checkpoints" / "step-1").exists()
     write_shard(shard_path(folder, 0), [])
-    assert forget_stale_checkpoints(output, [folder])
+    assert forget_stale_checkpoints(output, folder)
     assert not (output / "checkpoints").exists()
-    assert not forget_stale_checkpoints(output, [folder])
+    assert not forget_stale_checkpoints(output, folder)

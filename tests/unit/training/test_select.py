@@ -13,12 +13,11 @@ from memshare.training.select import (
     NOT_BETTER,
     NOT_SCORED,
     Selected,
-    mix_replay,
     select,
     select_one,
     text_key,
 )
-from tests.training_data import candidate, example, examples
+from tests.training_data import candidate, example
 
 CONFIG = TrainingConfig(positives=1, hard_negatives=2)
 
@@ -114,8 +113,8 @@ def test_labels_none_teaches_the_own_memory() -> None:
         labels="none",
         baseline_loglik=None,
         candidates=(
-            candidate("second", "2", None, rank=1),
             candidate("first", "1", None, rank=0),
+            candidate("second", "2", None, rank=1),
             candidate("same", "3", None, "answer q", rank=2),
             candidate("third", "4", None, rank=3),
         ),
@@ -136,15 +135,3 @@ def test_labels_given_need_no_baseline() -> None:
     # The margin is in nats of a measured likelihood: labels that are given are sure.
     config = TrainingConfig(margin=5.0, false_negative_margin=5.0)
     assert chosen(select_one(made, config)) == (["equal"], ["other"])
-
-
-def test_replay_draws_without_what_is_new() -> None:
-    new = select(examples(6), CONFIG).items
-    old = select(examples(30), CONFIG).items
-    mixed = mix_replay(new, old, 10, seed=1)
-    assert list(mixed[:6]) == list(new) and len(mixed) == 16
-    assert len({item.query_id for item in mixed}) == 16
-    assert mixed == mix_replay(new, old, 10, seed=1)
-    assert mixed != mix_replay(new, old, 10, seed=2)
-    assert len(mix_replay(new, old, 1000, seed=1)) == 30
-    assert mix_replay(new, old, 0, seed=1) == list(new)

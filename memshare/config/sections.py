@@ -1,35 +1,17 @@
-"""Every setting of memshare in one tree. Imports neither torch, FAISS nor vLLM.
-
-A configuration is a YAML file; environment variables (``MEMSHARE_TRAINING__LR=1e-5``) win over it
-and ``--set training.lr=1e-5`` on a command line wins over both. `load_config` finds every mistake
-before anything starts, all at once, each with the key it belongs to.
-"""
+"""The sections of a configuration: every setting with its default, and what it means."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Score = Annotated[float, Field(ge=0.0, le=100.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
-
-
-class ConfigError(ValueError):
-    """A configuration that can't be used; the message lists every problem with its key."""
 
 
 class Section(BaseModel):
@@ -148,10 +130,17 @@ class ScorerConfig(Section):
 
 
 class MiningConfig(Section):
-    """Step 5 of the loop: BM25's ``candidates`` per memory, and what labels them."""
+    """Step 5 of the loop: who proposes candidates per memory, and what labels them.
+
+    ``candidates``: BM25's best; ``dense_candidates``: the serving retriever's best, beside them (0:
+    BM25 alone; so, too, with ``labels: none``). ``replay``: earlier memories mined again, with
+    today's retriever, per new one, so that nothing is forgotten.
+    """
 
     labels: Literal["none", "given", "likelihood", "prompted", "reward"] = "likelihood"
     candidates: PositiveInt = 16
+    dense_candidates: NonNegativeInt = 8
+    replay: Annotated[float, Field(ge=0.0)] = 0.5
     baseline: bool = True
     given_key: str = "label"  # memory.metadata key that `given` compares
     shard_rows: PositiveInt = 256
@@ -189,7 +178,6 @@ class TrainingConfig(Section):
     epochs: PositiveFloat = 1.0
     max_steps: PositiveInt | None = None  # wins over epochs
     lr: PositiveFloat = 3e-5
-    round_lr_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # round r: lr * decay ** (r - 1)
     schedule: Literal["linear", "cosine"] = "linear"  # after the warm-up, down to 0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     warmup_ratio: Fraction = 0.1
@@ -219,11 +207,10 @@ class GateConfig(Section):
 
 
 class ContinualConfig(Section):
-    """When a round starts and what it mixes in. ``rounds`` None: until stopped."""
+    """When a round starts. ``rounds`` None: until stopped."""
 
     min_new: PositiveInt = 256
     poll_seconds: PositiveFloat = 2.0
-    replay: Annotated[float, Field(ge=0.0)] = 1.0  # earlier examples per new one
     rounds: PositiveInt | None = None
     num_processes: PositiveInt = 1
     accelerate_config: Path | None = None
@@ -269,132 +256,3 @@ class WandbConfig(Section):
     project: str = "memshare"
     entity: str | None = None
     name: str | None = None
-
-
-class Config(BaseSettings):
-    """The whole tree; `load_config` makes one."""
-
-    model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix="MEMSHARE_", env_nested_delimiter="__"
-    )
-
-    run: RunConfig = RunConfig()
-    database_url: str | None = None  # None: SQLite in the run folder
-    pools: dict[str, PoolSettings] = Field(default_factory=lambda: {"main": PoolSettings()})
-    encoder: EncoderConfig = EncoderConfig()
-    retriever: RetrieverConfig = RetrieverConfig()
-    bm25: BM25Config = BM25Config()
-    agent_llm: LLMConfig = LLMConfig()
-    scorer_llm: LLMConfig = LLMConfig()
-    agent: AgentConfig = AgentConfig()
-    scorer: ScorerConfig = ScorerConfig()
-    mining: MiningConfig = MiningConfig()
-    training: TrainingConfig = TrainingConfig()
-    split: SplitConfig = SplitConfig()
-    gate: GateConfig = GateConfig()
-    continual: ContinualConfig = ContinualConfig()
-    gateway: GatewayConfig = GatewayConfig()
-    bootstrap: BootstrapConfig = BootstrapConfig()
-    wandb: WandbConfig = WandbConfig()
-
-    @field_validator("pools")
-    @classmethod
-    def _some_pool(cls, value: dict[str, PoolSettings]) -> dict[str, PoolSettings]:
-        if not value:
-            raise ValueError("at least one pool is needed")
-        return value
-
-    @model_validator(mode="after")
-    def _pools_exist(self) -> Config:
-        unknown = [name for name in self.retriever.pools if name not in self.pools]
-        if unknown:
-            raise ValueError(f"retriever.pools names pools that `pools` lacks: {unknown}")
-        if self.gateway.default_pool is not None and self.gateway.default_pool not in self.pools:
-            raise ValueError(f"gateway.default_pool: no pool {self.gateway.default_pool!r}")
-        return self
-
-    @property
-    def url(self) -> str:
-        """The pool's database URL."""
-        return self.database_url or f"sqlite:///{self.run.dir / 'pool.db'}"
-
-    @property
-    def generations_dir(self) -> Path:
-        """Folder of this run's generations, one sub-folder a retriever."""
-        return self.run.dir / "generations"
-
-    @property
-    def examples_dir(self) -> Path:
-        """Folder of mined examples, one Parquet data set a round."""
-        return self.run.dir / "examples"
-
-    @property
-    def served_pools(self) -> tuple[str, ...]:
-        """The pools this run's retriever serves."""
-        return self.retriever.pools or tuple(self.pools)
-
-
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read and check a configuration.
-
-    ``overrides`` are ``dotted.key=value`` strings, values in YAML syntax. Raises `ConfigError`
-    naming every unknown key and wrong value at once.
-    """
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: can't be read: {error}") from error
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: a mapping of sections is expected")
-    override_tree: dict[str, Any] = {}
-    for item in overrides:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {item}: expected key=value")
-        node = override_tree
-        *parents, leaf = key.strip().split(".")
-        for parent in parents:
-            child = node.setdefault(parent, {})
-            if not isinstance(child, dict):
-                raise ConfigError(f"--set {item}: {parent} is set to a value already")
-            node = child
-        try:
-            node[leaf] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {item}: the value is no YAML: {error}") from error
-
-    class FromFile(Config):
-        """`Config` with this file as the source of least priority."""
-
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, tree)
-
-    try:
-        return FromFile(**override_tree)
-    except ValidationError as error:
-        lines = [
-            f"  {'.'.join(str(part) for part in item['loc']) or '(top)'}: {item['msg']}"
-            for item in error.errors()
-        ]
-        raise ConfigError(
-            f"{path or 'configuration'}: {len(lines)} problem(s)\n" + "\n".join(lines)
-        ) from None
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a program's parser ``--config FILE`` and ``--set key=value``."""
-    parser.add_argument("--config", type=Path, help="YAML configuration (see configs/)")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="override one setting, e.g. training.lr=1e-5 (repeatable)",
-    )  # fmt: skip

@@ -1,0 +1,137 @@
+"""Who proposes candidates: BM25 and the serving retriever, checked against brute force."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memshare.config import Config, load_config
+from memshare.pool.store import PoolStore
+from memshare.records import Memory, NewMemory, normalise
+from memshare.retrieval.bm25 import BM25
+from memshare.retrieval.build import build_generation
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.publish import publish
+from memshare.retrieval.text import memory_text
+from memshare.training.proposals import PoolProposals, Proposer, open_proposer
+from memshare.training.split import Fate
+from tests.tiny import tiny_encoder
+
+WORDS = ("tea", "rain", "iron", "moss", "salt", "wool", "echo", "fern", "lamp", "rope")
+
+
+def memories() -> list[NewMemory]:
+    made = [
+        NewMemory("main", f"what of {a} and {b}", f"{b} before {a}")
+        for i, a in enumerate(WORDS)
+        for b in WORDS[i + 1 :]
+    ]
+    # two copies of one question with answers of their own
+    return [*made, *(NewMemory("main", "What of TEA and rain", f"answer {n}") for n in (1, 2))]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    encoder = tiny_encoder(tmp_path / "tiny")
+    return load_config(
+        None,
+        [
+            f"run.dir={tmp_path}", f"encoder.model={encoder}", "encoder.device=cpu",
+            "mining.labels=given", "mining.candidates=4", "mining.dense_candidates=5",
+        ],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def store(config: Config) -> PoolStore:
+    store = PoolStore.open(config.url)
+    store.create_pool("main")
+    store.append(memories())
+    return store
+
+
+def fates_of(found: list[Memory]) -> dict[str, Fate]:
+    return {memory.id: "held_out" if i % 7 == 3 else "train" for i, memory in enumerate(found)}
+
+
+def test_both_propose_and_nothing_forbidden_is_proposed(config: Config, store: PoolStore) -> None:
+    found = list(store.iter("main"))
+    fates = fates_of(found)
+    open_ids = [memory.id for memory in found if fates[memory.id] == "train"]
+    by_id = {memory.id: memory for memory in found}
+    encoder = Encoder.load(config.encoder)
+    vectors = encoder.encode_memories([(by_id[k].prompt, by_id[k].answer) for k in open_ids])
+    bm25 = BM25(config.bm25).fit(
+        open_ids, [memory_text(by_id[k].prompt, by_id[k].answer) for k in open_ids]
+    )
+    with open_proposer(config, None) as proposer:
+        assert proposer is not None and proposer.number == 0  # nothing was published
+        until = store.last_seq("main")
+        proposals = PoolProposals(store, config, "main", until, fates, proposer)
+        rows = proposals.propose(found)
+    only_dense = 0
+    for query, row in zip(found, rows, strict=True):
+        copies = {k for k in open_ids if normalise(by_id[k].prompt) == normalise(query.prompt)}
+        copies.add(query.id)
+        words = [k for k, _ in bm25.top([query.prompt], 4, [copies])[0]]
+        scores = vectors @ encoder.encode_queries([query.prompt])[0]
+        nearest = [open_ids[i] for i in np.argsort(-scores, kind="stable")]
+        nearest = [k for k in nearest if k not in copies][:5]
+        assert [p.id for p in row if p.bm25_rank is not None] == words
+        assert [p.bm25_rank for p in row[: len(words)]] == list(range(len(words)))
+        ranked = sorted((p for p in row if p.dense_rank is not None), key=lambda p: p.dense_rank)
+        expected = sorted(scores[open_ids.index(k)] for k in nearest)
+        assert sorted(scores[open_ids.index(p.id)] for p in ranked) == pytest.approx(expected)
+        assert [p.dense_rank for p in ranked] == [0, 1, 2, 3, 4]
+        assert len({p.id for p in row}) == len(row) and not copies & {p.id for p in row}
+        assert all(fates[p.id] == "train" for p in row)
+        only_dense += sum(p.bm25_rank is None for p in row)
+    assert only_dense > len(found)  # vectors find what words don't
+
+
+def test_a_generation_proposes_with_its_own_vectors(
+    config: Config, store: PoolStore, tmp_path: Path
+) -> None:
+    other = Encoder.load(
+        config.encoder.model_copy(update={"model": str(tiny_encoder(tmp_path / "two", seed=2))})
+    )
+    built = build_generation(store, config, other)
+    publish(
+        config.generations_dir, config.retriever.name, encoder=other, **built.parts(),
+        metrics={"gate": {}}, parent=None, keep=3,
+    )  # fmt: skip
+    store.append([NewMemory("main", "what of lamp and lamp", "newer than the generation")])
+    found = list(store.iter("main"))
+    until = store.last_seq("main")
+    with open_proposer(config, None) as proposer:
+        assert proposer is not None and proposer.number == 1
+        by_generation = PoolProposals(store, config, "main", until, {}, proposer).propose(found)
+    encoded = PoolProposals(store, config, "main", until, {}, Proposer(other, None)).propose(found)
+    assert by_generation == encoded
+    with open_proposer(config, 0) as proposer:  # a round that was begun before the generation
+        assert proposer is not None and proposer.generation is None
+        frozen = PoolProposals(store, config, "main", until, {}, proposer).propose(found)
+    assert frozen != encoded
+
+
+@pytest.mark.parametrize("setting", ["mining.dense_candidates=0", "mining.labels=none"])
+def test_bm25_alone(config: Config, store: PoolStore, setting: str) -> None:
+    config = load_config(None, [f"run.dir={config.run.dir}", "encoder.model=/none", setting])
+    with open_proposer(config, None) as proposer:
+        assert proposer is None  # and no encoder was looked for
+        until = store.last_seq("main")
+        proposals = PoolProposals(store, config, "main", until, {}, proposer)
+        (row,) = proposals.propose(list(store.iter("main"))[:1])
+    assert [p.bm25_rank for p in row] == list(range(len(row))) and len(row) == 16
+    assert {p.dense_rank for p in row} == {None}
+
+
+def test_an_empty_pool_proposes_nothing(config: Config) -> None:
+    with PoolStore.open(config.url) as store, open_proposer(config, None) as proposer:
+        store.create_pool("main")
+        proposals = PoolProposals(store, config, "main", 0, {}, proposer)
+        query = Memory("q", "main", "what", "that", None, None, None, "2026-01-01", {}, 1)
+        assert proposals.propose([query]) == [[]]
+        assert proposals.propose([]) == []
