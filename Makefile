@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 EXTRA ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 VLLM_VENV := .venv-vllm
 
-# Without a GPU several programs share few cores: a thread that waits must sleep, not spin. (torch's
-# OpenMP spins by default; two such processes then slow each other tenfold.)
-export OMP_WAIT_POLICY ?= PASSIVE
+# Tests run several programs on few cores: a thread that waits must sleep, not spin. (torch's OpenMP
+# spins by default; two such processes then slow each other tenfold, while one alone is faster so.)
+SHARED := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup demo test lint integration vllm gpu-check clean
 
@@ -25,14 +25,14 @@ demo: setup
 	$(BIN)/python serve/demo.py --config configs/pocket.yaml
 
 test: setup
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests -n 2 -m 'not server'
+	$(SHARED) $(BIN)/python -m pytest tests -n 2 -m 'not server'
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 # Real servers: vLLM on the pocket LM.
 integration: setup vllm
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests/integration -m server
+	$(SHARED) $(BIN)/python -m pytest tests/integration -m server
 
 vllm: $(VLLM_VENV)/.ready
 

@@ -23,7 +23,6 @@ from common import ROOT
 
 from memshare.config import Config, load_config
 from memshare.evaluation.data import Pair
-from memshare.gateway.supervisor import shared_cores
 from memshare.pocket.lm import lm_folder
 from memshare.pool.store import PoolStore
 from memshare.progress import log
@@ -40,9 +39,12 @@ class ProgramFailed(RuntimeError):
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with as many threads as there are cores unless it says."""
+    """This process's environment, with as many threads as there are cores unless it says.
+
+    They may spin while they wait: a benchmark runs one program at a time.
+    """
     cores = str(len(os.sched_getaffinity(0)))
-    return {"OMP_NUM_THREADS": cores, "TOKENIZERS_PARALLELISM": "false", **shared_cores()}
+    return {"OMP_NUM_THREADS": cores, "TOKENIZERS_PARALLELISM": "false", **os.environ}
 
 
 def run_program(words: Sequence[str], logfile: Path) -> None:
@@ -68,8 +70,14 @@ class Work:
     """One run folder and its configuration."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Write ``settings`` as ``config.yaml`` into ``folder`` and load them."""
+        """Write ``settings`` as ``config.yaml`` into ``folder`` and load them.
+
+        Neighbouring folders share one cache of likelihoods, so that none is measured twice.
+        """
         folder.mkdir(parents=True)
+        cache = folder.parent / "cache"
+        cache.mkdir(exist_ok=True)
+        (folder / "cache").symlink_to(cache, target_is_directory=True)
         self.folder = folder
         self.file = folder / "config.yaml"
         tree = {

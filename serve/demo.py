@@ -29,7 +29,7 @@ from memshare.evaluation import demo
 from memshare.evaluation.report import print_tables, write_report
 from memshare.evaluation.traffic import Stream, Traffic
 from memshare.files import RunLocked, run_lock
-from memshare.gateway.supervisor import Supervisor, shared_cores
+from memshare.gateway.supervisor import Supervisor
 from memshare.pocket.world import Splits, World, write_references
 from memshare.pool.store import PoolStore
 from memshare.progress import log
@@ -42,7 +42,7 @@ START_SECONDS = 180.0
 STREAM_SECONDS = 1200.0  # a run that has not learned by then never will
 RATE = 2.0  # requests a second
 AGENTS = 4
-SIZES = (240, 420, 80)  # seed memories, questions asked, questions held out
+SIZES = (240, 360, 60)  # seed memories, questions asked, questions held out
 
 
 class DemoFailed(RuntimeError):
@@ -57,7 +57,7 @@ def words(args: argparse.Namespace) -> list[str]:
 def program(name: str, *arguments: str) -> None:
     """Run one of our programs to its end."""
     line = [sys.executable, str(ROOT / name), *arguments]
-    if subprocess.run(line, check=False, env=shared_cores()).returncode != 0:
+    if subprocess.run(line, check=False).returncode != 0:
         raise DemoFailed(f"{name} failed; its message is above")
 
 
