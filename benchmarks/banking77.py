@@ -47,12 +47,12 @@ RETRIEVERS = ("bm25", "frozen", *LABELS)
 SETTINGS: dict[str, Any] = {
     "pools": {POOL: {}},
     "encoder": {"model": "all-MiniLM-L6-v2", "max_length": 64},
-    "mining": {"candidates": 12, "dense_candidates": 12},
+    "mining": {"candidates": 8, "dense_candidates": 8},
     "training": {
         "positives": 2, "hard_negatives": 3, "batch_size": 32, "max_steps": 30, "lr": 1e-4,
         "margin": 1.0, "temperature": 0.05, "batch_tokens": 384, "dropout": False,
     },
-    "gate": {"margin": 1.0},
+    "gate": {"margin": 1.0, "max_queries": 50},
     "wandb": {"mode": "disabled"},
 }  # fmt: skip
 

@@ -59,7 +59,7 @@ SETTINGS: dict[str, Any] = {
         "positives": 2, "hard_negatives": 3, "batch_size": 16, "epochs": 2, "lr": 1e-4,
         "margin": 0.05, "temperature": 0.05, "batch_tokens": 512, "dropout": False,
     },
-    "gate": {"margin": 1.0},
+    "gate": {"margin": 1.0, "max_queries": 50},
     "wandb": {"mode": "disabled"},
 }  # fmt: skip
 Shots = Sequence[tuple[Memory, ...]]  # of every question, best first

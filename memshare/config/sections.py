@@ -164,7 +164,10 @@ class TrainingConfig(Section):
     are masked out of the negatives. ``batch_tokens``: padded tokens of a micro-batch;
     ``graph_tokens``: padded tokens whose activations are kept for the backward pass, the rest of a
     step is encoded twice (gradient caching), so that memory does not grow with the batch.
-    ``dropout``: as the encoder's own configuration has it, or none.
+    ``dropout``: as the encoder's own configuration has it, or none. ``distill_weight``: weight of
+    the KL divergence from the LM's preference among the chosen candidates, ``distill_temperature``
+    softens that preference; ``matryoshka``: widths at which the first entries of the vectors are
+    trained as vectors too.
     """
 
     positives: PositiveInt = 1
@@ -183,6 +186,9 @@ class TrainingConfig(Section):
     warmup_ratio: Fraction = 0.1
     max_grad_norm: PositiveFloat = 1.0
     temperature: PositiveFloat = 0.05
+    distill_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    distill_temperature: PositiveFloat = 1.0
+    matryoshka: tuple[PositiveInt, ...] = ()
     checkpoint_every: PositiveInt = 100
     log_every: PositiveInt = 5
     lora: LoRAConfig = LoRAConfig()

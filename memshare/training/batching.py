@@ -10,6 +10,7 @@ have equally many tokens, and padded to the longest of a micro-batch of equally 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ class StepBatch:
 
     ``texts`` (n,) are rows of the token table, docs first. ``rows`` (g,) says where in ``texts``
     each query stands. ``positives`` (p, 2) and ``masked`` (k, 2) are pairs of query and doc,
-    ordered by query. ``query_answers`` (g, s), padded with -1, and ``doc_answers`` (m,) number the
+    ordered by query; ``logliks`` (l, 3) are query, doc and the score that an LM gave to the pair,
+    ordered likewise. ``query_answers`` (g, s), padded with -1, and ``doc_answers`` (m,) number the
     answers: a doc with an answer of the query's is no negative of it.
     """
 
@@ -87,6 +89,7 @@ class StepBatch:
     rows: Ints
     positives: Ints
     masked: Ints
+    logliks: npt.NDArray[np.float64]
     query_answers: Ints
     doc_answers: Ints
 
@@ -104,6 +107,14 @@ class StepBatch:
         for slot in range(answers.shape[1]):
             masked |= answers[:, slot : slot + 1] == columns
         return positive, positive | ~masked
+
+    def measured(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Log-likelihoods (stop - start, m) of some queries, as `distillation_rows` wants them."""
+        table = torch.full((stop - start, self.docs), math.nan)
+        low, high = np.searchsorted(self.logliks[:, 0], (start, stop))
+        found = torch.from_numpy(self.logliks[low:high])
+        table[found[:, 0].long() - start, found[:, 1].long()] = found[:, 2].float()
+        return table.to(device)
 
 
 class Batches:
@@ -146,7 +157,9 @@ class Batches:
     def _digest(self) -> str:
         digest = hashlib.sha256(repr((self._seed, self._global_batch, self._prefixes)).encode())
         for item in self.items:
-            passages = [(p.id, p.text, p.answer) for p in (*item.positives, *item.negatives)]
+            passages = [
+                (p.id, p.text, p.answer, p.loglik) for p in (*item.positives, *item.negatives)
+            ]
             never = sorted(item.never_negative)
             known = (item.query_id, item.query, item.pool, len(item.positives), passages, never)
             digest.update(repr(known).encode("utf-8", "surrogatepass"))
@@ -173,6 +186,7 @@ class Batches:
         numbers: dict[str, int] = {}  # answer key -> number
         doc_answers: list[int] = []
         positives: list[tuple[int, int]] = []
+        logliks: list[tuple[float, float, float]] = []
         rows: list[int] = []
         for row, item in enumerate(items):
             at = self.table.index[query_prefix, item.query]
@@ -186,6 +200,8 @@ class Batches:
                 columns[passage.id].add(column)
                 if passage in item.positives:
                     positives.append((row, column))
+                if passage.loglik is not None:
+                    logliks.append((row, column, passage.loglik))
         masked: list[tuple[int, int]] = []
         answers: list[list[int]] = []
         for row, item in enumerate(items):
@@ -202,6 +218,7 @@ class Batches:
             rows=np.array(rows, dtype=np.int64) + len(docs),
             positives=np.array(positives, dtype=np.int64).reshape(-1, 2),
             masked=np.array(masked, dtype=np.int64).reshape(-1, 2),
+            logliks=np.array(logliks, dtype=np.float64).reshape(-1, 3),
             query_answers=np.array(padded, dtype=np.int64).reshape(len(items), width),
             doc_answers=np.array(doc_answers, dtype=np.int64),
         )

@@ -6,13 +6,20 @@ its own, other positives stay out of its denominator, and a query's loss is the 
 positives:
 
     mean over p of  -log( exp(s_p / T) / (exp(s_p / T) + sum over n of exp(s_n / T)) )
+
+To it can be added the divergence of the encoder's preference among a query's measured candidates
+from the LM's (`distillation_rows`), and all of it can be taken over several widths of the vectors
+(`objective_rows`; Kusupati et al. 2022, "Matryoshka Representation Learning"), so that their first
+entries alone are useful vectors too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import log_softmax, normalize, softplus
 
 
 def info_nce_rows(
@@ -46,3 +53,65 @@ def info_nce(
 ) -> Tensor:
     """Mean of `info_nce_rows` over the b queries: a scalar."""
     return info_nce_rows(queries, docs, positive, valid, temperature).mean()
+
+
+def distillation_rows(
+    queries: Tensor, docs: Tensor, logliks: Tensor, temperature: float, teacher_temperature: float
+) -> Tensor:
+    """KL divergence of each query's preference among its measured docs from the LM's, in nats.
+
+    The LM's preference is a softmax over its scores, standardised per query and divided by
+    ``teacher_temperature``: raw log-likelihoods differ in scale from query to query, and training
+    on them made retrieval worse in LLM-R (Wang et al. 2023).
+
+    Args:
+        queries: (b, d) unit rows.
+        docs: (m, d) unit rows.
+        logliks: (b, m), nats per token; NaN where nothing was measured.
+        temperature: the similarity's divisor.
+        teacher_temperature: the standardised scores' divisor.
+
+    Returns:
+        (b,) float32; 0, with a gradient of 0, for a query with fewer than two measured docs.
+    """
+    known = ~logliks.isnan()
+    count = known.sum(dim=1, keepdim=True).clamp(min=1)
+    values = logliks.float().masked_fill(~known, 0.0)
+    centred = (values - values.sum(dim=1, keepdim=True) / count).masked_fill(~known, 0.0)
+    deviation = (centred.square().sum(dim=1, keepdim=True) / count).sqrt().clamp(min=1e-6)
+    # The least finite number in place of -inf: a row without measured docs must not become NaN.
+    low = torch.finfo(torch.float32).min
+    scores = queries.float() @ docs.float().T / temperature
+    teacher = log_softmax((centred / deviation / teacher_temperature).masked_fill(~known, low), 1)
+    student = log_softmax(scores.masked_fill(~known, low), dim=1)
+    each = (teacher.exp() * (teacher - student)).masked_fill(~known, 0.0).sum(dim=1)
+    return each * (known.sum(dim=1) > 1)
+
+
+def objective_rows(
+    queries: Tensor,
+    docs: Tensor,
+    positive: Tensor,
+    valid: Tensor,
+    logliks: Tensor | None,
+    *,
+    temperature: float,
+    distill_weight: float = 0.0,
+    distill_temperature: float = 1.0,
+    dims: Sequence[int] = (),
+) -> Tensor:
+    """What training minimises, of every query: (b,) float32.
+
+    `info_nce_rows`, plus ``distill_weight`` times `distillation_rows` where ``logliks`` are given;
+    the mean of that over the whole vectors and their first ``dims`` entries, made unit again.
+    """
+    total = queries.new_zeros(len(queries), dtype=torch.float32)
+    for width in (None, *dims):
+        q, d = queries, docs
+        if width is not None:
+            q, d = (normalize(rows[:, :width].float(), dim=-1) for rows in (queries, docs))
+        total = total + info_nce_rows(q, d, positive, valid, temperature)
+        if logliks is not None:
+            more = distillation_rows(q, d, logliks, temperature, distill_temperature)
+            total = total + distill_weight * more
+    return total / (1 + len(dims))

@@ -44,18 +44,26 @@ def text_key(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One memory as the encoder sees it: its text, and the keys that tell copies and answers."""
+    """One memory as the encoder sees it: its text, and the keys that tell copies and answers.
+
+    ``loglik``: what an LM measured of it for this query, None where none did.
+    """
 
     id: str
     text: str
     key: str
     answer: str
+    loglik: float | None = None
 
     @classmethod
     def of(cls, candidate: Candidate) -> Passage:
         """The passage of one mined candidate."""
         key = text_key(candidate.text)
-        return cls(candidate.id, candidate.text, key, candidate.answer_key)
+        value = candidate.loglik
+        known = value is not None and math.isfinite(value)
+        return cls(
+            candidate.id, candidate.text, key, candidate.answer_key, value if known else None
+        )
 
 
 @dataclass(frozen=True, slots=True)

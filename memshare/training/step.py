@@ -32,7 +32,7 @@ from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.batching import Ints, StepBatch, TokenTable, cut, deal
 from memshare.training.gather import World
-from memshare.training.loss import info_nce_rows
+from memshare.training.loss import objective_rows
 
 TILE_ROWS = 1024  # queries whose similarities to all docs are in memory at a time
 
@@ -155,12 +155,17 @@ class ContrastiveStep:
         for low in range(start, stop, TILE_ROWS):
             high = min(low + TILE_ROWS, stop)
             positive, valid = batch.masks(low, high, vectors.device)
-            each = info_nce_rows(
+            distil = self._config.distill_weight > 0
+            each = objective_rows(
                 leaf.index_select(0, rows[low:high]),
                 leaf[: batch.docs],
                 positive,
                 valid,
-                self._config.temperature,
+                batch.measured(low, high, vectors.device) if distil else None,
+                temperature=self._config.temperature,
+                distill_weight=self._config.distill_weight,
+                distill_temperature=self._config.distill_temperature,
+                dims=self._config.matryoshka,
             )
             share = each.sum() / queries
             torch.autograd.backward(share)

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from memshare.training.loss import info_nce, info_nce_rows
+from memshare.training.loss import (
+    distillation_rows,
+    info_nce,
+    info_nce_rows,
+    objective_rows,
+)
 
 
 def unit(rows: int, dim: int = 16, seed: int = 0) -> torch.Tensor:
@@ -89,3 +94,65 @@ def test_bfloat16_inputs_are_computed_in_float32() -> None:
     assert got.dtype == torch.float32
     want = info_nce(queries.float(), docs.float(), positive, torch.ones_like(positive), 0.05)
     assert got == want
+
+
+def test_distillation_follows_the_formula_and_ignores_what_was_not_measured() -> None:
+    queries, docs = unit(3).requires_grad_(), unit(6, seed=1).requires_grad_()
+    logliks = torch.full((3, 6), math.nan)
+    logliks[0, [0, 2, 5]] = torch.tensor([-1.0, -2.0, -4.5])
+    logliks[1, [1, 3]] = torch.tensor([-0.25, -0.25])
+    logliks[2, 4] = -1.0  # one alone says nothing
+    got = distillation_rows(queries, docs, logliks, 0.1, 0.7)
+    for row, columns in ((0, [0, 2, 5]), (1, [1, 3])):
+        values = [float(logliks[row, j]) for j in columns]
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values)) or 1.0
+        weights = [math.exp((v - mean) / spread / 0.7) for v in values]
+        scores = [math.exp(float(queries[row].double() @ docs[j].double()) / 0.1) for j in columns]
+        want = sum(
+            w / sum(weights) * math.log(w / sum(weights) / (s / sum(scores)))
+            for w, s in zip(weights, scores, strict=True)
+        )
+        assert float(got[row].detach()) == pytest.approx(want, rel=1e-4)
+    assert float(got[2].detach()) == 0.0
+    got.sum().backward()
+    assert queries.grad is not None and docs.grad is not None
+    assert queries.grad.isfinite().all() and queries.grad[2].abs().max() == 0
+    assert docs.grad[4].abs().max() == 0 and docs.grad[0].abs().max() > 0
+
+
+def test_distillation_is_zero_where_the_encoder_agrees_and_knows_no_scale() -> None:
+    queries = unit(1)
+    docs = unit(4, seed=1)
+    scores = queries @ docs.T / 0.1
+    agreed = (scores - scores.mean()) / scores.std(correction=0)
+    teacher = float(1 / scores.std(correction=0))  # so that both softmaxes are the same
+    assert float(distillation_rows(queries, docs, agreed, 0.1, teacher)) == pytest.approx(
+        0.0, abs=1e-6
+    )
+    wrong = -agreed
+    left = distillation_rows(queries, docs, wrong, 0.1, 1.0)
+    right = distillation_rows(queries, docs, 20 * wrong - 3, 0.1, 1.0)
+    torch.testing.assert_close(left, right)
+    assert float(left) > 0.1
+
+
+def test_objective_adds_its_parts_over_all_widths() -> None:
+    queries, docs = unit(4), unit(7, seed=1)
+    positive = torch.eye(4, 7, dtype=torch.bool)
+    valid = torch.ones_like(positive)
+    logliks = torch.randn(4, 7, generator=torch.Generator().manual_seed(5))
+    got = objective_rows(
+        queries, docs, positive, valid, logliks,
+        temperature=0.1, distill_weight=0.3, distill_temperature=2.0, dims=(8, 4),
+    )  # fmt: skip
+    parts = []
+    for width in (16, 8, 4):
+        q, d = (normalize(rows[:, :width], dim=-1) for rows in (queries, docs))
+        parts.append(
+            info_nce_rows(q, d, positive, valid, 0.1)
+            + 0.3 * distillation_rows(q, d, logliks, 0.1, 2.0)
+        )
+    torch.testing.assert_close(got, sum(parts) / 3)
+    plain = objective_rows(queries, docs, positive, valid, None, temperature=0.1)
+    assert torch.equal(plain, info_nce_rows(queries, docs, positive, valid, 0.1))

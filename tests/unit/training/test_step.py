@@ -16,7 +16,7 @@ from memshare.training import step as step_module
 from memshare.training.batching import Batches
 from memshare.training.gather import World
 from memshare.training.lora import add_adapters, export
-from memshare.training.loss import info_nce
+from memshare.training.loss import objective_rows
 from memshare.training.optimizer import lr_factor, make_optimizer, update
 from memshare.training.select import select
 from memshare.training.step import ContrastiveStep, NonFinite
@@ -67,7 +67,11 @@ def direct_gradients(
     vectors = encoder.embed(encoder.collate(data.table.rows(batch.texts)))
     positive, valid = batch.masks(0, len(batch.rows), CPU)
     rows = torch.from_numpy(batch.rows)
-    loss = info_nce(vectors[rows], vectors[: batch.docs], positive, valid, config.temperature)
+    loss = objective_rows(
+        vectors[rows], vectors[: batch.docs], positive, valid, batch.measured(0, len(rows), CPU),
+        temperature=config.temperature, distill_weight=config.distill_weight,
+        distill_temperature=config.distill_temperature, dims=config.matryoshka,
+    ).mean()  # fmt: skip
     loss.backward()
     return float(loss.detach()), gradients(encoder)
 
@@ -92,6 +96,20 @@ def test_gradient_equals_the_direct_one(
     assert loss == pytest.approx(want_loss, abs=1e-5)
     assert difference(got, want) < 1e-5
     assert max(float(g.abs().max()) for g in want.values()) > 1e-3  # there is something to equal
+
+
+def test_gradient_with_distillation_and_widths(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_module, "TILE_ROWS", 5)
+    more: dict[str, object] = {"distill_weight": 0.5, "matryoshka": (16, 8)}
+    data, config = make(encoder, batch_tokens=256, graph_tokens=700, **more)
+    loss, got = engine_gradients(encoder, data, config)
+    want_loss, want = direct_gradients(encoder, data, config)
+    assert loss == pytest.approx(want_loss, abs=1e-5)
+    assert difference(got, want) < 1e-5
+    plain_loss, plain = engine_gradients(encoder, data, TrainingConfig(dropout=False))
+    assert plain_loss != pytest.approx(loss, abs=1e-3) and difference(got, plain) > 1e-4
 
 
 def test_cached_pass_replays_dropout(encoder: Encoder) -> None:
