@@ -113,8 +113,10 @@ def train(
     world.broadcast(p.data for p in encoder.model.parameters())
     optimizer = make_optimizer(encoder.model, settings)
     batches = Batches(
-        selection.items, encoder, global_batch=settings.batch_size * world.size, seed=seed
-    )
+        selection.items, encoder, global_batch=settings.batch_size * world.size, seed=seed,
+        pool_temperature=settings.pool_temperature,
+        max_principal_share=settings.max_principal_share,
+    )  # fmt: skip
     steps = settings.max_steps or math.ceil(settings.epochs * batches.steps_per_epoch)
     if batches.table.truncated:
         say(f"{batches.table.truncated} texts have over {encoder.max_length} tokens: cut off")

@@ -1,7 +1,7 @@
 """Which examples make a step, which texts it needs, and which process encodes which of them.
 
-A step's *global batch* is ``num_processes * training.batch_size`` queries of one pool, cut from a
-shuffle that depends on the seed and the epoch alone. Every process works out the whole batch for
+A step's *global batch* is ``num_processes * training.batch_size`` queries of one pool (`order`).
+Every process works out the whole batch for
 itself, so that no text, size or mask has to be exchanged: only vectors are. Each distinct text of
 the global batch is encoded once, by one process; texts are dealt by length, so that all processes
 have equally many tokens, and padded to the longest of a micro-batch of equally long ones.
@@ -14,7 +14,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +21,9 @@ import torch
 from torch import Tensor
 
 from memshare.retrieval.encoder import Encoder
+from memshare.training.order import Ints, Order
 from memshare.training.select import Selected
 
-Ints = npt.NDArray[np.int64]
 _TOKENISE_AT_ONCE = 8192
 _SMALLEST = 1 / 8  # of batch_tokens: what keeps a device busy
 _MUCH_SHORTER = 0.85  # of a micro-batch's longest text
@@ -118,7 +117,7 @@ class StepBatch:
 
 
 class Batches:
-    """The data order: ``batch(step)`` for step 0, 1, ...; equal on every process.
+    """Everything that the steps need: ``batch(step)`` for step 0, 1, ...; equal on every process.
 
     ``digest`` identifies items, order and seed; processes compare it before they start. The
     batches of an epoch are as even as the items allow, so that no tiny one is left over.
@@ -131,21 +130,24 @@ class Batches:
         *,
         global_batch: int,
         seed: int,
+        pool_temperature: float = 1.0,
+        max_principal_share: float = 1.0,
     ) -> None:
         if not items:
             raise ValueError("no examples to make batches of")
         self.items = items
         self._prefixes = (encoder.query_prefix, encoder.memory_prefix)
-        self._global_batch = global_batch
-        self._seed = seed
-        self._pools: dict[str, list[int]] = defaultdict(list)
-        for index, item in enumerate(items):
-            self._pools[item.pool].append(index)
-        self.steps_per_epoch = sum(-(-len(p) // global_batch) for p in self._pools.values())
+        self._order = Order(
+            items,
+            global_batch=global_batch,
+            seed=seed,
+            pool_temperature=pool_temperature,
+            max_principal_share=max_principal_share,
+        )
+        self.steps_per_epoch = self._order.steps_per_epoch
         self.table = TokenTable(self._texts(), encoder)
-        self.digest = self._digest()
-        # Epochs are walked in order; the one before is kept for a step at the seam.
-        self._epoch = lru_cache(maxsize=2)(self._shuffle)
+        how = (seed, global_batch, pool_temperature, max_principal_share, self._prefixes)
+        self.digest = self._digest(repr(how))
 
     def _texts(self) -> Iterator[tuple[str, str]]:
         query_prefix, memory_prefix = self._prefixes
@@ -154,29 +156,21 @@ class Batches:
             for passage in (*item.positives, *item.negatives):
                 yield memory_prefix, passage.text
 
-    def _digest(self) -> str:
-        digest = hashlib.sha256(repr((self._seed, self._global_batch, self._prefixes)).encode())
+    def _digest(self, how: str) -> str:
+        digest = hashlib.sha256(how.encode())
         for item in self.items:
             passages = [
                 (p.id, p.text, p.answer, p.loglik) for p in (*item.positives, *item.negatives)
             ]
             never = sorted(item.never_negative)
-            known = (item.query_id, item.query, item.pool, len(item.positives), passages, never)
+            who = (item.query_id, item.query, item.pool, item.principal)
+            known = (*who, len(item.positives), passages, never)
             digest.update(repr(known).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
-    def _shuffle(self, epoch: int) -> list[Ints]:
-        rng = np.random.default_rng([self._seed, epoch])
-        batches: list[Ints] = []
-        for pool in sorted(self._pools):
-            members = rng.permutation(np.array(self._pools[pool], dtype=np.int64))
-            batches.extend(np.array_split(members, -(-len(members) // self._global_batch)))
-        return [batches[i] for i in rng.permutation(len(batches))]
-
     def batch(self, step: int) -> StepBatch:
         """The global batch of a step."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        return self._assemble([self.items[i] for i in self._epoch(epoch)[position]])
+        return self._assemble([self.items[i] for i in self._order.step(step)])
 
     def _assemble(self, items: Sequence[Selected]) -> StepBatch:
         query_prefix, memory_prefix = self._prefixes

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from memshare.config import ConfigError
-from memshare.training.batching import Ints
+from memshare.training.order import Ints
 
 _BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32 at a time
 

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
-from memshare.training.batching import Ints, StepBatch, TokenTable, cut, deal
+from memshare.training.batching import StepBatch, TokenTable, cut, deal
 from memshare.training.gather import World
 from memshare.training.loss import objective_rows
+from memshare.training.order import Ints
 
 TILE_ROWS = 1024  # queries whose similarities to all docs are in memory at a time
 

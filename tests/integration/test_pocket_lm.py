@@ -113,12 +113,12 @@ def test_answers_follow_the_memory_that_is_shown(pocket: Pocket) -> None:
         mean([f1(text, case[0].answer) for (text, _), case in zip(found, chosen, strict=True)])
         for found in (gold, third, none)
     ]
-    # Floors below what was measured (0.62, 0.36, 0.06; 0.77 stop): free answers lose the thread
+    # Floors below what was measured (0.75, 0.33, 0.05; 0.87 stop): free answers lose the thread
     # where a wrong token puts them on another text. Raise them with the LM.
-    assert by_shots[0] > 0.5
-    assert by_shots[1] > by_shots[2] + 0.15
-    assert by_shots[2] < 0.3
-    assert mean([stopped for _, stopped in gold]) > 0.6
+    assert by_shots[0] > 0.65
+    assert by_shots[1] > by_shots[2] + 0.2
+    assert by_shots[2] < 0.15
+    assert mean([stopped for _, stopped in gold]) > 0.75
 
 
 def test_likelihood_tells_the_right_memory_from_others(pocket: Pocket) -> None:
@@ -127,8 +127,8 @@ def test_likelihood_tells_the_right_memory_from_others(pocket: Pocket) -> None:
         best = pocket.loglik([shot(right)], task.prompt, task.answer)
         over_none.append(best - pocket.loglik([], task.prompt, task.answer))
         over_wrong.append(best - pocket.loglik([shot(wrong)], task.prompt, task.answer))
-    assert mean(over_none) > 1.0
-    assert mean(over_wrong) > 1.0
+    assert mean(over_none) > 4.0  # measured: 5.9 and 6.7
+    assert mean(over_wrong) > 4.0
     assert mean([gap > 0 for gap in over_wrong]) > 0.98
     assert mean([gap > 0 for gap in over_none]) > 0.98
 
@@ -166,7 +166,7 @@ def test_the_report_says_what_it_can_do(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     ability = report["ability"]
     assert ability["unseen_present"]["tokens"] > ability["unseen_absent"]["tokens"] + 0.5
-    assert ability["world_gold"]["tokens"] > 0.85
+    assert ability["world_gold"]["tokens"] > 0.95
     assert ability["world_gold"]["above_none"] > 0.98
     assert ability["world_zero_shot"]["exact"] == 0.0
     assert report["parameters"] < 4_000_000

@@ -1,0 +1,93 @@
+"""The order of the data: an epoch's batches, each of one pool, the same on every process.
+
+Pools take turns in a shuffled order. By default every example comes once an epoch. Two settings
+change that: a *pool temperature* T above 1 gives a pool of n examples a share of n ** (1 / T) of
+the batches, so that small pools are not drowned by large ones; and a cap on how many queries of one
+principal a batch may hold keeps a busy or hostile agent from steering the encoder.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from memshare.training.select import Selected
+
+Ints = npt.NDArray[np.int64]
+
+
+class Order:
+    """Which examples make which step. ``steps_per_epoch`` batches of at most ``global_batch``."""
+
+    def __init__(
+        self,
+        items: Sequence[Selected],
+        *,
+        global_batch: int,
+        seed: int,
+        pool_temperature: float = 1.0,
+        max_principal_share: float = 1.0,
+    ) -> None:
+        """``max_principal_share``: of ``global_batch``, at least one query."""
+        self._global_batch = global_batch
+        self._seed = seed
+        self._limit = max(1, int(max_principal_share * global_batch))
+        self._capped = max_principal_share < 1.0
+        # Unknown principals are nobody: each is a principal of its own.
+        self._principals = [item.principal or f"\x00{number}" for number, item in enumerate(items)]
+        pools: dict[str, list[int]] = defaultdict(list)
+        for index, item in enumerate(items):
+            pools[item.pool].append(index)
+        self._pools = {pool: np.array(pools[pool], dtype=np.int64) for pool in sorted(pools)}
+        self._counts = self._shares(pool_temperature)
+        self.steps_per_epoch = sum(self._counts.values())
+        # Epochs are walked in order; the one before is kept for a step at the seam.
+        self._epoch = lru_cache(maxsize=2)(self._shuffle)
+
+    def step(self, number: int) -> Ints:
+        """Positions of the items of step ``number`` (0, 1, ...)."""
+        epoch, position = divmod(number, self.steps_per_epoch)
+        return self._epoch(epoch)[position]
+
+    def _shares(self, temperature: float) -> dict[str, int]:
+        """Batches of each pool in an epoch."""
+        natural = {
+            pool: -(-len(members) // self._global_batch) for pool, members in self._pools.items()
+        }
+        if temperature == 1.0:
+            return natural
+        weights = {pool: len(rows) ** (1 / temperature) for pool, rows in self._pools.items()}
+        total, whole = sum(natural.values()), sum(weights.values())
+        return {pool: max(1, round(total * weights[pool] / whole)) for pool in natural}
+
+    def _shuffle(self, epoch: int) -> list[Ints]:
+        rng = np.random.default_rng([self._seed, epoch])
+        batches: list[Ints] = []
+        for pool, members in self._pools.items():
+            batches.extend(self._deal(members, self._counts[pool], rng))
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def _deal(self, members: Ints, count: int, rng: np.random.Generator) -> list[Ints]:
+        """``count`` batches, as even as the members allow, none twice in a batch."""
+        natural = -(-len(members) // self._global_batch)
+        if count <= natural:  # all members, or as many as there is room for
+            chosen = rng.permutation(members)[: count * self._global_batch]
+            return self._split(chosen, count)
+        batches: list[Ints] = []
+        while len(batches) < count:
+            batches += self._split(rng.permutation(members), natural)
+        return batches[:count]
+
+    def _split(self, members: Ints, count: int) -> list[Ints]:
+        if not self._capped:
+            return list(np.array_split(members, count))
+        # Dealt out principal by principal, each has at most ceil(its number / count) in a batch.
+        by_principal: dict[str, list[int]] = defaultdict(list)
+        for member in members.tolist():
+            by_principal[self._principals[member]].append(member)
+        dealt = [m for group in by_principal.values() for m in group[: self._limit * count]]
+        return [np.array(dealt[start::count], dtype=np.int64) for start in range(count)]
