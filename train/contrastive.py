@@ -114,8 +114,7 @@ def train(
     optimizer = make_optimizer(encoder.model, settings)
     batches = Batches(
         selection.items, encoder, global_batch=settings.batch_size * world.size, seed=seed,
-        pool_temperature=settings.pool_temperature,
-        max_principal_share=settings.max_principal_share,
+        settings=settings,
     )  # fmt: skip
     steps = settings.max_steps or math.ceil(settings.epochs * batches.steps_per_epoch)
     if batches.table.truncated:

@@ -159,20 +159,22 @@ class LoRAConfig(Section):
 class TrainingConfig(Section):
     """Step 6: InfoNCE over v positives, hard negatives and in-batch negatives.
 
-    ``margin``: nats per token by which a positive must beat the likelihood with no example, or the
-    example is dropped. ``false_negative_margin``: candidates within it of the worst positive chosen
-    are masked out of the negatives. ``batch_tokens``: padded tokens of a micro-batch;
-    ``graph_tokens``: padded tokens whose activations are kept for the backward pass, the rest of a
-    step is encoded twice (gradient caching), so that memory does not grow with the batch.
-    ``dropout``: as the encoder's own configuration has it, or none. ``distill_weight``: weight of
-    the KL divergence from the LM's preference among the chosen candidates, ``distill_temperature``
-    softens that preference; ``matryoshka``: widths at which the first entries of the vectors are
-    trained as vectors too. ``pool_temperature`` T gives a pool of n examples n ** (1 / T) of the
-    batches (1: every example once an epoch); ``max_principal_share`` caps one principal's queries
-    in a batch.
+    ``positives_per_step`` draws so many of the v positives afresh at each step (None: all of them),
+    as EPR and LLM-R do: a small set is learned by heart later. ``margin``: nats per token by which
+    a positive must beat the likelihood with no example, or the example is dropped.
+    ``false_negative_margin``: candidates within it of the worst positive chosen are masked out of
+    the negatives. ``batch_tokens``: padded tokens of a micro-batch; ``graph_tokens``: padded tokens
+    whose activations are kept for the backward pass, the rest of a step is encoded twice (gradient
+    caching), so that memory does not grow with the batch. ``dropout``: as the encoder's own
+    configuration has it, or none. ``distill_weight``: weight of the KL divergence from the LM's
+    preference among the chosen candidates, ``distill_temperature`` softens that preference;
+    ``matryoshka``: widths at which the first entries of the vectors are trained as vectors too.
+    ``pool_temperature`` T gives a pool of n examples n ** (1 / T) of the batches (1: every example
+    once an epoch); ``max_principal_share`` caps one principal's queries in a batch.
     """
 
     positives: PositiveInt = 1
+    positives_per_step: PositiveInt | None = None
     hard_negatives: NonNegativeInt = 3
     margin: Annotated[float, Field(ge=0.0)] = 0.0
     false_negative_margin: Annotated[float, Field(ge=0.0)] = 0.0

@@ -20,9 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.order import Ints, Order
-from memshare.training.select import Selected
+from memshare.training.select import Passage, Selected
 
 _TOKENISE_AT_ONCE = 8192
 _SMALLEST = 1 / 8  # of batch_tokens: what keeps a device busy
@@ -130,23 +131,24 @@ class Batches:
         *,
         global_batch: int,
         seed: int,
-        pool_temperature: float = 1.0,
-        max_principal_share: float = 1.0,
+        settings: TrainingConfig | None = None,
     ) -> None:
+        """``settings`` says how pools and principals share the batches, and what is drawn."""
         if not items:
             raise ValueError("no examples to make batches of")
         self.items = items
+        settings = settings or TrainingConfig()
         self._prefixes = (encoder.query_prefix, encoder.memory_prefix)
-        self._order = Order(
-            items,
-            global_batch=global_batch,
-            seed=seed,
-            pool_temperature=pool_temperature,
-            max_principal_share=max_principal_share,
-        )
+        self._seed = seed
+        self._drawn = settings.positives_per_step
+        shares = {
+            "pool_temperature": settings.pool_temperature,
+            "max_principal_share": settings.max_principal_share,
+        }
+        self._order = Order(items, global_batch=global_batch, seed=seed, **shares)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.table = TokenTable(self._texts(), encoder)
-        how = (seed, global_batch, pool_temperature, max_principal_share, self._prefixes)
+        how = (seed, global_batch, shares, self._drawn, self._prefixes)
         self.digest = self._digest(repr(how))
 
     def _texts(self) -> Iterator[tuple[str, str]]:
@@ -170,9 +172,22 @@ class Batches:
 
     def batch(self, step: int) -> StepBatch:
         """The global batch of a step."""
-        return self._assemble([self.items[i] for i in self._order.step(step)])
+        items = [self.items[i] for i in self._order.step(step)]
+        # A stream of its own: the order's must not depend on what is drawn here.
+        rng = np.random.default_rng([self._seed, step, len(items)])
+        return self._assemble(items, [self._draw(item.positives, rng) for item in items])
 
-    def _assemble(self, items: Sequence[Selected]) -> StepBatch:
+    def _draw(
+        self, positives: tuple[Passage, ...], rng: np.random.Generator
+    ) -> tuple[Passage, ...]:
+        """The positives that a query is trained on at this step."""
+        if self._drawn is None or len(positives) <= self._drawn:
+            return positives
+        return tuple(positives[i] for i in rng.permutation(len(positives))[: self._drawn])
+
+    def _assemble(
+        self, items: Sequence[Selected], drawn: Sequence[tuple[Passage, ...]]
+    ) -> StepBatch:
         query_prefix, memory_prefix = self._prefixes
         docs: dict[int, int] = {}  # row of the token table -> column
         queries: dict[int, int] = {}
@@ -185,14 +200,14 @@ class Batches:
         for row, item in enumerate(items):
             at = self.table.index[query_prefix, item.query]
             rows.append(queries.setdefault(at, len(queries)))
-            for passage in (*item.positives, *item.negatives):
+            for passage in (*drawn[row], *item.negatives):
                 at = self.table.index[memory_prefix, passage.text]
                 column = docs.setdefault(at, len(docs))
                 if column == len(doc_answers):
                     doc_answers.append(numbers.setdefault(passage.answer, len(numbers)))
                 columns[passage.key].add(column)
                 columns[passage.id].add(column)
-                if passage in item.positives:
+                if passage in drawn[row]:
                     positives.append((row, column))
                 if passage.loglik is not None:
                     logliks.append((row, column, passage.loglik))

@@ -162,3 +162,31 @@ def test_micro_batches_of_nothing() -> None:
 def test_no_examples_is_an_error(encoder: Encoder) -> None:
     with pytest.raises(ValueError, match="no examples"):
         batches(encoder, [])
+
+
+def test_positives_are_drawn_afresh_and_the_others_are_no_negatives(encoder: Encoder) -> None:
+    made = [
+        example(
+            f"{number}",
+            candidates=tuple(
+                candidate(f"{number}-{n}", f"text {number} {n}", -1.0 - n / 10) for n in range(6)
+            ),
+        )
+        for number in range(4)
+    ]
+    config = TrainingConfig(positives=5, positives_per_step=2, hard_negatives=1)
+    items = select(made, config).items
+    data = Batches(items, encoder, global_batch=4, seed=0, settings=config)
+    seen: set[tuple[str, ...]] = set()
+    for step in range(12):
+        batch = data.batch(step)
+        positive, valid = batch.masks(0, 4, CPU)
+        assert positive.sum(dim=1).tolist() == [2, 2, 2, 2] and batch.docs == 4 * 3
+        assert (valid & ~positive).sum(dim=1).tolist() == [1 + 3 * 3] * 4
+        again = data.batch(step)
+        assert np.array_equal(batch.texts, again.texts)
+        seen.add(tuple(map(str, batch.texts[: batch.docs])))
+    assert len(seen) > 1
+    whole = Batches(items, encoder, global_batch=4, seed=0, settings=TrainingConfig())
+    assert whole.batch(0).masks(0, 4, CPU)[0].sum(dim=1).tolist() == [5] * 4
+    assert whole.digest != data.digest
