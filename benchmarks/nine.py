@@ -53,7 +53,7 @@ from memshare.retrieval.encoder import resolve_encoder
 
 SETTINGS: dict[str, Any] = {
     "encoder": {"model": "all-MiniLM-L6-v2", "max_length": 128},
-    "agent": {"shots": 3, "max_tokens": 256, "temperature": 0.0},
+    "agent": {"shots": 3, "max_tokens": 128, "temperature": 0.0},
     "mining": {"labels": "likelihood", "candidates": 8, "dense_candidates": 8},
     "training": {
         "positives": 2, "hard_negatives": 3, "batch_size": 16, "epochs": 2, "lr": 1e-4,
@@ -158,13 +158,16 @@ def main() -> None:
             for pool, domain in domains.items():
                 settings = {**SETTINGS, "training": training, "run": {"seed": seed}}
                 work = Work(folder / f"{split}-{pool}", {**settings, "pools": {pool: {}}})
-                memories = work.fill({pool: [*domain.pool, *domain.problems]})[pool]
+                pairs = [*domain.pool, *domain.problems]
+                whole = [pair for pair in pairs if pair.answer.strip()]
+                memories = work.fill({pool: whole})[pool]
                 shots, report = pool_shots(work, domain, memories, seed, leaks=split == "published")
                 rows, english = measure_pool(agent, scorer, domain, shots, seed)
                 tables += [{"split": split, "pool": pool, **row} for row in rows]
                 f1 = {name: arm.f1 for name, arm in english.items()}
                 found = comparisons(f1, seed)
                 runs.append({"split": split, "pool": pool, "memories": len(memories),
+                             "without_answer": len(pairs) - len(whole),
                              "english": {name: arm.summary(seed) for name, arm in english.items()},
                              **found, "programs": report})  # fmt: skip
                 log(f"{split} {pool}: {found}")
