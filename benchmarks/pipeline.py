@@ -106,7 +106,8 @@ class Work:
         """Make each pool of ``pairs``; returns their memories. Copies are stored once."""
         with PoolStore.open(self.config.url) as store:
             for pool, items in pairs.items():
-                store.create_pool(pool)
+                settings = self.config.pools[pool]
+                store.create_pool(pool, settings.rubric, settings.threshold)
                 store.append([NewMemory(pool, pair.prompt, pair.answer) for pair in items])
             return {pool: list(store.iter(pool)) for pool in pairs}
 
