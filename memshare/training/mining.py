@@ -5,7 +5,7 @@ normalised prompt) left out; a labeller says what each is worth (`labels`). Held
 neither queries nor candidates; those that the split gives to neither side are candidates only. As
 in EPR (Rubin et al. 2022) and LLM-R (Wang et al. 2023), except that the pool grows: a round mines
 what is new, and a sample of what is older (``mining.replay``) again, so that nothing is forgotten.
-Older examples are not used as they are: their negatives are those of a weaker retriever.
+Older examples are not used as they are: a weaker retriever proposed their candidates.
 
 A round is planned once (``plan.json``: which query goes into which shard) and then worked off shard
 by shard. Each shard is written atomically, so a restarted run goes on at the first one missing.
