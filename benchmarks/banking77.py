@@ -16,8 +16,9 @@ encoder's P@1 errors that ``trained`` removes (goal: at least 0.15); and
 least 0.7; both gains summed over the seeds first, since a seed's own ratio is noisy).
 
 The settings below were tried with ``--validate``, which measures on training questions outside the
-pool, and cut to what two cores can do; they were not chosen by the test questions. The gate's margin is opened so that every
-generation is published and measured; what the gate would have said stands in the report.
+pool, and cut to what two cores can do; they were not chosen by the test questions. The gate's
+margin is opened so that every generation is published and measured; what the gate would have said
+stands in the report.
 """
 
 from __future__ import annotations

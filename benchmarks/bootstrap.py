@@ -2,10 +2,10 @@
 
 The pool starts with seed memories of the pocket world. A real vLLM server (``make vllm``,
 ``serve/llm.py``) serves the pocket LM as agent and scorer; ``memshare bootstrap`` lets it write
-questions, answer them from what it retrieves, and grade them by likelihood; the pool's threshold
-is 0, since such a small LM's grades mean nothing: only unusable pairs are rejected. Held-out questions of the
-world are then answered with three retrieved memories, once from the seed memories alone and once
-from the bootstrapped pool, by the same LM on the same server.
+questions, answer them from what it retrieves, and grade them by likelihood; the pool's threshold is
+0, since such a small LM's grades mean nothing: only unusable pairs are rejected. Held-out questions
+of the world are then answered with three retrieved memories, once from the seed memories alone and
+once from the bootstrapped pool, by the same LM on the same server.
 
 Claims: ``seed_f1`` and ``bootstrapped_f1`` (BERTScore by all-MiniLM-L6-v2),
 ``bootstrapped_minus_seed_f1`` with the ``_low`` and ``_high`` ends of its 95 % paired bootstrap
