@@ -19,18 +19,15 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, parser, write_claims
-from pipeline import ProgramFailed, Work, build_pocket_lm, environment, run_program
+from common import parser, write_claims
+from pipeline import Work, build_pocket_lm, run_program
+from served import serve, vllm_llm
 
 from memshare.config import Config
 from memshare.evaluation.arms import Arm, RememberingAgent, answer_arm
@@ -51,18 +48,8 @@ ENCODER = "all-MiniLM-L6-v2"
 
 
 def settings(seed: int, questions: int) -> dict[str, Any]:
-    """One server for agent and scorer, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    server = {
-        "dtype": "float32",
-        "env": {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
-        # vLLM 0.32 on a CPU dies when it cuts the prompt of a request with a seed into chunks
-        # ("CPU Generator does not use offset").
-        "args": ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192"],
-    }
-    llm = {"backend": "vllm", "model": "pocket", "url": url, "server": server}
+    """One server for agent and scorer."""
+    llm = vllm_llm()
     return {
         "run": {"seed": seed},
         "pools": {POOL: {"threshold": 0}},
@@ -73,27 +60,6 @@ def settings(seed: int, questions: int) -> dict[str, Any]:
         "scorer": {"kind": "likelihood"},
         "bootstrap": {"questions": questions, "temperature": 0.8},
     }
-
-
-@contextmanager
-def vllm(work: Work) -> Iterator[None]:
-    """``serve/llm.py`` until the block ends. Raises `ProgramFailed` if it doesn't get ready."""
-    words = [sys.executable, str(ROOT / "serve" / "llm.py"), "--config", str(work.file)]
-    logfile = work.folder / "logs" / "serve-llm.log"
-    logfile.parent.mkdir(parents=True, exist_ok=True)
-    with logfile.open("ab") as errors:
-        process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environment()
-        )
-        assert process.stdout is not None
-        try:
-            if process.stdout.readline().strip() != "ready":
-                tail = logfile.read_text(encoding="utf-8", errors="replace")[-2000:]
-                raise ProgramFailed(f"vLLM did not start; {logfile}:\n{tail}")
-            yield
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(120)
 
 
 async def answers(config: Config, bert: BertScorer, work: Work, tests: Sequence[Task]) -> Arm:
@@ -128,11 +94,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         lm = build_pocket_lm(folder)
-        run_program(["make", "-C", str(ROOT), "vllm"], folder / "vllm.log")
         work = Work(folder / "run", settings(seed, 16 if args.quick else QUESTIONS))
         work.fill({POOL: [Pair(task.prompt, task.answer) for task in splits.seed]})
         bert = BertScorer(resolve_encoder(ENCODER))
-        with vllm(work):
+        with serve(work):
             before = asyncio.run(answers(work.config, bert, work, splits.test))
             log("bootstrapping")
             report = folder / "bootstrap.json"
