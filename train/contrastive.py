@@ -32,10 +32,11 @@ from memshare.training.checkpoint import CheckpointError, TrainState
 from memshare.training.estimate import estimate
 from memshare.training.examples import ExamplesError, read_examples
 from memshare.training.gather import DifferentData, World, launch
-from memshare.training.lora import add_adapters, export
+from memshare.training.lora import export
 from memshare.training.optimizer import lr_factor, make_optimizer, update
 from memshare.training.select import select
 from memshare.training.step import ContrastiveStep, NonFinite
+from memshare.training.towers import FrozenMemories, prepare
 from memshare.training.tracking import Tracker, new_run_id
 
 EXPECTED = (EncoderError, ExamplesError, CheckpointError, DifferentData, NonFinite, RunLocked)
@@ -108,8 +109,7 @@ def train(
     where = {"model": model, "device": str(accelerator.device)}
     encoder = Encoder.load(config.encoder.model_copy(update=where))
     fingerprint = f"{encoder.query_fingerprint()} {encoder.memory_fingerprint()}"
-    if settings.lora.enabled:
-        add_adapters(encoder, settings.lora, seed)
+    prepare(encoder, settings, seed)
     world.broadcast(p.data for p in encoder.model.parameters())
     optimizer = make_optimizer(encoder.model, settings)
     batches = Batches(
@@ -152,8 +152,9 @@ def train(
         main=world.main,
     )  # fmt: skip
     gradient = ContrastiveStep(
-        encoder, batches.table, settings, world, seed=seed, autocast=accelerator.autocast
-    )
+        encoder, batches.table, settings, world, seed=seed, autocast=accelerator.autocast,
+        frozen=FrozenMemories.of(encoder, batches, world, settings, accelerator.autocast),
+    )  # fmt: skip
     with tracker:
         todo = range(state.step, steps)
         for step in track(todo, "training") if world.main else todo:

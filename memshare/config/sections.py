@@ -169,6 +169,8 @@ class TrainingConfig(Section):
     configuration has it, or none. ``distill_weight``: weight of the KL divergence from the LM's
     preference among the chosen candidates, ``distill_temperature`` softens that preference;
     ``matryoshka``: widths at which the first entries of the vectors are trained as vectors too.
+    ``towers``: one encoder for queries and memories; one each; or one each of which only the
+    queries' is trained, so that the memories' vectors, and with them an index, stay as they are.
     ``pool_temperature`` T gives a pool of n examples n ** (1 / T) of the batches (1: every example
     once an epoch); ``max_principal_share`` caps one principal's queries in a batch.
     """
@@ -193,6 +195,7 @@ class TrainingConfig(Section):
     distill_weight: Annotated[float, Field(ge=0.0)] = 0.0
     distill_temperature: PositiveFloat = 1.0
     matryoshka: tuple[PositiveInt, ...] = ()
+    towers: Literal["shared", "separate", "query-only"] = "shared"
     pool_temperature: Annotated[float, Field(ge=1.0)] = 1.0
     max_principal_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     checkpoint_every: PositiveInt = 100

@@ -1,20 +1,23 @@
 """The encoder: texts to unit vectors, by any Hugging Face text encoder.
 
-A query is its prompt, a memory is prompt + newline + answer, each after a prefix of its own. The
-folder written by `Encoder.save` is a sentence-transformers model: ``SentenceTransformer(folder)``
-gives the same vectors, its prompts ``query`` and ``memory`` being the prefixes. Mean and CLS
-pooling as in Sentence-BERT (Reimers & Gurevych 2019).
+A query is its prompt, a memory is prompt + newline + answer, each after a prefix of its own. Both
+go through one model, or each through a tower of its own (`Encoder.split`). The folder written by
+`Encoder.save` is a sentence-transformers model: ``SentenceTransformer(folder)`` gives the same
+vectors, its prompts ``query`` and ``memory`` being the prefixes; two towers are its Router, with
+``encode_query`` and ``encode_document``. Mean and CLS pooling as in Sentence-BERT (Reimers &
+Gurevych 2019).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from memshare.config import EncoderConfig
@@ -24,8 +27,10 @@ from memshare.retrieval.encoder_format import (
     EncoderError,
     Pooling,
     Settings,
+    Side,
     save_parts,
     stored_settings,
+    tower_folders,
 )
 from memshare.retrieval.fingerprint import fingerprint
 from memshare.retrieval.text import memory_text
@@ -35,12 +40,14 @@ __all__ = [
     "EncoderError",
     "Pooling",
     "Settings",
+    "Side",
     "cut_batches",
     "memory_text",
     "pool_embeddings",
     "resolve_encoder",
 ]
 
+SIDES: tuple[Side, ...] = ("query", "memory")
 _BLOCK_TEXTS = 8192  # texts tokenized and sorted at a time: bounds memory, keeps padding small
 
 
@@ -84,7 +91,10 @@ class Encoder:
     def __init__(
         self, model: Any, tokenizer: Any, settings: Settings, device: str, batch_tokens: int = 8192
     ) -> None:
-        """Use `load` or `from_folder`; ``model`` is a transformers model in float32."""
+        """Use `load` or `from_folder`.
+
+        ``model`` is a transformers model in float32, or a ``ModuleDict`` of two by `Side`.
+        """
         self.device = encoder_folder.pick_device(device)
         self.model = model.to(self.device).eval()
         self.tokenizer = tokenizer
@@ -93,7 +103,7 @@ class Encoder:
         self.memory_prefix = settings.memory_prefix
         self.max_length = settings.max_length
         self.batch_tokens = batch_tokens
-        self.dim = int(model.config.hidden_size)
+        self.dim = int(self.tower("query").config.hidden_size)
 
     @classmethod
     def load(cls, config: EncoderConfig) -> Encoder:
@@ -128,16 +138,48 @@ class Encoder:
 
     @classmethod
     def _open(cls, folder: Path, settings: Settings, device: str, batch_tokens: int) -> Encoder:
-        model, tokenizer, limit = encoder_folder.load_parts(folder, settings.lower_case)
+        towers = tower_folders(folder)
+        parts = [encoder_folder.load_parts(path, settings.lower_case) for path in towers]
+        model, tokenizer, limit = parts[0]
+        if len(parts) > 1:
+            other = parts[1]
+            if _vocabulary(tokenizer) != _vocabulary(other[1]):
+                raise EncoderError(f"{folder}: its two towers have different tokenizers")
+            sizes = [part[0].config.hidden_size for part in parts]
+            if sizes[0] != sizes[1]:
+                raise EncoderError(f"{folder}: its towers' vectors differ in size: {sizes}")
+            model = nn.ModuleDict({"query": model, "memory": other[0]})
         encoder = cls(model, tokenizer, settings.capped(limit), device, batch_tokens)
         try:
-            encoder.encode(["probe"])
+            for side in SIDES:
+                encoder.encode(["probe"], side=side)
         except (TypeError, ValueError, AttributeError) as error:
             raise EncoderError(
-                f"{folder}: not a text encoder ({type(model).__name__}: {error}); "
+                f"{folder}: not a text encoder ({type(parts[0][0]).__name__}: {error}); "
                 "give a model that returns token vectors, such as a BERT"
             ) from error
         return encoder
+
+    @property
+    def two_towers(self) -> bool:
+        """Whether queries and memories have a model each."""
+        return isinstance(self.model, nn.ModuleDict)
+
+    def tower(self, side: Side) -> Any:
+        """The transformers model that encodes queries or memories; one for both unless split."""
+        return self.model[side] if self.two_towers else self.model
+
+    def replace_tower(self, side: Side, model: Any) -> None:
+        """Put ``model`` where `tower` finds the one of ``side``; the only one unless split."""
+        if self.two_towers:
+            self.model[side] = model
+        else:
+            self.model = model
+
+    def split(self) -> None:
+        """Give memories a tower of their own, equal to the queries' until one is trained."""
+        if not self.two_towers:
+            self.model = nn.ModuleDict({"query": self.model, "memory": copy.deepcopy(self.model)})
 
     def tokenize_to_ids(self, texts: Sequence[str], prefix: str = "") -> list[list[int]]:
         """Token ids of ``prefix + text``, special tokens included, truncated at ``max_length``."""
@@ -176,33 +218,31 @@ class Encoder:
             mask[i, : len(row)] = 1
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Unit vectors (batch, dim) float32, with gradients, of (batch, tokens) ids and mask."""
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask)
-        return pool_embeddings(output.last_hidden_state, attention_mask, self.pooling)
+    def embed(self, batch: Mapping[str, Tensor], side: Side = "query") -> Tensor:
+        """Unit rows (batch, dim) float32, with gradients, of what `collate` gives."""
+        mask = batch["attention_mask"]
+        output = self.tower(side)(input_ids=batch["input_ids"], attention_mask=mask)
+        return pool_embeddings(output.last_hidden_state, mask, self.pooling)
 
-    def embed(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """`forward` of what `collate` gives: (batch, dim) unit rows with gradients."""
-        return self.forward(batch["input_ids"], batch["attention_mask"])
-
-    def encode(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
+    def encode(self, texts: Sequence[str], prefix: str = "", side: Side = "query") -> np.ndarray:
         """Unit vectors (n, dim) float32 of ``prefix + text``, in the order of ``texts``.
 
-        Sorted by length and cut by ``batch_tokens``; no gradients; the model's train or eval mode
+        Sorted by length and cut by ``batch_tokens``; no gradients; the tower's train or eval mode
         is as before afterwards. Raises `EncoderError` where the model gives NaN or infinity.
         """
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
-        training = self.model.training
-        self.model.eval()
+        tower = self.tower(side)
+        training = tower.training
+        tower.eval()
         try:
             with torch.inference_mode():
                 for start in range(0, len(texts), _BLOCK_TEXTS):
                     block = texts[start : start + _BLOCK_TEXTS]
                     for positions, rows in self._batches(block, prefix):
-                        out = self.embed(self.collate(rows)).cpu().numpy()
+                        out = self.embed(self.collate(rows), side).cpu().numpy()
                         vectors[np.asarray(positions) + start] = out
         finally:
-            self.model.train(training)
+            tower.train(training)
         if not np.isfinite(vectors).all():
             row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
             raise EncoderError(
@@ -220,11 +260,12 @@ class Encoder:
 
     def encode_queries(self, prompts: Sequence[str]) -> np.ndarray:
         """Unit vectors (n, dim) float32 of questions."""
-        return self.encode(prompts, self.query_prefix)
+        return self.encode(prompts, self.query_prefix, "query")
 
     def encode_memories(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Unit vectors (n, dim) float32 of (prompt, answer) pairs."""
-        return self.encode([memory_text(*pair) for pair in pairs], self.memory_prefix)
+        texts = [memory_text(*pair) for pair in pairs]
+        return self.encode(texts, self.memory_prefix, "memory")
 
     def save(self, folder: str | Path) -> None:
         """Write the sentence-transformers folder; weights as safetensors. LoRA must be merged."""
@@ -238,15 +279,20 @@ class Encoder:
 
     def query_fingerprint(self) -> str:
         """Hex SHA-256 of all that decides a query's vector: equal means equal vectors."""
-        return self._fingerprint(self.query_prefix)
+        return self._fingerprint("query", self.query_prefix)
 
     def memory_fingerprint(self) -> str:
         """Hex SHA-256 of all that decides a memory's vector: while it stays, an index stays valid.
 
-        With one tower for both it differs from `query_fingerprint` only through the prefix.
+        With one tower for both it differs from `query_fingerprint` only through the prefix. A tower
+        split off keeps it until it is trained.
         """
-        return self._fingerprint(self.memory_prefix)
+        return self._fingerprint("memory", self.memory_prefix)
 
-    def _fingerprint(self, prefix: str) -> str:
+    def _fingerprint(self, side: Side, prefix: str) -> str:
         settings = {"pooling": self.pooling, "prefix": prefix, "max_length": self.max_length}
-        return fingerprint(self.model, self.tokenizer, settings)
+        return fingerprint(self.tower(side), self.tokenizer, settings)
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    return str(tokenizer.backend_tokenizer.to_str())

@@ -18,6 +18,11 @@ from memshare.files import write_json
 from memshare.progress import quiet_transformers
 
 Pooling = Literal["mean", "cls"]
+Side = Literal["query", "memory"]
+
+_ROUTES: dict[Side, str] = {"query": "query", "memory": "document"}  # a Router's names for them
+_MODULES = "sentence_transformers.models."
+_TOWER = {"0_Transformer": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
 
 
 class EncoderError(RuntimeError):
@@ -48,25 +53,69 @@ def _read_json(path: Path, default: Any) -> Any:
         raise EncoderError(f"{path}: not JSON ({error}); the folder is damaged") from error
 
 
+def tower_folders(folder: Path) -> list[Path]:
+    """Where the weights are: of the one tower, or of the query and the memory tower.
+
+    Raises `EncoderError` as `stored_settings` does.
+    """
+    chains = _chains(folder)
+    return [path for chain in chains for kind, path in chain if kind == "Transformer"] or [folder]
+
+
 def stored_settings(folder: Path) -> dict[str, Any]:
     """`Settings` fields that a sentence-transformers folder gives; none for a plain model folder.
 
-    Raises `EncoderError` for modules or pooling that would give other vectors than ours.
+    Raises `EncoderError` for modules or pooling that would give other vectors than ours, and for
+    two towers that differ in more than their weights.
     """
-    modules = _read_json(folder / "modules.json", None)
-    if modules is None:
+    each = [_chain_settings(folder, chain) for chain in _chains(folder)]
+    if any(settings != each[0] for settings in each):
+        raise EncoderError(f"{folder}: its two towers have different settings: {each}")
+    found = each[0]
+    prompts = _read_json(folder / "config_sentence_transformers.json", {}).get("prompts") or {}
+    if "query" in prompts:
+        found["query_prefix"] = prompts["query"]
+    for key in ("memory", "document", "passage"):
+        if key in prompts:
+            found["memory_prefix"] = prompts[key]
+            break
+    return found
+
+
+def _chains(folder: Path) -> list[list[tuple[str, Path]]]:
+    """The modules that a text goes through, as kind and folder.
+
+    One chain, empty for a plain model folder, or through a Router that of queries and of memories.
+    """
+    modules = _read_json(folder / "modules.json", [])
+    chain = [(_kind(module["type"]), folder / module["path"]) for module in modules]
+    if [kind for kind, _ in chain] != ["Router"]:
+        return [chain]
+    home = chain[0][1]
+    router = _read_json(home / "router_config.json", {})
+    try:
+        types, routes = router["types"], router["structure"]
+        return [[(_kind(types[n]), home / n) for n in routes[route]] for route in _ROUTES.values()]
+    except KeyError as error:
+        raise EncoderError(
+            f"{folder}: its Router lacks {error}; routes named query and document are wanted"
+        ) from error
+
+
+def _kind(module_type: str) -> str:
+    return str(module_type).rsplit(".", 1)[-1]
+
+
+def _chain_settings(folder: Path, chain: list[tuple[str, Path]]) -> dict[str, Any]:
+    if not chain:
         return {}
     found: dict[str, Any] = {}
     base = folder
-    for module in modules:
-        kind = str(module["type"]).rsplit(".", 1)[-1]
+    for kind, path in chain:
         if kind == "Transformer":
-            base = folder / module["path"]
-            if base != folder:
-                raise EncoderError(f"{folder}: weights in {module['path']}; export them at the top")
+            base = path
         elif kind == "Pooling":
-            config = _read_json(folder / module["path"] / "config.json", {})
-            found["pooling"] = _stored_pooling(folder, config)
+            found["pooling"] = _stored_pooling(folder, _read_json(path / "config.json", {}))
         elif kind != "Normalize":
             raise EncoderError(
                 f"{folder}: has a {kind} module; only Transformer, Pooling and Normalize are known"
@@ -77,13 +126,6 @@ def stored_settings(folder: Path) -> dict[str, Any]:
     if isinstance(length, int) and 0 < length < 10**6:  # "no limit" is written as 10**30
         found["max_length"] = length
     found["lower_case"] = bool(about.get("do_lower_case", False))
-    prompts = _read_json(folder / "config_sentence_transformers.json", {}).get("prompts") or {}
-    if "query" in prompts:
-        found["query_prefix"] = prompts["query"]
-    for key in ("memory", "document", "passage"):
-        if key in prompts:
-            found["memory_prefix"] = prompts[key]
-            break
     return found
 
 
@@ -102,35 +144,38 @@ def _stored_pooling(folder: Path, config: dict[str, Any]) -> Pooling:
 
 
 def save_parts(folder: Path, model: Any, tokenizer: Any, settings: Settings, dim: int) -> None:
-    """Write a folder that sentence-transformers from 5 on loads, with prompts query and memory."""
+    """Write a folder that sentence-transformers from 5 on loads, with prompts query and memory.
+
+    ``model``: one transformers model, or a mapping of two by `Side`; two are saved as a Router.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    takes_pooler = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
-    with quiet_transformers():
-        model.save_pretrained(folder)
-        tokenizer.model_max_length = settings.max_length
-        tokenizer.save_pretrained(folder)
-    kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    if isinstance(model, torch.nn.ModuleDict):
+        routes = {
+            route: {f"{route}_{name}": kind for name, kind in _TOWER.items()}
+            for route in _ROUTES.values()
+        }
+        for side, route in _ROUTES.items():
+            _save_tower([folder / name for name in routes[route]], model[side], tokenizer,
+                        settings, dim)  # fmt: skip
+        write_json(
+            folder / "router_config.json",
+            {
+                "types": {n: _MODULES + k for names in routes.values() for n, k in names.items()},
+                "structure": {route: list(names) for route, names in routes.items()},
+                "parameters": {"default_route": "document", "allow_empty_key": True},
+            },
+        )
+        modules = {"": "Router"}
+    else:
+        modules = {name.removeprefix("0_Transformer"): kind for name, kind in _TOWER.items()}
+        _save_tower([folder / name for name in modules], model, tokenizer, settings, dim)
     write_json(
         folder / "modules.json",
         [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(kinds)
+            {"idx": i, "name": str(i), "path": path, "type": _MODULES + kind}
+            for i, (path, kind) in enumerate(modules.items())
         ],
     )
-    about: dict[str, Any] = {"max_seq_length": settings.max_length, "do_lower_case": False}
-    if takes_pooler:
-        about["model_args"] = {"add_pooling_layer": False}
-    write_json(folder / "sentence_bert_config.json", about)
-    write_json(
-        folder / "1_Pooling" / "config.json",
-        {
-            "word_embedding_dimension": dim,
-            "pooling_mode_cls_token": settings.pooling == "cls",
-            "pooling_mode_mean_tokens": settings.pooling == "mean",
-            "include_prompt": True,
-        },
-    )
-    write_json(folder / "2_Normalize" / "config.json", {})
     write_json(
         folder / "config_sentence_transformers.json",
         {
@@ -149,3 +194,30 @@ def save_parts(folder: Path, model: Any, tokenizer: Any, settings: Settings, dim
             "similarity_fn_name": "cosine",
         },
     )
+
+
+def _save_tower(
+    folders: list[Path], model: Any, tokenizer: Any, settings: Settings, dim: int
+) -> None:
+    """Weights and tokenizer, pooling, and normalisation, each into its folder."""
+    base, pooling, normalize = folders
+    for path in folders:
+        path.mkdir(exist_ok=True)
+    with quiet_transformers():
+        model.save_pretrained(base)
+        tokenizer.model_max_length = settings.max_length
+        tokenizer.save_pretrained(base)
+    about: dict[str, Any] = {"max_seq_length": settings.max_length, "do_lower_case": False}
+    if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
+        about["model_args"] = {"add_pooling_layer": False}
+    write_json(base / "sentence_bert_config.json", about)
+    write_json(
+        pooling / "config.json",
+        {
+            "word_embedding_dimension": dim,
+            "pooling_mode_cls_token": settings.pooling == "cls",
+            "pooling_mode_mean_tokens": settings.pooling == "mean",
+            "include_prompt": True,
+        },
+    )
+    write_json(normalize / "config.json", {})

@@ -151,6 +151,13 @@ class Batches:
         how = (seed, global_batch, shares, self._drawn, self._prefixes)
         self.digest = self._digest(repr(how))
 
+    @property
+    def doc_rows(self) -> Ints:
+        """Rows of the token table that are any query's positives or negatives, in order."""
+        prefix = self._prefixes[1]
+        passages = {p.text for item in self.items for p in (*item.positives, *item.negatives)}
+        return np.array(sorted(self.table.index[prefix, text] for text in passages), np.int64)
+
     def _texts(self) -> Iterator[tuple[str, str]]:
         query_prefix, memory_prefix = self._prefixes
         for item in self.items:

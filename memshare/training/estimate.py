@@ -53,10 +53,11 @@ def estimate(
     """Estimate a run's needs; the first batch stands for all."""
     parameters = [(p.numel(), p.requires_grad) for p in encoder.model.parameters()]
     everything = sum(count for count, _ in parameters)
-    trainable = sum(count for count, learns in parameters if learns)
+    trainable = sum(count for count, trained in parameters if trained)
     batch = batches.batch(0)
-    tokens = int(batches.table.lengths[batch.texts].sum())
-    shape = encoder.model.config
+    learns = batch.texts[batch.docs :] if config.towers == "query-only" else batch.texts
+    tokens = int(batches.table.lengths[learns].sum())
+    shape = encoder.tower("query").config
     inner = getattr(shape, "intermediate_size", 4 * encoder.dim)
     layers = getattr(shape, "num_hidden_layers", 12)
     per_token = layers * (_HIDDEN_COPIES * encoder.dim + _INNER_COPIES * inner) * _FLOAT

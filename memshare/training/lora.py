@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from memshare.config import LoRAConfig
-from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.retrieval.encoder import SIDES, Encoder, EncoderError, Side
 
 
-def add_adapters(encoder: Encoder, config: LoRAConfig, seed: int) -> None:
-    """Freeze the encoder and give it adapters whose first weights depend on ``seed`` alone.
+def add_adapters(encoder: Encoder, side: Side, config: LoRAConfig, seed: int) -> None:
+    """Freeze a tower and give it adapters whose first weights depend on ``seed`` alone.
 
     Raises `EncoderError` where the model has none of the modules that the configuration names.
     """
@@ -29,19 +29,22 @@ def add_adapters(encoder: Encoder, config: LoRAConfig, seed: int) -> None:
         target_modules=list(config.target_modules),
         bias="none",
     )
+    tower = encoder.tower(side)
     try:
-        encoder.model = get_peft_model(encoder.model, settings)
+        encoder.replace_tower(side, get_peft_model(tower, settings))
     except ValueError as error:
         raise EncoderError(
             f"training.lora.target_modules {list(config.target_modules)} fit no module of "
-            f"{type(encoder.model).__name__}: {error}"
+            f"{type(tower).__name__}: {error}"
         ) from error
 
 
 def merge_adapters(encoder: Encoder) -> None:
-    """Add the adapters to the weights they belong to; the encoder is a plain model again."""
-    if hasattr(encoder.model, "merge_and_unload"):  # a PeftModel
-        encoder.model = encoder.model.merge_and_unload()
+    """Add the adapters to the weights they belong to; the towers are plain models again."""
+    for side in SIDES:
+        tower = encoder.tower(side)
+        if hasattr(tower, "merge_and_unload"):  # a PeftModel
+            encoder.replace_tower(side, tower.merge_and_unload())
 
 
 def export(encoder: Encoder, folder: Path) -> None:

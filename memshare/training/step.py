@@ -25,15 +25,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from memshare.config import TrainingConfig
-from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder import Encoder, Side
 from memshare.training.batching import StepBatch, TokenTable, cut, deal
 from memshare.training.gather import World
 from memshare.training.loss import objective_rows
 from memshare.training.order import Ints
+from memshare.training.towers import FrozenMemories
 
 TILE_ROWS = 1024  # queries whose similarities to all docs are in memory at a time
 
@@ -53,7 +55,8 @@ class NonFinite(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Global figures of a step. ``tokens`` are real ones, ``padded`` include the padding.
+    """Global figures of a step. ``tokens`` are real ones, ``padded`` include the padding; the docs
+    of a frozen tower are in neither.
 
     ``stop`` is true where any process was asked to stop.
     """
@@ -83,14 +86,19 @@ class ContrastiveStep:
         *,
         seed: int,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        frozen: FrozenMemories | None = None,
     ) -> None:
+        """``frozen``: the docs' vectors, where the memories' tower does not learn."""
         self._encoder = encoder
         self._table = table
         self._config = config
         self._world = world
         self._seed = seed
         self._autocast = autocast
-        encoder.model.train(config.dropout)
+        self._frozen = frozen
+        encoder.tower("query").train(config.dropout)
+        if frozen is None:
+            encoder.tower("memory").train(config.dropout)
 
     def backward(self, batch: StepBatch, step: int, stop: bool = False) -> StepResult:
         """Leave the global loss's gradient in ``.grad``; equal on all processes.
@@ -98,43 +106,66 @@ class ContrastiveStep:
         ``step`` counts from 0. Raises `NonFinite` on every process, with the gradients unusable.
         """
         world, table = self._world, self._table
-        owners = deal(table.lengths[batch.texts], world.size)
-        mine = batch.texts[owners[world.rank]]  # rows of the token table, longest first
-        micro = cut(table.lengths[mine], self._config.batch_tokens)
+        # Docs come first; those of a frozen tower are known.
+        known = 0 if self._frozen is None else batch.docs
+        parts = self._parts(batch)
+        owners = [np.concatenate([part[rank] for _, part in parts]) for rank in range(world.size)]
+        mine = batch.texts[owners[world.rank]]  # rows of the token table, longest first by part
         local = torch.zeros(len(mine), self._encoder.dim, device=world.device)
+        micro: list[tuple[Side, slice]] = []
+        for side, part in parts:
+            start = micro[-1][1].stop if micro else 0
+            cuts = cut(table.lengths[batch.texts[part[world.rank]]], self._config.batch_tokens)
+            micro += [(side, slice(start + c.start, start + c.stop)) for c in cuts]
         graphs: dict[int, Tensor] = {}
         padded = 0
-        for index, places in enumerate(micro):
+        for index, (side, places) in enumerate(micro):
             lengths = table.lengths[mine[places]]
             padded += len(lengths) * int(lengths.max())
             keep = padded <= self._config.graph_tokens
             with torch.set_grad_enabled(keep):
-                vectors = self._encode(mine[places], step, index)
+                vectors = self._encode(mine[places], side, step, index)
             local[places] = vectors.detach()
             if keep:
                 graphs[index] = vectors
 
-        loss, gradient = self._loss(world.gather_rows(local, owners), batch)
+        everything = world.gather_rows(local, [places - known for places in owners])
+        if self._frozen is not None:
+            everything = torch.cat([self._frozen(batch.texts[:known]), everything])
+        loss, gradient = self._loss(everything, batch)
         figures = torch.tensor([float(padded), float(stop)], dtype=torch.float64)
         total = world.sum(torch.cat([loss.double().reshape(1), figures.to(world.device)])).tolist()
         if not math.isfinite(total[0]):
             raise NonFinite("the loss", step, batch)
-        places_of_mine = torch.from_numpy(owners[world.rank]).to(world.device)
-        gradient = world.sum(gradient).index_select(0, places_of_mine)
+        places_of_mine = torch.from_numpy(owners[world.rank] - known).to(world.device)
+        gradient = world.sum(gradient[known:]).index_select(0, places_of_mine)
 
-        for index, places in enumerate(micro):
+        for index, (side, places) in enumerate(micro):
             kept = graphs.pop(index, None)
-            vectors = self._encode(mine[places], step, index) if kept is None else kept
+            vectors = self._encode(mine[places], side, step, index) if kept is None else kept
             torch.autograd.backward(vectors, gradient[places])
         world.sum_gradients(p for p in self._encoder.model.parameters() if p.requires_grad)
         return StepResult(
             loss=total[0],
-            tokens=int(table.lengths[batch.texts].sum()),
+            tokens=int(table.lengths[batch.texts[known:]].sum()),
             padded=int(total[1]),
             stop=total[2] > 0,
         )
 
-    def _encode(self, rows: Ints, step: int, index: int) -> Tensor:
+    def _parts(self, batch: StepBatch) -> list[tuple[Side, list[Ints]]]:
+        """What is encoded in this step: tower, and each process's places in ``batch.texts``."""
+        texts, docs = len(batch.texts), batch.docs
+        spans: list[tuple[Side, int, int]] = [("query", 0, texts)]  # one tower takes both
+        if self._encoder.two_towers:
+            spans = [("memory", 0, docs), ("query", docs, texts)]
+        lengths = self._table.lengths[batch.texts]
+        return [
+            (side, [start + places for places in deal(lengths[start:stop], self._world.size)])
+            for side, start, stop in spans
+            if side == "query" or self._frozen is None
+        ]
+
+    def _encode(self, rows: Ints, side: Side, step: int, index: int) -> Tensor:
         """Unit vectors (b, d) of a micro-batch; the same random numbers whenever it is called."""
         name = f"{self._seed}/{step}/{self._world.rank}/{index}".encode()
         seed = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) >> 1
@@ -143,7 +174,7 @@ class ContrastiveStep:
         # A context of its own each time: autocast caches the cast weights, and casts made without
         # gradients must not serve the pass that needs them.
         with self._autocast():
-            return self._encoder.embed(inputs)
+            return self._encoder.embed(inputs, side)
 
     def _loss(self, vectors: Tensor, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """This process's share of the loss, and its gradient (n, d) for all vectors (n, d)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -17,8 +18,15 @@ from memshare.training.batching import Batches
 from memshare.training.gather import DifferentData, World, launch
 from memshare.training.select import select
 from memshare.training.step import ContrastiveStep
+from memshare.training.towers import FrozenMemories, prepare
 from tests.training_data import candidate, example, examples
 
+MODES: dict[str, dict[str, Any]] = {
+    "kept": {},
+    "cached": {"graph_tokens": 0},
+    "separate": {"graph_tokens": 300, "towers": "separate"},
+    "query-only": {"graph_tokens": 300, "towers": "query-only"},
+}
 BATCHES = {"thirteen": 13, "two": 2}  # neither divides by 4; with 4 processes some have no query
 
 
@@ -26,7 +34,7 @@ def main(encoder_folder: Path, output: Path) -> None:
     accelerator = launch()
     world = World(accelerator.device)
     for name, count in BATCHES.items():
-        for mode, graph_tokens in (("kept", 100_000), ("cached", 0)):
+        for mode, settings in MODES.items():
             encoder = Encoder.from_folder(encoder_folder, device="cpu")
             # A positive that two queries on different processes share, encoded by one of them.
             shared = candidate("shared", "a memory in common", -0.5, "in common")
@@ -35,9 +43,11 @@ def main(encoder_folder: Path, output: Path) -> None:
                 for n in ("x", "y")
             ]
             made = [*examples(count - 2), *pair]
-            config = TrainingConfig(dropout=False, batch_tokens=200, graph_tokens=graph_tokens)
+            config = TrainingConfig(dropout=False, batch_tokens=200, **settings)
+            prepare(encoder, config, seed=0)
             data = Batches(select(made, config).items, encoder, global_batch=count, seed=0)
-            engine = ContrastiveStep(encoder, data.table, config, world, seed=0)
+            frozen = FrozenMemories.of(encoder, data, world, config)
+            engine = ContrastiveStep(encoder, data.table, config, world, seed=0, frozen=frozen)
             result = engine.backward(data.batch(0), 0, stop=world.rank == world.size - 1)
             assert result.stop, "one process was asked to stop, and this one does not know"
             named = encoder.model.named_parameters()

@@ -165,7 +165,7 @@ def test_gradients_of_several_processes_are_those_of_one(
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     for name in gradient_worker.BATCHES:
-        for mode in ("kept", "cached"):
+        for mode in gradient_worker.MODES:
             want = load_file(one / f"{name}-{mode}-0.safetensors")
             largest = max(float(g.abs().max()) for g in want.values())
             assert largest > 1e-3

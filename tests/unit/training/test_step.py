@@ -202,7 +202,7 @@ def test_lora_trains_adapters_alone_and_merges_to_the_same_encoder(
 ) -> None:
     data, config = make(encoder, lr=1e-2)
     frozen = copy.deepcopy(encoder.model.state_dict())
-    add_adapters(encoder, LoRAConfig(enabled=True, r=4, alpha=8, dropout=0.0), seed=1)
+    add_adapters(encoder, "query", LoRAConfig(enabled=True, r=4, alpha=8, dropout=0.0), seed=1)
     names = [name for name, p in encoder.model.named_parameters() if p.requires_grad]
     assert names and all("lora_" in name for name in names)
     engine = ContrastiveStep(encoder, data.table, config, ONE, seed=0)
@@ -222,7 +222,8 @@ def test_lora_trains_adapters_alone_and_merges_to_the_same_encoder(
 
 def test_lora_names_modules_that_are_not_there(encoder: Encoder) -> None:
     with pytest.raises(EncoderError, match="no_such_module"):
-        add_adapters(encoder, LoRAConfig(enabled=True, target_modules=("no_such_module",)), seed=1)
+        config = LoRAConfig(enabled=True, target_modules=("no_such_module",))
+        add_adapters(encoder, "query", config, seed=1)
 
 
 def test_export_replaces_an_earlier_encoder(encoder: Encoder, tmp_path: Path) -> None:

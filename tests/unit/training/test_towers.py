@@ -1,0 +1,133 @@
+"""Training with a tower each for queries and memories, against plain autograd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from memshare.config import LoRAConfig, TrainingConfig
+from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.training.batching import Batches
+from memshare.training.estimate import estimate
+from memshare.training.gather import World
+from memshare.training.lora import export
+from memshare.training.loss import info_nce
+from memshare.training.optimizer import make_optimizer, update
+from memshare.training.select import select
+from memshare.training.step import ContrastiveStep
+from memshare.training.towers import FrozenMemories, prepare
+from tests.tiny import tiny_encoder
+from tests.training_data import examples
+
+ONE = World(torch.device("cpu"))
+PAIRS = [("tea of rain", "a cup"), ("iron", "rust")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny", query_prefix="q: ")
+
+
+@pytest.fixture
+def encoder(folder: Path) -> Encoder:
+    return Encoder.from_folder(folder, device="cpu")
+
+
+def make(encoder: Encoder, towers: str, **changes: object) -> tuple[Batches, TrainingConfig]:
+    base = {"batch_size": 16, "dropout": False, "batch_tokens": 256, "graph_tokens": 700}
+    config = TrainingConfig(**{**base, "towers": towers, **changes})  # type: ignore[arg-type]
+    prepare(encoder, config, seed=1)
+    items = select(examples(16), config).items
+    return Batches(items, encoder, global_batch=16, seed=0), config
+
+
+def engine(encoder: Encoder, data: Batches, config: TrainingConfig) -> ContrastiveStep:
+    frozen = FrozenMemories.of(encoder, data, ONE, config)
+    return ContrastiveStep(encoder, data.table, config, ONE, seed=0, frozen=frozen)
+
+
+def gradients(encoder: Encoder) -> dict[str, Tensor]:
+    named = encoder.model.named_parameters()
+    found = {name: p.grad.clone() for name, p in named if p.grad is not None}
+    encoder.model.zero_grad(set_to_none=True)
+    return found
+
+
+def apart(encoder: Encoder) -> None:
+    """Move the memories' tower away, so that mixing up the two would be seen."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in encoder.tower("memory").parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+
+
+@pytest.mark.parametrize("towers", ["separate", "query-only"])
+def test_gradient_equals_the_direct_one(encoder: Encoder, towers: str) -> None:
+    data, config = make(encoder, towers)
+    apart(encoder)
+    batch = data.batch(0)
+    result = engine(encoder, data, config).backward(batch, 0)
+    got = gradients(encoder)
+    texts, docs = data.table.rows(batch.texts), batch.docs
+    memories = encoder.embed(encoder.collate(texts[:docs]), "memory")
+    queries = encoder.embed(encoder.collate(texts[docs:]), "query")
+    positive, valid = batch.masks(0, len(batch.rows), ONE.device)
+    rows = torch.from_numpy(batch.rows) - docs
+    loss = info_nce(queries[rows], memories, positive, valid, config.temperature)
+    loss.backward()  # type: ignore[no-untyped-call]
+    want = gradients(encoder)
+    assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert got.keys() == want.keys()
+    sides = {name.split(".")[0] for name in got}
+    assert sides == ({"query"} if towers == "query-only" else {"query", "memory"})
+    assert max(float((got[n] - want[n]).abs().max()) for n in want) < 1e-5
+    assert max(float(value.abs().max()) for value in want.values()) > 1e-3
+    lengths = data.table.lengths[batch.texts[docs:] if towers == "query-only" else batch.texts]
+    assert result.tokens == lengths.sum()
+    told = estimate(encoder, data, 1, config, 1)
+    assert told.tokens_per_step == lengths.sum()
+    assert (told.trainable < told.parameters) == (towers == "query-only")
+
+
+def train(encoder: Encoder, data: Batches, config: TrainingConfig) -> None:
+    step, optimizer = engine(encoder, data, config), make_optimizer(encoder.model, config)
+    for number in range(4):
+        step.backward(data.batch(number), number)
+        update(optimizer, 1e-2, 1.0)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_query_only_leaves_every_memory_vector_alone(
+    encoder: Encoder, folder: Path, tmp_path: Path, lora: bool
+) -> None:
+    adapters = LoRAConfig(enabled=lora, r=4, alpha=8, dropout=0.0)
+    data, config = make(encoder, "query-only", dropout=True, lora=adapters)
+    train(encoder, data, config)
+    export(encoder, tmp_path / "encoder")
+    before = Encoder.from_folder(folder, device="cpu")
+    after = Encoder.from_folder(tmp_path / "encoder", device="cpu")
+    assert after.memory_fingerprint() == before.memory_fingerprint()
+    assert (after.encode_memories(PAIRS) == before.encode_memories(PAIRS)).all()
+    moved = abs(after.encode_queries(["iron"]) - before.encode_queries(["iron"])).max()
+    assert moved > 1e-2
+    assert abs(after.encode_queries(["iron"]) - encoder.encode_queries(["iron"])).max() < 1e-4
+
+
+def test_two_towers_learn_apart_and_go_on_from_their_folder(
+    encoder: Encoder, tmp_path: Path
+) -> None:
+    data, config = make(encoder, "separate")
+    train(encoder, data, config)
+    export(encoder, tmp_path / "encoder")
+    again = Encoder.from_folder(tmp_path / "encoder", device="cpu")
+    pairs = zip(again.tower("query").parameters(), again.tower("memory").parameters(), strict=True)
+    assert any(not torch.equal(q, m) for q, m in pairs)
+    middle = again.memory_fingerprint()
+    data, config = make(again, "query-only")  # a later round may freeze what was trained before
+    train(again, data, config)
+    assert again.memory_fingerprint() == middle
+    with pytest.raises(EncoderError, match=r"training\.towers"):
+        prepare(again, TrainingConfig(), seed=0)
