@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,10 +14,12 @@ import numpy.typing as npt
 
 from memshare.config import Config
 from memshare.pool.store import PoolStore
-from memshare.progress import track
+from memshare.progress import log, track
 from memshare.records import Memory
 from memshare.retrieval.encoder import Encoder
-from memshare.retrieval.generation import Generation
+from memshare.retrieval.generation import Generation, GenerationError, current, load
+from memshare.retrieval.manifest import folder_name, read_manifest
+from memshare.retrieval.shelf import home_of
 
 _BLOCK = 2048  # memories encoded at a time: long enough to sort by length, small in memory
 
@@ -42,45 +46,93 @@ class Built:
 def build_generation(
     store: PoolStore, config: Config, encoder: Encoder, pools: Sequence[str] | None = None
 ) -> Built:
-    """Encode the living, not held memories of ``pools`` (None: those that the retriever serves).
+    """The living, not held memories of ``pools`` (None: those that the retriever serves), encoded.
 
-    Streamed from the store. Each pool is read up to its position now; what is added or deleted
-    meanwhile comes after that position, so a reader that replays the log from there misses nothing.
-    Raises `UnknownPool`.
+    Vectors that the current generation has already are copied from it, if its memory tower is this
+    encoder's. Streamed from the store. Each pool is read up to its position now; what is added or
+    deleted meanwhile comes after that position, so a reader that replays the log from there misses
+    nothing. Raises `UnknownPool`.
     """
     ids: list[str] = []
     blocks: list[npt.NDArray[np.float32]] = [np.empty((0, encoder.dim), dtype=np.float32)]
     spans, positions = {}, {}
-    for pool in config.served_pools if pools is None else pools:
-        start, positions[pool] = len(ids), store.last_seq(pool)
-        memories = store.iter(pool, until_seq=positions[pool])
-        total = store.stats(pool).memories
-        shown = track(memories, f"encoding {pool}", total)
-        while block := list(islice(shown, _BLOCK)):
-            blocks.append(encoder.encode_memories([(item.prompt, item.answer) for item in block]))
-            ids.extend(item.id for item in block)
-        spans[pool] = (start, len(ids))
-    return Built(np.concatenate(blocks), ids, spans, positions, encoder.memory_fingerprint())
+    fingerprint = encoder.memory_fingerprint()
+    with _current_by(config, fingerprint) as generation:
+        vectors = MemoryVectors(encoder, generation)
+        for pool in config.served_pools if pools is None else pools:
+            start, positions[pool] = len(ids), store.last_seq(pool)
+            memories = store.iter(pool, until_seq=positions[pool])
+            total = store.stats(pool).memories
+            shown = track(memories, f"encoding {pool}", total)
+            while block := list(islice(shown, _BLOCK)):
+                blocks.append(vectors.of(block))
+                ids.extend(item.id for item in block)
+            spans[pool] = (start, len(ids))
+    return Built(np.concatenate(blocks), ids, spans, positions, fingerprint)
 
 
 def memory_vectors(
     encoder: Encoder, memories: Sequence[Memory], generation: Generation | None
 ) -> npt.NDArray[np.float32]:
-    """``memories`` of one pool as unit rows (n, dim), by ``encoder``.
+    """``memories`` as unit rows (n, dim), by ``encoder``.
 
-    Those that ``generation``, which must be that encoder's, holds are copied from its index.
+    Those that ``generation``, which must have that encoder's memory tower, holds are copied from
+    its index.
     """
-    vectors = np.empty((len(memories), encoder.dim), dtype=np.float32)
-    missing = list(range(len(memories)))
-    if generation is not None and memories and memories[0].pool in generation.indexes:
-        pool = memories[0].pool
-        rows = {id_.decode(): row for row, id_ in enumerate(generation.ids[pool].tolist())}
-        found = np.array([rows.get(memory.id, -1) for memory in memories])
-        vectors[found >= 0] = generation.indexes[pool].reconstruct(found[found >= 0])
-        missing = np.flatnonzero(found < 0).tolist()
-    blocks = range(0, len(missing), _BLOCK)
-    for start in track(blocks, "encoding memories"):
-        block = missing[start : start + _BLOCK]
-        pairs = [(memories[i].prompt, memories[i].answer) for i in block]
-        vectors[block] = encoder.encode_memories(pairs)
-    return vectors
+    vectors = MemoryVectors(encoder, generation)
+    blocks = [np.empty((0, encoder.dim), dtype=np.float32)]
+    for start in track(range(0, len(memories), _BLOCK), "encoding memories"):
+        blocks.append(vectors.of(memories[start : start + _BLOCK]))
+    return np.concatenate(blocks)
+
+
+class MemoryVectors:
+    """Memories' vectors by an encoder, those of them copied that a generation of it holds."""
+
+    def __init__(self, encoder: Encoder, generation: Generation | None) -> None:
+        """``generation`` must have ``encoder``'s memory tower; None: all are encoded."""
+        self._encoder = encoder
+        self._generation = generation
+        self._rows: dict[str, dict[bytes, int]] = {}  # pool -> id -> row
+        if generation is not None:
+            self._rows = {
+                pool: {id_: row for row, id_ in enumerate(ids.tolist())}
+                for pool, ids in generation.ids.items()
+            }
+
+    def of(self, memories: Sequence[Memory]) -> npt.NDArray[np.float32]:
+        """Unit rows (n, dim), in the order of ``memories``."""
+        vectors = np.empty((len(memories), self._encoder.dim), dtype=np.float32)
+        places = [self._rows.get(m.pool, {}).get(m.id.encode(), -1) for m in memories]
+        missing = [i for i, row in enumerate(places) if row < 0]
+        pairs = [(memories[i].prompt, memories[i].answer) for i in missing]
+        vectors[missing] = self._encoder.encode_memories(pairs)
+        known: dict[str, list[int]] = defaultdict(list)
+        for i, row in enumerate(places):
+            if row >= 0:
+                known[memories[i].pool].append(i)
+        for pool, held in known.items():
+            assert self._generation is not None  # it has rows
+            rows = np.array([places[i] for i in held])
+            vectors[held] = self._generation.indexes[pool].reconstruct(rows)
+        return vectors
+
+
+@contextmanager
+def _current_by(config: Config, fingerprint: str) -> Iterator[Generation | None]:
+    """The current generation if its memory tower has ``fingerprint``, else None."""
+    root, name = config.generations_dir, config.retriever.name
+    generation = None
+    number = current(root, name)
+    try:
+        if number is not None:
+            manifest = read_manifest(home_of(root, name) / folder_name(number))
+            if manifest.memory_fingerprint == fingerprint:
+                generation = load(root, name, number, device="cpu")
+    except GenerationError as error:
+        log(f"all memories are encoded: {error}")
+    try:
+        yield generation
+    finally:
+        if generation is not None:
+            generation.close()

@@ -116,11 +116,14 @@ def load(
     number: int | None = None,
     device: str = "auto",
     gpu: Gpu = "off",
+    *,
+    rows: bool = True,
 ) -> Generation:
     """Load generation ``number`` (None: CURRENT) after verifying all of it.
 
-    ``gpu`` moves the indexes there (`FlatIndex.to_gpu`). The caller closes it, which gives the
-    lease back. Raises `NoGeneration` where there is none and `DamagedGeneration` where size,
+    ``gpu`` moves the indexes there (`FlatIndex.to_gpu`). Without ``rows``, ``indexes`` and ``ids``
+    stay empty: for who has the rows of this memory tower already. The caller closes it, which gives
+    the lease back. Raises `NoGeneration` where there is none and `DamagedGeneration` where size,
     SHA-256, shapes or the encoder's fingerprints differ from the manifest.
     """
     home = home_of(root, retriever)
@@ -140,7 +143,7 @@ def load(
         manifest = read_manifest(folder)
         verify(folder, manifest)
         encoder = _load_encoder(folder, manifest, device)
-        indexes, ids = _load_rows(folder, manifest, gpu)
+        indexes, ids = _load_rows(folder, manifest, gpu) if rows else ({}, {})
     except BaseException:
         lease.release()
         raise

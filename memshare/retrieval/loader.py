@@ -3,6 +3,9 @@
 Loading, verifying, warming and catching up happen here, with the next generation's own encoder and
 FAISS resources, while the worker goes on answering. The last changes are taken in while the feeder
 pauses, so that nothing that was searchable before the swap is missing after it.
+
+A generation with the memory tower that serves already (``training.towers: query-only``) brings a
+query tower alone: the rows stay, and the swap costs nothing in their number.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from memshare.retrieval.generation import (
     load_current,
 )
 from memshare.retrieval.index import IndexFault
-from memshare.retrieval.serving import Serving, frozen_serving
+from memshare.retrieval.manifest import folder_name, read_manifest
+from memshare.retrieval.serving import MAX_DELTA, Serving, frozen_serving
+from memshare.retrieval.shelf import home_of
 from memshare.retrieval.worker import SearcherClosed, Worker
 
 _CLOSE = 64  # changes that may be left for when the feeder pauses
@@ -117,6 +122,9 @@ class Loader:
                 if current(self._root, self._name) in (number, None):
                     self._seen, self.error = stamp, None
                     return
+                if self._swap_query_tower(began):
+                    self._seen = stamp
+                    return
                 following = self._serving_of(self._load())
             except (DamagedGeneration, NoGeneration) as error:
                 # Refused until CURRENT is written again: reading it again would not mend it.
@@ -131,6 +139,33 @@ class Loader:
             following.close()
             raise
         following.close()
+
+    def _swap_query_tower(self, began: float) -> bool:
+        """Swap in CURRENT's query tower over the rows that serve; False if they are not its own.
+
+        Nor if the rows newer than the index have become many: the next index has them in it.
+        """
+        serving = self._worker.serving
+        assert serving is not None  # only this thread swaps
+        number = current(self._root, self._name)
+        if serving.generation is None or number is None:
+            return False
+        theirs = read_manifest(home_of(self._root, self._name) / folder_name(number))
+        mine = serving.generation.manifest.memory_fingerprint
+        if theirs.memory_fingerprint != mine or serving.delta_rows > MAX_DELTA:
+            return False
+        generation = load(self._root, self._name, number, self._device, rows=False)
+        try:
+            generation.encoder.batch_tokens = self._config.encoder.batch_tokens
+            generation.encoder.encode_queries(["warm-up"])
+            following = Serving(number, generation.encoder, serving.shards, generation)
+            del serving  # it would outlive the swap
+            with self._feeder.paused():
+                self._swap(following, began)
+        except BaseException:
+            generation.close()
+            raise
+        return True
 
     def _first(self) -> Serving:
         """What to begin with: CURRENT, else an intact older one, else the configured encoder."""
@@ -171,26 +206,31 @@ class Loader:
             following.catch_up(self._store, gaps, self._stop.is_set)
         following.settle(self._config.retriever.gpu)
         with self._feeder.paused():
-            number, gaps = self._gaps(following)
+            gaps = self._gaps(following)
             following.catch_up(self._store, gaps, self._stop.is_set)
             if self._stop.is_set():
                 return False
-            load_seconds = time.perf_counter() - began
-            swap_seconds = self._worker.swap(following)
+            self._swap(following, began)
+        return True
+
+    def _swap(self, following: Serving, began: float) -> None:
+        """Serve ``following`` from the next batch on; the feeder is paused."""
+        number = None if self._worker.serving is None else self._worker.serving.number
+        load_seconds = time.perf_counter() - began
+        swap_seconds = self._worker.swap(following)
         self.swaps = (*self.swaps, SwapRecord(following.number, load_seconds, swap_seconds))
         if number is not None:
             self.error = None
             log(f"{self._name}: generation {number} -> {following.number}")
         self._announce()
         self._feeder.wake()
-        return True
 
-    def _gaps(self, following: Serving) -> tuple[int | None, dict[str, int]]:
-        """What serves, and what ``following`` lacks of it (before the first: of the pools)."""
+    def _gaps(self, following: Serving) -> dict[str, int]:
+        """What ``following`` lacks of what serves (before the first: of the pools)."""
         old = self._worker.serving
         if old is None:
-            return None, following.behind(self._store)
-        return old.number, {
+            return following.behind(self._store)
+        return {
             pool: shard.position - following.shards[pool].position
             for pool, shard in old.shards.items()
         }

@@ -175,7 +175,7 @@ class Searcher:
             answered=worker.answered,
             failed=worker.failed,
             positions={pool: shard.position for pool, shard in shards.items()},
-            delta_rows=sum(shard.delta_rows for shard in shards.values()),
+            delta_rows=0 if serving is None else serving.delta_rows,
             swaps=self._loader.swaps,
             generation_error=self._loader.error,
             feed_error=self._feeder.error,

@@ -20,7 +20,7 @@ from memshare.retrieval.generation import Generation
 from memshare.retrieval.index import FlatIndex, Gpu
 
 PAGE = 1000  # changes read at a time
-_FREEZE = 4096  # a delta larger than this before serving begins becomes an index
+MAX_DELTA = 4096  # rows; a larger delta becomes an index before serving begins
 FROZEN = 0  # the number of the configured encoder, before anything was published
 
 Run = Callable[[Callable[[], None]], None]
@@ -95,6 +95,11 @@ class Serving:
         if self.generation is not None:
             self.generation.close()
 
+    @property
+    def delta_rows(self) -> int:
+        """Rows that are in no index, over all pools."""
+        return sum(shard.delta_rows for shard in self.shards.values())
+
     def behind(self, store: PoolStore) -> dict[str, int]:
         """How many changes each pool's rows lack; pools that lack none are left out."""
         last = {info.name: info.last_seq for info in store.pools()}
@@ -152,7 +157,7 @@ class Serving:
     def settle(self, gpu: Gpu) -> None:
         """Before serving begins: index large deltas, and warm encoder and indexes up."""
         for shard in self.shards.values():
-            if shard.delta_rows > _FREEZE:
+            if shard.delta_rows > MAX_DELTA:
                 shard.freeze(gpu)
         self.answer([Query(pool, "warm-up", 1) for pool in self.shards])
 

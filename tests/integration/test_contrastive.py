@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,6 +230,30 @@ def test_lora_and_two_rounds_in_one_run(base: Path, tmp_path: Path, program: Mod
     )
     assert trained.model.state_dict().keys() == before.model.state_dict().keys()
     assert trained.query_fingerprint() != before.query_fingerprint()
+
+
+def test_query_only_resumes_to_the_same_bits_and_keeps_the_memory_tower(
+    base: Path, tmp_path: Path, program: ModuleType
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    more = ("--set=training.towers=query-only", "--set=training.checkpoint_every=10")
+    assert program.main(options(base, whole, *more, steps=20)) == 0
+    shutil.copytree(whole, broken)
+    checkpoint.discard(broken / "checkpoints", after=10)
+    shutil.rmtree(broken / "encoder")
+    assert steps_saved(broken) == [10]
+    assert program.main([*options(base, broken, *more, steps=20), "--resume"]) == 0
+    weights = "query_0_Transformer/model.safetensors"
+    ours, theirs = (load_file(f / "encoder" / weights) for f in (broken, whole))
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    before, after = (Encoder.from_folder(f / "encoder") for f in (base, whole))
+    assert after.two_towers and after.memory_fingerprint() == before.memory_fingerprint()
+    assert after.query_fingerprint() != before.query_fingerprint()
+    assert (
+        program.main(options(base, tmp_path / "shared", "--encoder", str(whole / "encoder"))) == 1
+    )
+    told = str(result(tmp_path / "shared")["error"])
+    assert "training.towers" in told
 
 
 def test_run_again_after_the_end(base: Path, tmp_path: Path, program: ModuleType) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from memshare.config import Config
 from memshare.pool.store import PoolStore
@@ -111,6 +112,41 @@ def test_unchanged_files_are_links_and_changed_ones_are_not(
     assert not same(weights, 3, 4)
     for number in (2, 3, 4):
         verify_generation(config.generations_dir, "main", number)
+
+
+def test_vectors_of_the_same_memory_tower_are_copied(
+    store: PoolStore, config: Config, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_now(store, config, encoder)
+    added = fill(store, "p", 3, seed=9)
+    gone = next(iter(store.iter("p")))
+    store.delete(gone.id)
+    want = build_generation(store, config, encoder)
+    encoder.split()
+    with torch.no_grad():
+        encoder.tower("query").get_input_embeddings().weight.mul_(-1)
+    encoded: list[str] = []
+    real = Encoder.encode_memories
+
+    def counted(self: Encoder, pairs: Any) -> Any:
+        encoded.extend(prompt for prompt, _ in pairs)
+        return real(self, pairs)
+
+    monkeypatch.setattr(Encoder, "encode_memories", counted)
+    built = build_generation(store, config, encoder)
+    assert encoded == [memory.prompt for memory in added]
+    assert built.ids == want.ids and gone.id not in built.ids
+    assert np.allclose(built.vectors, want.vectors, rtol=0, atol=1e-6)
+    (home(config) / "000001" / "ids.npy").write_bytes(b"torn")
+    encoded.clear()
+    again = build_generation(store, config, encoder)  # damaged: nothing is copied from it
+    assert len(encoded) == len(built.ids)
+    assert np.allclose(again.vectors, want.vectors, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        encoder.tower("memory").get_input_embeddings().weight.mul_(-1)
+    encoded.clear()
+    build_generation(store, config, encoder)
+    assert len(encoded) == len(built.ids)
 
 
 def test_a_damaged_parent_is_not_linked(store: PoolStore, config: Config, encoder: Encoder) -> None:

@@ -13,18 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from memshare.config import Config
 from memshare.pool.errors import UnknownPool
 from memshare.pool.store import PoolStore
 from memshare.records import Memory, SearchAnswer
+from memshare.retrieval import loader as loader_module
 from memshare.retrieval import serving as serving_module
 from memshare.retrieval.encoder import Encoder, EncoderError
-from memshare.retrieval.generation import load
+from memshare.retrieval.generation import current, load
 from memshare.retrieval.publish import activate
 from memshare.retrieval.searcher import Filter, Searcher, SearcherClosed, SearchTimeout
 from memshare.retrieval.serving import Serving
-from memshare.retrieval.shelf import numbers
+from memshare.retrieval.shelf import numbers, stage_current, write_current
 from tests.retrieving import fill, make_config, open_store, publish_now, sentence
 from tests.swapping import Expected, mixed
 from tests.tiny import tiny_encoder
@@ -269,6 +271,63 @@ def test_swaps_under_load_never_mix_generations(
     assert count > 100 and seen == {1, 2}
 
 
+def retrained(folder: Path) -> Encoder:
+    """The encoder with another query tower over the same memory tower."""
+    encoder = Encoder.from_folder(folder, device="cpu")
+    encoder.split()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in encoder.tower("query").parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return encoder
+
+
+def test_a_new_query_tower_is_swapped_in_over_the_rows_that_serve(
+    store: PoolStore, config: Config, folders: list[Path], encoders: list[Encoder],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    rows_read: list[int] = []
+    real = Serving.of.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: type[Serving], generation: Any, *rest: Any) -> Serving:
+        rows_read.append(generation.number)
+        return real(cls, generation, *rest)
+
+    monkeypatch.setattr(Serving, "of", classmethod(counted))
+    pair = [encoders[0], retrained(folders[0])]
+    problems, count, seen = load_test(store, config, pair, swaps=6)
+    assert problems == []
+    assert count > 60 and seen == {1, 2}
+    assert rows_read == [2]  # what it began with
+    monkeypatch.setattr(loader_module, "MAX_DELTA", 5)  # the writer has left more than that
+    with Searcher(store, config) as searcher:
+        serves(searcher, current(config.generations_dir, "main") or 0)
+        written = fill(store, "p", 6, seed=77)
+        searcher.wait_visible("p", written[-1].seq, 60)
+        activate(config.generations_dir, "main", 1)
+        serves(searcher, 1)
+    assert rows_read[1:] == [2, 1]
+
+
+def test_a_query_tower_of_a_damaged_generation_is_refused(
+    store: PoolStore, config: Config, folders: list[Path], encoders: list[Encoder]
+) -> None:
+    fill(store, "p", 5)
+    publish_now(store, config, encoders[0])
+    with Searcher(store, config) as searcher:
+        serves(searcher, 1)
+        two = publish_now(store, config, retrained(folders[0]))
+        serves(searcher, two)
+        activate(config.generations_dir, "main", 1)
+        serves(searcher, 1)
+        tokenizer = "encoder/query_0_Transformer/tokenizer.json"
+        path = config.generations_dir / "main" / f"{two:06d}" / tokenizer
+        path.write_bytes(path.read_bytes() + b" ")
+        write_current(path.parents[3], stage_current(path.parents[3], two, pinned=False))
+        until(lambda: "damaged" in (searcher.stats().generation_error or ""))
+        assert searcher.search("p", "river stone", 3).generation == 1
+
+
 @pytest.mark.parametrize("fault", ["index", "label"])
 def test_the_content_check_finds_a_planted_fault(
     store: PoolStore, config: Config, encoders: list[Encoder], fault: str,
@@ -505,7 +564,7 @@ def test_a_database_that_is_away_for_a_while(
 def test_a_large_first_delta_becomes_an_index(
     store: PoolStore, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving_module, "_FREEZE", 20)
+    monkeypatch.setattr(serving_module, "MAX_DELTA", 20)
     memories = fill(store, "p", 100)
     with Searcher(store, config) as searcher:
         searcher.wait_ready(60)
