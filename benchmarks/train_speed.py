@@ -196,7 +196,7 @@ def main() -> None:
         rows = triplets(encoder, batch * steps, args.seed + batch, middle)
         seconds: dict[str, list[float]] = {name: [] for name in ("ours", "twice", "st", "cached")}
         tokens = 0
-        for block in range(1 if args.quick else BLOCKS + 1):  # the first warms up
+        for block in range((1 if args.quick else BLOCKS) + 1):  # the first warms up
             took, tokens = ours_once(rows, settings(batch))
             found = {
                 "ours": took,
@@ -205,7 +205,7 @@ def main() -> None:
                 "cached": theirs_once(rows, batch, cached=True),
             }
             log(f"batch {batch}: " + ", ".join(f"{k} {v:.1f} s" for k, v in found.items()))
-            if block or args.quick:
+            if block:
                 for name, value in found.items():
                     seconds[name].append(value)
         middles = {name: median(values) for name, values in seconds.items()}

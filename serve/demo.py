@@ -42,7 +42,7 @@ START_SECONDS = 180.0
 STREAM_SECONDS = 1200.0  # a run that has not learned by then never will
 RATE = 2.0  # requests a second
 AGENTS = 4
-SIZES = (240, 360, 60)  # seed memories, questions asked, questions held out
+SIZES = (240, 320, 60)  # seed memories, questions asked, questions held out
 
 
 class DemoFailed(RuntimeError):

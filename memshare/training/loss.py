@@ -48,13 +48,6 @@ def info_nce_rows(
     return each.sum(dim=1) / positive.sum(dim=1).clamp(min=1)
 
 
-def info_nce(
-    queries: Tensor, docs: Tensor, positive: Tensor, valid: Tensor, temperature: float
-) -> Tensor:
-    """Mean of `info_nce_rows` over the b queries: a scalar."""
-    return info_nce_rows(queries, docs, positive, valid, temperature).mean()
-
-
 def distillation_rows(
     queries: Tensor, docs: Tensor, logliks: Tensor, temperature: float, teacher_temperature: float
 ) -> Tensor:

@@ -8,7 +8,6 @@ from torch.nn.functional import cross_entropy, normalize
 
 from memshare.training.loss import (
     distillation_rows,
-    info_nce,
     info_nce_rows,
     objective_rows,
 )
@@ -38,7 +37,7 @@ def reference(
 def test_one_positive_is_cross_entropy() -> None:
     queries, docs = unit(6), unit(10, seed=1)
     positive = torch.eye(6, 10, dtype=torch.bool)
-    got = info_nce(queries, docs, positive, torch.ones_like(positive), 0.05)
+    got = info_nce_rows(queries, docs, positive, torch.ones_like(positive), 0.05).mean()
     want = cross_entropy(queries @ docs.T / 0.05, torch.arange(6))
     torch.testing.assert_close(got, want)
 
@@ -60,7 +59,7 @@ def test_a_masked_doc_changes_nothing() -> None:
     valid = torch.ones(3, 5, dtype=torch.bool)
     valid[:, 4] = False
     docs.requires_grad_()
-    info_nce(queries, docs, positive, valid, 0.05).backward()
+    info_nce_rows(queries, docs, positive, valid, 0.05).mean().backward()
     assert docs.grad is not None and docs.grad[4].abs().max() == 0
     assert docs.grad[3].abs().max() > 0
 
@@ -82,7 +81,7 @@ def test_finite_at_any_temperature(temperature: float) -> None:
     queries = unit(4).requires_grad_()
     docs = torch.cat([queries.detach(), -queries.detach()])
     positive = torch.eye(4, 8, dtype=torch.bool).roll(4, dims=1)  # the worst doc is the positive
-    loss = info_nce(queries, docs, positive, torch.ones_like(positive), temperature)
+    loss = info_nce_rows(queries, docs, positive, torch.ones_like(positive), temperature).mean()
     loss.backward()
     assert loss.isfinite() and queries.grad is not None and queries.grad.isfinite().all()
 
@@ -90,9 +89,11 @@ def test_finite_at_any_temperature(temperature: float) -> None:
 def test_bfloat16_inputs_are_computed_in_float32() -> None:
     queries, docs = unit(4).bfloat16(), unit(6, seed=1).bfloat16()
     positive = torch.eye(4, 6, dtype=torch.bool)
-    got = info_nce(queries, docs, positive, torch.ones_like(positive), 0.05)
+    got = info_nce_rows(queries, docs, positive, torch.ones_like(positive), 0.05).mean()
     assert got.dtype == torch.float32
-    want = info_nce(queries.float(), docs.float(), positive, torch.ones_like(positive), 0.05)
+    want = info_nce_rows(
+        queries.float(), docs.float(), positive, torch.ones_like(positive), 0.05
+    ).mean()
     assert got == want
 
 

@@ -14,7 +14,7 @@ from memshare.training.batching import Batches
 from memshare.training.estimate import estimate
 from memshare.training.gather import World
 from memshare.training.lora import export
-from memshare.training.loss import info_nce
+from memshare.training.loss import info_nce_rows
 from memshare.training.optimizer import make_optimizer, update
 from memshare.training.select import select
 from memshare.training.step import ContrastiveStep
@@ -76,7 +76,7 @@ def test_gradient_equals_the_direct_one(encoder: Encoder, towers: str) -> None:
     queries = encoder.embed(encoder.collate(texts[docs:]), "query")
     positive, valid = batch.masks(0, len(batch.rows), ONE.device)
     rows = torch.from_numpy(batch.rows) - docs
-    loss = info_nce(queries[rows], memories, positive, valid, config.temperature)
+    loss = info_nce_rows(queries[rows], memories, positive, valid, config.temperature).mean()
     loss.backward()  # type: ignore[no-untyped-call]
     want = gradients(encoder)
     assert result.loss == pytest.approx(float(loss.detach()), abs=1e-5)
