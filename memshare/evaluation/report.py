@@ -117,7 +117,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", record)
     for plot in plots:
-        _draw(plot, folder / f"{plot.name}.png")
+        draw(plot, folder / f"{plot.name}.png")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = _cell
     source = resources.files("memshare.evaluation").joinpath("report.html").read_text("utf-8")
@@ -149,7 +149,8 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _draw(plot: Plot, path: Path) -> None:
+def draw(plot: Plot, path: Path) -> None:
+    """Write ``plot`` to ``path`` as a picture (PNG)."""
     # The object interface: no global backend is chosen, no state is left behind.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
