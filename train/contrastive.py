@@ -4,8 +4,9 @@
 
 writes ``DIR/encoder`` (a sentence-transformers folder, LoRA merged), ``DIR/result.json`` (how it
 ended: see memshare/training/outcome.py for its ``status`` and the exit codes), ``DIR/log.jsonl``
-and ``DIR/checkpoints``. Run again, it continues from the last intact checkpoint; on SIGTERM and
-SIGUSR1 it finishes the step, writes a checkpoint and ends.
+and ``DIR/checkpoints``. With ``training.eval_every``, the encoder is the best by the held-out
+examples. Run again, it continues from the last intact checkpoint; on SIGTERM and SIGUSR1 it
+finishes the step, writes a checkpoint and ends.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -30,17 +30,19 @@ from memshare.training import checkpoint, outcome
 from memshare.training.batching import Batches
 from memshare.training.checkpoint import CheckpointError, TrainState
 from memshare.training.estimate import estimate
-from memshare.training.examples import ExamplesError, read_examples
+from memshare.training.evaluate import read_held_out
+from memshare.training.examples import ExamplesError, read_training
 from memshare.training.gather import DifferentData, World, launch
 from memshare.training.lora import export
 from memshare.training.optimizer import lr_factor, make_optimizer, update
+from memshare.training.resume import fixed_settings, resume
 from memshare.training.select import select
 from memshare.training.step import ContrastiveStep, NonFinite
 from memshare.training.towers import FrozenMemories, prepare
 from memshare.training.tracking import Tracker, new_run_id
+from memshare.training.validation import Validation
 
 EXPECTED = (EncoderError, ExamplesError, CheckpointError, DifferentData, NonFinite, RunLocked)
-FREE_ON_RESUME = {"log_every", "checkpoint_every"}  # they do not change what is trained
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -48,6 +50,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Contrastive training of the encoder.")
     add_config_arguments(parser)
     parser.add_argument("--examples", type=Path, nargs="+", required=True, metavar="DIR")
+    parser.add_argument(
+        "--held-out", type=Path, nargs="+", metavar="DIR", help="default: those beside --examples"
+    )
     parser.add_argument("--encoder", help="folder or name to start from (default: the config's)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--round", type=int, default=1, help="continual round: varies the order")
@@ -94,15 +99,18 @@ def train(
     seed = (config.run.seed + 1_000_003 * args.round) % 2**62
     say = log if world.main else lambda message: None
 
-    # 1. Examples: choose positives and hard negatives. What was mined again since counts once.
-    mined = chain.from_iterable(map(read_examples, args.examples))
-    selection = select({item.query_id: item for item in mined}.values(), settings)
+    # 1. Examples: choose positives and hard negatives; held-out ones only evaluate.
+    selection = select(read_training(args.examples), settings)
     say(str(selection))
     if not selection.items:
         say("error: no usable example, nothing to train on; the encoder stays as it is")
         if world.main and not args.dry_run:
             outcome.write_result(args.output, "empty", **selection.counts())
         return outcome.EXIT_CODES["empty"]
+
+    held_out = read_held_out(config, args.held_out, args.examples, selection.items)
+    if settings.eval_every:
+        say(f"evaluation: {held_out}")
 
     # 2. The encoder to start from, its optimizer, and the order of the data.
     model = args.encoder or config.encoder.model
@@ -119,12 +127,10 @@ def train(
     steps = settings.max_steps or math.ceil(settings.epochs * batches.steps_per_epoch)
     if batches.table.truncated:
         say(f"{batches.table.truncated} texts have over {encoder.max_length} tokens: cut off")
-    fixed = {
-        **{f"training.{key}": value for key, value in settings.model_dump(mode="json").items()
-           if key not in FREE_ON_RESUME},
-        "encoder": fingerprint, "examples": batches.digest, "steps": steps,
-        "processes": world.size, "mixed_precision": accelerator.mixed_precision,
-    }  # fmt: skip
+    fixed = fixed_settings(
+        settings, encoder=fingerprint, examples=batches.digest, held_out=held_out.digest,
+        steps=steps, processes=world.size, mixed_precision=accelerator.mixed_precision,
+    )  # fmt: skip
     world.check_same(repr(fixed), "examples, encoder or settings")
     if args.dry_run:
         if world.main:
@@ -134,17 +140,10 @@ def train(
 
     # 3. Continue where an earlier run stopped.
     root = args.output / "checkpoints"
-    state, found = TrainState(0, fixed, seed, new_run_id()), None
-    if args.resume != "never":
-        must, allow = args.resume == "must", args.allow_config_change
-        found = checkpoint.find(root, fixed, must=must, allow_change=allow)
-    world.check_same(str(found and found[0]), "checkpoints")
-    if found:
-        state = found[1]
-        checkpoint.restore(found[0], encoder.model, optimizer)
-        say(f"continuing from {found[0]}: {state.step} of {steps} steps are done")
-    if world.main:
-        checkpoint.discard(root, after=state.step if found else -1)
+    state, best = resume(
+        root, TrainState(0, fixed, seed, new_run_id()), encoder.model, optimizer, world,
+        how=args.resume, allow_change=args.allow_config_change,
+    )  # fmt: skip
 
     # 4. Train: each step's gradient is the same on all processes, and so are their weights.
     tracker = Tracker(
@@ -155,8 +154,10 @@ def train(
         encoder, batches.table, settings, world, seed=seed, autocast=accelerator.autocast,
         frozen=FrozenMemories.of(encoder, batches, world, settings, accelerator.autocast),
     )  # fmt: skip
+    validation = Validation(held_out, encoder, world, tracker, settings, steps=steps, weights=best)
     with tracker:
-        todo = range(state.step, steps)
+        state = validation.first(state)
+        todo = range(state.step, state.step if validation.finished(state) else steps)
         for step in track(todo, "training") if world.main else todo:
             began = time.perf_counter()
             batch = batches.batch(step)
@@ -167,25 +168,28 @@ def train(
                 raise NonFinite("the gradient", step, batch)
             seconds = time.perf_counter() - began
             state = state.after(result.loss, result.tokens, result.padded, seconds)
-            last = state.step == steps or result.stop
+            state = validation.after(state)
+            last = validation.finished(state) or result.stop
             if last or state.step % settings.log_every == 0:
                 figures = {"loss": result.loss, "lr": lr, "grad_norm": norm}
                 tracker.show(state.step, steps, {**figures, **result.rates(seconds)})
             if world.main and (last or state.step % settings.checkpoint_every == 0):
-                checkpoint.save(root, encoder.model, optimizer, state)
-            if result.stop:
+                checkpoint.save(root, encoder.model, optimizer, state, validation.weights)
+            if last:
                 break
     world.barrier()  # nobody leaves before the checkpoint stands
 
     # 5. Export.
-    done = state.step == steps
+    done = validation.finished(state)
     if world.main:
         if done:
+            validation.choose()
             export(encoder, args.output / "encoder")  # LoRA merged
         outcome.write_result(
             args.output, "trained" if done else "stopped", **selection.counts(),
             truncated=batches.table.truncated, **state.figures(), of_steps=steps,
             processes=world.size, seed=seed, encoder=model, wandb=tracker.wandb,
+            evaluation=validation.report(state),
         )  # fmt: skip
     say(f"{state.step} of {steps} steps done" + ("" if done else "; stopped by a signal"))
     return outcome.EXIT_CODES["trained" if done else "stopped"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Score = Annotated[float, Field(ge=0.0, le=100.0)]
@@ -134,13 +134,15 @@ class MiningConfig(Section):
 
     ``candidates``: BM25's best; ``dense_candidates``: the serving retriever's best, beside them (0:
     BM25 alone; so, too, with ``labels: none``). ``replay``: earlier memories mined again, with
-    today's retriever, per new one, so that nothing is forgotten.
+    today's retriever, per new one, so that nothing is forgotten. ``held_out_queries``: at most so
+    many held-out memories are labelled a round, where ``training.eval_every`` asks for them.
     """
 
     labels: Literal["none", "given", "likelihood", "prompted", "reward"] = "likelihood"
     candidates: PositiveInt = 16
     dense_candidates: NonNegativeInt = 8
     replay: Annotated[float, Field(ge=0.0)] = 0.5
+    held_out_queries: PositiveInt = 64
     baseline: bool = True
     given_key: str = "label"  # memory.metadata key that `given` compares
     shard_rows: PositiveInt = 256
@@ -172,7 +174,9 @@ class TrainingConfig(Section):
     ``towers``: one encoder for queries and memories; one each; or one each of which only the
     queries' is trained, so that the memories' vectors, and with them an index, stay as they are.
     ``pool_temperature`` T gives a pool of n examples n ** (1 / T) of the batches (1: every example
-    once an epoch); ``max_principal_share`` caps one principal's queries in a batch.
+    once an epoch); ``max_principal_share`` caps one principal's queries in a batch. ``eval_every``:
+    steps between two evaluations on held-out memories (None: none at all), the best of which is
+    exported; ``patience``: evaluations in a row without a better nDCG@10 that end the training.
     """
 
     positives: PositiveInt = 1
@@ -198,9 +202,19 @@ class TrainingConfig(Section):
     towers: Literal["shared", "separate", "query-only"] = "shared"
     pool_temperature: Annotated[float, Field(ge=1.0)] = 1.0
     max_principal_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    eval_every: PositiveInt | None = None
+    patience: PositiveInt | None = None
     checkpoint_every: PositiveInt = 100
     log_every: PositiveInt = 5
     lora: LoRAConfig = LoRAConfig()
+
+    @field_validator("patience")
+    @classmethod
+    def _evaluated(cls, value: int | None, info: ValidationInfo) -> int | None:
+        # A wrong eval_every is not in `data`, and is told of itself.
+        if value is not None and info.data.get("eval_every", 1) is None:
+            raise ValueError("counts evaluations, and training.eval_every asks for none")
+        return value
 
 
 class SplitConfig(Section):

@@ -2,8 +2,9 @@
 
 ``checkpoints/step-00000100/`` holds the trainable weights (the adapters alone with LoRA) and the
 optimizer's state as safetensors, ``state.json`` (position in the data, settings, W&B run id, random
-seed: all random numbers derive from seed and step), and ``manifest.json`` with the SHA-256 and size
-of each, written last into a folder that is then renamed.
+seed: all random numbers derive from seed and step), the best step's weights where the run is
+evaluated, and ``manifest.json`` with the SHA-256 and size of each, written last into a folder that
+is then renamed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from memshare.training.optimizer import load_state_tensors, state_tensors
 
 KEEP = 2  # a damaged one leaves the one before
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_BEST = "best.safetensors"
 
 
 class CheckpointError(RuntimeError):
@@ -33,11 +35,25 @@ class CheckpointError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
+class Best:
+    """The best evaluation so far: after ``step`` steps (0: before the first one).
+
+    ``start`` is what the first evaluation gave; ``since`` counts those after the best one.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    start: dict[str, float]
+    since: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TrainState:
     """Where a run stands, beside its weights: ``step`` steps are done.
 
     ``settings`` are those that must not change on resume; ``tokens`` and ``padded`` count what was
-    encoded so far; ``seconds`` is the time spent in steps; ``loss`` is the last step's.
+    encoded so far; ``seconds`` is the time spent in steps; ``loss`` is the last step's; ``best`` is
+    None where nothing was evaluated.
     """
 
     step: int
@@ -48,6 +64,7 @@ class TrainState:
     tokens: int = 0
     padded: int = 0
     seconds: float = 0.0
+    best: Best | None = None
 
     def after(self, loss: float, tokens: int, padded: int, seconds: float) -> TrainState:
         """The state one step later."""
@@ -81,8 +98,17 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> Path:
-    """Write a checkpoint and prune all but the last `KEEP`. Raises `CheckpointError`."""
+def save(
+    root: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    best: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write a checkpoint and prune all but the last `KEEP`. Raises `CheckpointError`.
+
+    ``best``: the weights of the step that ``state.best`` names.
+    """
     final = root / f"step-{state.step:08d}"
     temporary = root / f".{final.name}.tmp"
     try:
@@ -91,16 +117,15 @@ def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
         save_file(trainable(model), temporary / "model.safetensors")
         moments = {k: v.cpu().contiguous() for k, v in state_tensors(optimizer, model).items()}
         save_file(moments, temporary / "optimizer.safetensors")
-        for name in _FILES[:2]:
-            with open(temporary / name, "rb+") as handle:
+        if best:
+            save_file(dict(best), temporary / _BEST)
+        for path in temporary.iterdir():
+            with open(path, "rb+") as handle:
                 os.fsync(handle.fileno())
         write_json(temporary / "state.json", asdict(state))
         manifest = {
-            name: {
-                "sha256": sha256_file(temporary / name),
-                "size": (temporary / name).stat().st_size,
-            }
-            for name in _FILES
+            path.name: {"sha256": sha256_file(path), "size": path.stat().st_size}
+            for path in sorted(temporary.iterdir())
         }
         write_json(temporary / "manifest.json", {"files": manifest})
         if final.exists():  # a damaged one, or one of a run that was told to start afresh
@@ -129,7 +154,7 @@ def verify(folder: Path) -> None:
         files: dict[str, dict[str, Any]] = json.loads(
             (folder / "manifest.json").read_text(encoding="utf-8")
         )["files"]
-        for name in _FILES:
+        for name in {*_FILES, *files}:
             path = folder / name
             if path.stat().st_size != files[name]["size"]:
                 raise CheckpointError(f"{path}: has another size than its manifest says")
@@ -160,50 +185,31 @@ def discard(root: Path, after: int = -1) -> None:
 
 def read_state(folder: Path) -> TrainState:
     """The state of a verified checkpoint."""
-    return TrainState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    row = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    best = row.get("best")
+    return TrainState(**{**row, "best": best and Best(**best)})
 
 
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``key: old -> new`` for every setting that differs."""
-    keys = sorted({*before, *now})
-    return [
-        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in keys
-        if before.get(key) != now.get(key)
-    ]
+def best_weights(folder: Path, state: TrainState) -> dict[str, Tensor]:
+    """The best step's weights in a verified checkpoint; empty where ``state`` names no best."""
+    return load_file(folder / _BEST) if state.best is not None else {}
 
 
-def find(
-    root: Path, settings: Mapping[str, Any], *, must: bool, allow_change: bool
-) -> tuple[Path, TrainState] | None:
-    """The checkpoint to continue from, and its state with ``settings`` as they are now.
-
-    None where there is none, unless it ``must`` be. Raises `CheckpointError` naming every setting
-    that changed since, unless told to ``allow_change``.
-    """
-    folder = latest_intact(root)
-    if folder is None:
-        if must:
-            raise CheckpointError(f"{root}: no intact checkpoint to continue from")
-        return None
-    state = read_state(folder)
-    changed = changed_settings(state.settings, settings)
-    if changed and not allow_change:
-        raise CheckpointError(
-            f"{folder} was made with other settings; --allow-config-change continues all the same, "
-            "--resume never starts afresh:\n  " + "\n  ".join(changed)
-        )
-    return folder, replace(state, settings=dict(settings))
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put back what `trainable` gave, copied. Raises `CheckpointError` if they are of another."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(param.shape) for name, param in params.items()}
+    if {name: tuple(value.shape) for name, value in weights.items()} != shapes:
+        raise CheckpointError("these are other weights than this encoder's")
+    with torch.no_grad():
+        for name, param in params.items():
+            param.copy_(weights[name])
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load weights and optimizer state of a verified checkpoint. Raises `CheckpointError`."""
-    weights = load_file(folder / "model.safetensors")
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shapes = {name: tuple(param.shape) for name, param in params.items()}
-    if {name: tuple(value.shape) for name, value in weights.items()} != shapes:
-        raise CheckpointError(f"{folder}: holds other weights than this encoder's; start afresh")
-    with torch.no_grad():
-        for name, param in params.items():
-            param.copy_(weights[name])
+    try:
+        put_weights(model, load_file(folder / "model.safetensors"))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}; start afresh") from error
     load_state_tensors(optimizer, model, load_file(folder / "optimizer.safetensors"))

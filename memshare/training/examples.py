@@ -1,7 +1,9 @@
 """Training examples on disk: Parquet shards, one folder a round, whole once its marker stands.
 
 ``examples/000003/shard-00000.parquet, ..., round.json``. Every scored candidate is kept; positives
-and negatives are chosen when training. The shards carry the features of `datasets`, so that
+and negatives are chosen when training. Held-out memories, mined for the evaluation while training,
+are in a folder ``held_out`` of the same form inside the round's, where nothing that reads a round
+finds them: they are never trained on. The shards carry the features of `datasets`, so that
 ``datasets.load_dataset("parquet", data_files=...)`` reads them too; here they are read straight
 from the file, since a cache elsewhere would outlive the deletion of a memory.
 """
@@ -12,6 +14,7 @@ import io
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from memshare.files import write_atomic, write_json
 from memshare.records import Candidate, Example
 
 MARKER = "round.json"
+HELD_OUT = "held_out"
 
 FEATURES = Features(
     {
@@ -65,6 +69,11 @@ def round_dirs(examples_dir: Path) -> list[Path]:
     return sorted(path.parent for path in examples_dir.glob(f"[0-9]*/{MARKER}"))
 
 
+def held_out_dir(folder: Path) -> Path:
+    """Where the round in ``folder`` keeps what evaluates, and never trains."""
+    return folder / HELD_OUT
+
+
 def shard_path(folder: Path, index: int) -> Path:
     """File of shard ``index`` (0, 1, ...) of a round."""
     return folder / f"shard-{index:05d}.parquet"
@@ -86,9 +95,10 @@ def _read_table(path: Path) -> pa.Table:
     try:
         table = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
+        folder = path.parent.parent if path.parent.name == HELD_OUT else path.parent
         raise ExamplesError(
             f"{path}: damaged or unreadable ({error}); delete it and run train/mine.py "
-            f"--round {path.parent.name}"
+            f"--round {folder.name}"
         ) from error
     if not table.schema.equals(FEATURES.arrow_schema):
         raise ExamplesError(f"{path}: not a shard of training examples (its columns differ)")
@@ -128,8 +138,13 @@ def read_marker(folder: Path) -> dict[str, Any]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a round has its marker and every shard that the marker counts."""
-    return (folder / MARKER).exists() and all(path.exists() for path in _shards(folder))
+    """Whether a round has its marker and every shard that the marker counts, held-out ones too."""
+    held_out = held_out_dir(folder)
+    return (
+        (folder / MARKER).exists()
+        and all(path.exists() for path in _shards(folder))
+        and (not held_out.exists() or is_whole(held_out))
+    )
 
 
 def _shards(folder: Path, count: int | None = None) -> list[Path]:
@@ -155,14 +170,26 @@ def read_examples(folder: Path, shards: int | None = None) -> Iterator[Example]:
         yield from read_shard(path)
 
 
+def read_training(folders: Sequence[Path]) -> list[Example]:
+    """The examples of several rounds; a query that was mined again since counts once, as it is now.
+
+    Raises `ExamplesError`, also for held-out examples: nothing is ever trained on them.
+    """
+    for folder in folders:
+        if folder.resolve().name == HELD_OUT:
+            raise ExamplesError(f"{folder}: held-out examples, which are never trained on")
+    return list({item.query_id: item for item in chain(*map(read_examples, folders))}.values())
+
+
 def erase(examples_dir: Path, memory_ids: Collection[str]) -> int:
     """Erase deleted memories from every shard, as queries and as candidates.
 
-    Unfinished rounds are cleansed too. Returns the number of shards rewritten.
+    Unfinished rounds and held-out examples are cleansed too. Returns the number of shards
+    rewritten.
     """
     gone = set(memory_ids)
     rewritten = 0
-    for path in sorted(examples_dir.glob("[0-9]*/shard-*.parquet")) if gone else ():
+    for path in sorted(examples_dir.glob("[0-9]*/**/shard-*.parquet")) if gone else ():
         before = read_shard(path)
         after = [_without(example, gone) for example in before if example.query_id not in gone]
         if after != before:

@@ -7,6 +7,9 @@ in EPR (Rubin et al. 2022) and LLM-R (Wang et al. 2023), except that the pool gr
 what is new, and a sample of what is older (``mining.replay``) again, so that nothing is forgotten.
 Older examples are not used as they are: a weaker retriever proposed their candidates.
 
+Where training is to be evaluated (``training.eval_every``), some held-out memories get candidates
+and labels in the same way, into a folder of their own (`held_out_dir`).
+
 A round is planned once (``plan.json``: which query goes into which shard) and then worked off shard
 by shard. Each shard is written atomically, so a restarted run goes on at the first one missing.
 """
@@ -19,7 +22,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,11 @@ from memshare.files import write_json
 from memshare.pool.store import PoolStore
 from memshare.progress import log, track
 from memshare.records import Candidate, Example, Memory, answer_key
+from memshare.retrieval.gate import choose_queries
 from memshare.retrieval.text import memory_text
 from memshare.training.examples import (
     ExamplesError,
+    held_out_dir,
     is_whole,
     read_examples,
     read_marker,
@@ -40,6 +45,7 @@ from memshare.training.examples import (
 )
 from memshare.training.labels import Labeller
 from memshare.training.proposals import PoolProposals, Proposal, Proposer
+from memshare.training.relevance import judging
 from memshare.training.rounds import Span, new_ids
 from memshare.training.split import Fate, kept_split
 
@@ -60,6 +66,7 @@ class Plan:
 
     ``proposer`` is the generation whose encoder proposes beside BM25 (0: the configured encoder);
     None: BM25 alone. ``replayed`` counts the queries that are older than the round's spans.
+    ``held_out``: the shards of what only evaluates.
     """
 
     round: int
@@ -69,6 +76,7 @@ class Plan:
     left_out: Mapping[str, int]
     replayed: int
     shards: tuple[Shard, ...]
+    held_out: tuple[Shard, ...] = ()
 
 
 def split_memories(store: PoolStore, config: Config) -> dict[str, Fate]:
@@ -125,14 +133,44 @@ def plan_round(
         again = draw.sample(earlier, min(len(earlier), round(config.mining.replay * len(queries))))
         replayed += len(again)
         queries += again
-        size = config.mining.shard_rows
-        shards += [
-            Shard(pool, tuple(queries[start : start + size]))
-            for start in range(0, len(queries), size)
-        ]
-    plan = Plan(number, dict(spans), settings, proposer, dict(left_out), replayed, tuple(shards))
+        shards += _shards(pool, queries, config)
+    held_out = _held_out(store, config, spans, fates)
+    plan = Plan(
+        number, dict(spans), settings, proposer, dict(left_out), replayed, tuple(shards), held_out
+    )
     write_json(path, asdict(plan))
     return plan
+
+
+def _shards(pool: str, ids: Sequence[str], config: Config) -> list[Shard]:
+    size = config.mining.shard_rows
+    return [Shard(pool, tuple(ids[start : start + size])) for start in range(0, len(ids), size)]
+
+
+def _held_out(
+    store: PoolStore, config: Config, spans: Mapping[str, Span], fates: Mapping[str, Fate]
+) -> tuple[Shard, ...]:
+    """The held-out memories, old and new, that training is evaluated on; none unless it asks.
+
+    The gate takes the first by its order, so these are the last: where there are enough, what chose
+    the best step does not judge the result as well. Later rounds take much the same ones, whose
+    likelihoods are in the cache.
+    """
+    if config.training.eval_every is None:
+        return ()
+    memories = [
+        memory
+        for pool, span in spans.items()
+        for memory in store.iter(pool, until_seq=span.until)
+        if fates.get(memory.id) == "held_out"
+    ]
+    ordered = choose_queries(memories, len(memories), config.run.seed)
+    chosen = ordered[-config.mining.held_out_queries :]
+    return tuple(
+        shard
+        for pool in spans
+        for shard in _shards(pool, [item.id for item in chosen if item.pool == pool], config)
+    )
 
 
 def _earlier(
@@ -153,8 +191,11 @@ def read_plan(folder: Path) -> Plan:
     try:
         row = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         spans = {pool: Span(**span) for pool, span in row["spans"].items()}
-        shards = tuple(Shard(item["pool"], tuple(item["ids"])) for item in row["shards"])
-        return Plan(**{**row, "spans": spans, "shards": shards})
+        shards = {
+            part: tuple(Shard(item["pool"], tuple(item["ids"])) for item in row.get(part, ()))
+            for part in ("shards", "held_out")
+        }
+        return Plan(**{**row, "spans": spans, **shards})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExamplesError(
             f"{folder / PLAN}: unreadable ({error!r}); delete {folder} to mine the round again"
@@ -164,6 +205,8 @@ def read_plan(folder: Path) -> Plan:
 def _settings(config: Config) -> dict[str, Any]:
     """What must not change within a round."""
     mining = config.mining.model_dump(mode="json")
+    if config.training.eval_every is None:
+        mining["held_out_queries"] = 0
     llm = None if config.mining.labels in ("none", "given") else config.scorer_llm.model
     return {**mining, "bm25": config.bm25.model_dump(mode="json"), "scorer": llm}
 
@@ -186,17 +229,27 @@ async def mine(
         return read_marker(folder)
     begun = time.monotonic()
     proposals: PoolProposals | None = None
-    missing = [i for i in range(len(plan.shards)) if not shard_path(folder, i).exists()]
-    if len(missing) < len(plan.shards):
-        log(f"round {plan.round}: {len(plan.shards) - len(missing)} shard(s) were done before")
-    for index in missing:
-        shard = plan.shards[index]
+    teach = replace(labeller, has_baseline=labeller.has_baseline and config.mining.baseline)
+    work = [(shard_path(folder, i), shard, teach) for i, shard in enumerate(plan.shards)]
+    work += [
+        (shard_path(held_out_dir(folder), i), shard, judging(labeller))
+        for i, shard in enumerate(plan.held_out)
+    ]
+    pools = list(plan.spans)
+    work.sort(key=lambda item: pools.index(item[1].pool))  # each pool is read once
+    missing = [item for item in work if not item[0].exists()]
+    done = len(work) - len(missing)
+    if done:
+        log(f"round {plan.round}: {done} shard(s) were done before")
+    for index, (path, shard, measuring) in enumerate(missing, done + 1):
         if proposals is None or proposals.pool != shard.pool:
             until = plan.spans[shard.pool].until
             proposals = PoolProposals(store, config, shard.pool, until, fates, proposer)
-        title = f"round {plan.round}: mining shard {index + 1}/{len(plan.shards)}"
-        examples = await _mine_shard(store, config, plan.round, shard, proposals, labeller, title)
-        write_shard(shard_path(folder, index), examples)
+        title = f"round {plan.round}: mining shard {index}/{len(work)}"
+        examples = await _mine_shard(store, config, plan.round, shard, proposals, measuring, title)
+        write_shard(path, examples)
+    if plan.held_out:  # before the round's own marker, which makes all of it whole
+        write_marker(held_out_dir(folder), {"round": plan.round, "shards": len(plan.held_out)})
     marker = _marker(plan, labeller, folder, time.monotonic() - begun)
     write_marker(folder, marker)
     return marker
@@ -239,7 +292,7 @@ async def _example(
     baseline: float | None = None
     worth: Sequence[float | None] = [None] * len(candidates)
     if measure is not None:
-        if labeller.has_baseline and config.mining.baseline:
+        if labeller.has_baseline:
             baseline = await measure(query, None)
         worth = await asyncio.gather(*(measure(query, memory) for _, memory in candidates))
     rows = [
@@ -288,6 +341,7 @@ def _marker(plan: Plan, labeller: Labeller, folder: Path, seconds: float) -> dic
         "examples": examples,
         "candidates": candidates,
         "unmeasured": unmeasured if labeller.measure is not None else 0,
+        "held_out": sum(len(shard.ids) for shard in plan.held_out),
         "left_out": dict(plan.left_out),
         "replayed": plan.replayed,
         "llm_calls": labeller.calls(),

@@ -1,4 +1,4 @@
-"""How relevant a memory is to a held-out question: what the gate judges by.
+"""How relevant a memory is to a held-out question: what the gate and the evaluation judge by.
 
 By the kind of labels that training uses, so that the gate measures what was trained for:
 
@@ -19,9 +19,9 @@ from contextlib import AsyncExitStack
 
 from memshare.config import Config
 from memshare.pool.store import PoolStore
-from memshare.records import Memory
+from memshare.records import Candidate, Example, Memory
 from memshare.retrieval.text import tokenize
-from memshare.training.labels import Labeller, Measure, open_labeller, same_label
+from memshare.training.labels import Labeller, open_labeller, same_label
 
 
 def answer_overlap(left: str, right: str) -> float:
@@ -29,6 +29,30 @@ def answer_overlap(left: str, right: str) -> float:
     a, b = Counter(tokenize(left)), Counter(tokenize(right))
     common = (a & b).total()
     return 2 * common / (a.total() + b.total()) if common else 0.0
+
+
+async def _overlap(query: Memory, candidate: Memory | None) -> float | None:
+    assert candidate is not None
+    return answer_overlap(query.answer, candidate.answer)
+
+
+def judging(labeller: Labeller) -> Labeller:
+    """What measures candidates of held-out queries: ``labeller``, or words where it measures none.
+
+    `mined_gains` reads what it measured.
+    """
+    return labeller if labeller.measure else Labeller("answer overlap", _overlap, False)
+
+
+def mined_gains(example: Example, candidates: Sequence[Candidate]) -> list[float]:
+    """Gains of some of a held-out example's candidates, from what `judging` measured of them.
+
+    They are those that the gate would find; 0 where nothing could be measured.
+    """
+    worth = [candidate.loglik for candidate in candidates]
+    if example.labels == "given":
+        return [float(value == 0.0) for value in worth]
+    return _over(worth, example.baseline_loglik, example.labels)
 
 
 class HeldOutRelevance:
@@ -58,8 +82,7 @@ class HeldOutRelevance:
         self._users += 1
         try:
             labeller = await self._open()
-            assert labeller.measure is not None
-            return await _gains(labeller.measure, labeller.has_baseline, query, candidates)
+            return await _gains(labeller, labels, query, candidates)
         finally:
             self._users -= 1
             if self._users == 0:
@@ -76,12 +99,21 @@ class HeldOutRelevance:
 
 
 async def _gains(
-    measure: Measure, has_baseline: bool, query: Memory, candidates: Sequence[Memory]
+    labeller: Labeller, labels: str, query: Memory, candidates: Sequence[Memory]
 ) -> list[float]:
+    measure = labeller.measure
+    assert measure is not None
     worth = await asyncio.gather(*(measure(query, item) for item in candidates))
-    if not has_baseline:  # prompted: a log probability
+    baseline = await measure(query, None) if labeller.has_baseline else None
+    return _over(worth, baseline, labels)
+
+
+def _over(worth: Sequence[float | None], baseline: float | None, labels: str) -> list[float]:
+    """Gains from what a labeller of the kind ``labels`` measured; 0 where it measured nothing."""
+    if labels == "prompted":  # a log probability
         return [0.0 if value is None else math.exp(value) for value in worth]
-    baseline = await measure(query, None)
+    if labels == "none":  # an overlap
+        return [value or 0.0 for value in worth]
     if baseline is None:
-        return [0.0] * len(candidates)
+        return [0.0] * len(worth)
     return [0.0 if value is None else value - baseline for value in worth]

@@ -204,7 +204,7 @@ def forget_stale_checkpoints(output: Path, examples: Path) -> bool:
     Deleting a memory changes them; what was learned from it must not be continued. Returns whether
     they were stale.
     """
-    shards = sorted(examples.glob("shard-*.parquet"))
+    shards = sorted(examples.rglob("shard-*.parquet"))  # held-out ones choose the best step
     stamps = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in shards]
     inputs = {"examples": hashlib.sha256("\n".join(stamps).encode()).hexdigest()}
     path = output / "inputs.json"

@@ -127,7 +127,7 @@ def select_one(example: Example, config: TrainingConfig) -> Selected | str:
     """One example's positives and negatives, or the reason why it can't be used."""
     own_text = memory_text(example.query, example.answer)
     own = Passage(example.query_id, own_text, text_key(own_text), answer_key(example.answer))
-    others = _distinct(example.candidates, own)
+    others = distinct_candidates(example)
     if example.labels == "none":
         return _selected(example, own, [own], others, floor=math.inf, count=config.hard_negatives)
     if not others:
@@ -163,11 +163,12 @@ def _score(candidate: Candidate) -> float:
     return candidate.loglik
 
 
-def _distinct(candidates: Sequence[Candidate], own: Passage) -> list[Candidate]:
+def distinct_candidates(example: Example) -> list[Candidate]:
     """Candidates without the query's own memory, copies of it, and repeats."""
-    seen_ids, seen_keys = {own.id}, {own.key}
+    own_key = text_key(memory_text(example.query, example.answer))
+    seen_ids, seen_keys = {example.query_id}, {own_key}
     kept: list[Candidate] = []
-    for candidate in candidates:
+    for candidate in example.candidates:
         key = text_key(candidate.text)
         if candidate.id in seen_ids or key in seen_keys:
             continue

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -24,16 +19,16 @@ from memshare.training import checkpoint
 from memshare.training.optimizer import lr_factor
 from tests.tiny import tiny_encoder
 from tests.training_data import candidate, example, examples, write_round
-
-ROOT = Path(__file__).parents[2]
-PROGRAM = ROOT / "train" / "contrastive.py"
-ENV = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "ACCELERATE_USE_CPU": "true",
-    "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONPATH": str(ROOT),
-}
+from tests.training_runs import (
+    PROGRAM,
+    launch,
+    load_program,
+    options,
+    result,
+    start,
+    steps_saved,
+    wait_for,
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,53 +41,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options(base: Path, output: Path, *more: str, steps: int = 60) -> list[str]:
-    settings = {
-        "training.max_steps": steps,
-        "training.batch_size": 8,
-        "training.lr": 1e-3,
-        "training.checkpoint_every": 5,
-        "wandb.mode": "disabled",
-    }
-    return [
-        "--examples", str(base / "round-1"), "--encoder", str(base / "encoder"),
-        "--output", str(output),
-        *(f"--set={key}={value}" for key, value in settings.items()), *more,
-    ]  # fmt: skip
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, str(PROGRAM), *arguments]
-    return subprocess.Popen(command, env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
-def launch(processes: int, program: Path, arguments: list[str]) -> subprocess.Popen[str]:
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-        "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", "0", str(program), *arguments,
-    ]  # fmt: skip
-    return subprocess.Popen(command, env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 120
-    while not what():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until, "nothing happened for two minutes"
-        time.sleep(0.01)
-
-
-def steps_saved(output: Path) -> list[int]:
-    return [int(path.name[5:]) for path in checkpoint.checkpoints(output / "checkpoints")]
-
-
-def result(output: Path) -> dict[str, object]:
-    loaded = json.loads((output / "result.json").read_text())
-    assert isinstance(loaded, dict)
-    return loaded
-
-
 def logged(output: Path) -> list[dict[str, float]]:
     keys = ("step", "loss", "lr", "grad_norm")
     lines = (output / "log.jsonl").read_text().splitlines()
@@ -101,12 +49,7 @@ def logged(output: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def program() -> ModuleType:
-    """The program as a module, to call its main without starting a process each time."""
-    spec = importlib.util.spec_from_file_location("contrastive", PROGRAM)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program()
 
 
 @pytest.mark.slow

@@ -56,6 +56,17 @@ def test_a_wrong_default_pool_and_retriever_pools_are_found(tmp_path: Path) -> N
         load_config(write(tmp_path, "pools: {}"))
 
 
+def test_patience_needs_evaluations() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["training.patience=2", "training.lr=no"])
+    assert "training.patience: " in str(caught.value) and "training.lr: " in str(caught.value)
+    assert "training.eval_every asks for none" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["training.patience=2", "training.eval_every=0"])
+    assert "training.patience" not in str(caught.value)  # it is the other one that is wrong
+    assert load_config(None, ["training.patience=2", "training.eval_every=9"]).training.patience
+
+
 def test_environment_beats_file_and_set_beats_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from memshare.config import TrainingConfig
 from memshare.training import checkpoint
 from memshare.training.checkpoint import CheckpointError, TrainState
 from memshare.training.optimizer import make_optimizer
+from memshare.training.resume import find
 
 STATE = TrainState(3, {"training.lr": 1e-3}, 7, "abcd1234", 0.5, 100, 120, 2.0)
 
@@ -155,19 +156,19 @@ def test_changed_settings_are_named(tmp_path: Path) -> None:
     folder = checkpoint.save(tmp_path, model, optimizer, STATE)
     now = {"training.lr": 2e-3, "steps": 9}
     with pytest.raises(CheckpointError) as refused:
-        checkpoint.find(tmp_path, now, must=False, allow_change=False)
+        find(tmp_path, now, must=False, allow_change=False)
     assert "training.lr: 0.001 -> 0.002" in str(refused.value)
     assert "steps: None -> 9" in str(refused.value)
-    found = checkpoint.find(tmp_path, now, must=False, allow_change=True)
+    found = find(tmp_path, now, must=False, allow_change=True)
     assert found == (folder, replace(STATE, settings=now))
-    found = checkpoint.find(tmp_path, STATE.settings, must=True, allow_change=False)
+    found = find(tmp_path, STATE.settings, must=True, allow_change=False)
     assert found == (folder, STATE)
 
 
 def test_nothing_to_continue_from(tmp_path: Path) -> None:
-    assert checkpoint.find(tmp_path, {}, must=False, allow_change=False) is None
+    assert find(tmp_path, {}, must=False, allow_change=False) is None
     with pytest.raises(CheckpointError, match="no intact checkpoint"):
-        checkpoint.find(tmp_path, {}, must=True, allow_change=False)
+        find(tmp_path, {}, must=True, allow_change=False)
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:

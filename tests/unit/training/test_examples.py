@@ -16,9 +16,11 @@ from memshare.training.examples import (
     FEATURES,
     ExamplesError,
     erase,
+    held_out_dir,
     load_examples,
     read_examples,
     read_shard,
+    read_training,
     round_dir,
     round_dirs,
     shard_path,
@@ -121,6 +123,24 @@ def test_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
         pq.write_table(pa.table({"x": [1]}), path)
     with pytest.raises(ExamplesError, match=r"shard-00001\.parquet"):
         load_examples([folder])
+
+
+def test_a_damaged_held_out_shard_names_its_round(tmp_path: Path) -> None:
+    folder = held_out_dir(round_dir(tmp_path, 7))
+    finished(folder, [example("a")])
+    shard_path(folder, 0).write_bytes(b"PAR1")
+    with pytest.raises(ExamplesError, match=r"shard-00000\.parquet.*--round 000007"):
+        list(read_examples(folder))
+
+
+def test_several_rounds_to_train_on(tmp_path: Path) -> None:
+    first = finished(round_dir(tmp_path, 1), [example("a"), example("b")])
+    again = example("a", text="as it is now")
+    second = finished(round_dir(tmp_path, 2), [again])
+    finished(held_out_dir(second), [example("never")])
+    assert read_training([first, second]) == [again, example("b")]
+    with pytest.raises(ExamplesError, match="never trained on"):
+        read_training([first, held_out_dir(second)])
 
 
 def test_a_flipped_byte_is_never_read_as_data(tmp_path: Path) -> None:

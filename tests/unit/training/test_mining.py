@@ -20,13 +20,23 @@ import pytest
 from memshare.config import Config, load_config
 from memshare.llm.likelihood import Likelihood, LikelihoodCache
 from memshare.pool.store import PoolStore
-from memshare.records import Example, NewMemory, normalise
+from memshare.records import Example, Memory, NewMemory, normalise
 from memshare.retrieval.bm25 import BM25
+from memshare.retrieval.gate import choose_queries
 from memshare.retrieval.text import memory_text
-from memshare.training.examples import ExamplesError, read_examples, round_dir, shard_path
-from memshare.training.labels import open_labeller
+from memshare.training.evaluate import HeldOut
+from memshare.training.examples import (
+    ExamplesError,
+    held_out_dir,
+    is_whole,
+    read_examples,
+    round_dir,
+    shard_path,
+)
+from memshare.training.labels import Labeller, open_labeller
 from memshare.training.mining import mine, plan_round, split_memories
 from memshare.training.proposals import open_proposer
+from memshare.training.relevance import HeldOutRelevance, answer_overlap, mined_gains
 from memshare.training.rounds import Span, open_spans
 from tests.tiny import tiny_encoder
 from tests.tiny_lm import tiny_lm
@@ -113,6 +123,87 @@ def test_given_labels_on_banking(tmp_path: Path) -> None:
     assert matches > len(examples)  # BM25 finds more than one of five with the same intent
 
 
+def held_out_examples(config: Config, number: int = 1) -> list[Example]:
+    return list(read_examples(held_out_dir(round_dir(config.examples_dir, number))))
+
+
+@needs_data
+@pytest.mark.parametrize("labels", ["given", "none"])
+def test_held_out_memories_are_mined_to_evaluate_and_never_to_train(
+    tmp_path: Path, labels: str
+) -> None:
+    sets = [
+        f"mining.labels={labels}", "mining.candidates=5", "mining.dense_candidates=0",
+        "mining.shard_rows=8", "mining.held_out_queries=12", "split.held_out=0.3",
+    ]  # fmt: skip
+    plain = load_config(None, [f"run.dir={tmp_path / 'plain'}", *sets])
+    config = load_config(None, [f"run.dir={tmp_path / 'it'}", "training.eval_every=5", *sets])
+    with open_pool(plain, banking(16, 10)) as store:
+        before, marker = mine_round(store, plain)
+        memories = {memory.id: memory for memory in store.iter("main")}
+        assert not held_out_dir(round_dir(plain.examples_dir, 1)).exists()
+        assert marker["held_out"] == 0
+        after, marker = mine_round(store, config)
+        held_out, folder = held_out_examples(config), round_dir(config.examples_dir, 1)
+        assert is_whole(folder) and len(list(held_out_dir(folder).glob("*.parquet"))) == 2
+
+        # as anything else that is missing, a shard of it is mined again, alone
+        lost = shard_path(held_out_dir(folder), 1)
+        lost.unlink()
+        assert not is_whole(folder)
+        stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+        assert mine_round(store, config)[0] == after and held_out_examples(config) == held_out
+        assert {path: path.stat().st_mtime_ns for path in stamps} == stamps and is_whole(folder)
+
+    assert after == before  # training sees nothing of it
+    fates = json.loads((config.run.dir / "split.json").read_text())["fates"]
+    outside = [key for key in memories if fates[key] == "held_out"]
+    assert len(held_out) == marker["held_out"] == 12 < len(outside)
+    queries = {example.query_id for example in held_out}
+    assert queries <= set(outside)
+    seen = {c.id for example in after for c in example.candidates}
+    assert not queries & (seen | {example.query_id for example in after})
+    rows = [memories[key] for key in outside]
+    judges = choose_queries(rows, len(outside) - 12, config.run.seed)
+    assert not queries & {memory.id for memory in judges}  # the gate's come from the other end
+    for example in held_out:
+        query = memories[example.query_id]
+        assert [c.bm25_rank for c in example.candidates] == [0, 1, 2, 3, 4]
+        for candidate in example.candidates:
+            memory = memories[candidate.id]
+            assert fates[candidate.id] != "held_out"
+            want = answer_overlap(query.answer, memory.answer)
+            if labels == "given":
+                want = 0.0 if memory.metadata["label"] == query.metadata["label"] else -1.0
+            assert candidate.loglik == want
+    found = HeldOut.of(held_out, 0.05)
+    assert 0 < len(found.queries) <= 12
+
+
+def test_held_out_examples_have_a_baseline_whatever_training_does_without(tmp_path: Path) -> None:
+    """Without it nothing would tell which candidates are relevant."""
+
+    async def measure(query: Memory, candidate: Memory | None) -> float | None:
+        return -2.0 if candidate is None else -1.0
+
+    sets = ["training.eval_every=5", "mining.baseline=false", "mining.dense_candidates=0"]
+    config = load_config(None, [f"run.dir={tmp_path}", *sets])
+    rows = [NewMemory("main", f"how is thing {i} made", f"so {i}") for i in range(80)]
+
+    async def run(store: PoolStore) -> None:
+        spans, folder = open_spans(store, {}, ("main",)), round_dir(config.examples_dir, 1)
+        fates = split_memories(store, config)
+        plan = plan_round(store, config, 1, spans, fates, folder, None)
+        await mine(store, config, plan, fates, Labeller("made", measure, True), folder, None)
+
+    with open_pool(config, rows) as store:
+        asyncio.run(run(store))
+    train = list(read_examples(round_dir(config.examples_dir, 1)))
+    assert train and {example.baseline_loglik for example in train} == {None}
+    held_out = held_out_examples(config)
+    assert held_out and {example.baseline_loglik for example in held_out} == {-2.0}
+
+
 @needs_data
 def test_labels_none_need_no_model(tmp_path: Path) -> None:
     config = make_config(tmp_path, labels="none")
@@ -143,12 +234,20 @@ def test_likelihood_is_what_the_model_gives(tmp_path: Path) -> None:
             f"scorer_llm.model={lm}",
             "mining.candidates=3",
             "mining.dense_candidates=0",
+            "training.eval_every=5",
         ],
     )
     long = NewMemory("main", "What is the best plan for a very long trip? " * 60, "Stay at home.")
     with open_pool(config, [*plans()[:14], long]) as store:
         examples, marker = mine_round(store, config)
         memories = {memory.id: memory for memory in store.iter("main")}
+        relevance = HeldOutRelevance(config, store)
+        held_out = held_out_examples(config)
+        for example in held_out:  # what the gate finds, from what was measured while mining
+            shown = [memories[candidate.id] for candidate in example.candidates]
+            gains = asyncio.run(relevance(memories[example.query_id], shown))
+            assert mined_gains(example, example.candidates) == gains and any(gains)
+    assert held_out
 
     async def check() -> None:
         from memshare.llm.factory import make_llm

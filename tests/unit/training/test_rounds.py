@@ -9,6 +9,7 @@ import pytest
 from memshare.pool.store import PoolStore
 from memshare.records import Candidate, Example, NewMemory
 from memshare.training.examples import (
+    held_out_dir,
     load_examples,
     round_dir,
     shard_path,
@@ -27,6 +28,7 @@ from memshare.training.rounds import (
     new_ids,
     open_spans,
 )
+from tests.training_data import example
 
 
 @pytest.fixture
@@ -124,6 +126,22 @@ def test_what_is_deleted_or_held_leaves_the_examples(store: PoolStore, tmp_path:
     store.delete(ids[2])
     assert erase_deleted(store, tmp_path / "examples", ("one", "two")) == 1
     assert load_examples([folder])["query_id"] == ids[3:]
+
+
+def test_what_is_deleted_leaves_the_held_out_examples(store: PoolStore, tmp_path: Path) -> None:
+    ids = add(store, "one", "a", "b", "c")
+    folder = write_round(tmp_path / "examples", 1, ids[0])
+    held_out = held_out_dir(folder)
+    write_shard(shard_path(held_out, 0), [example(ids[1]), example(ids[2])])
+    write_marker(held_out, {"shards": 1})
+    output = tmp_path / "training"
+    assert not forget_stale_checkpoints(output, folder)
+    store.delete(ids[1])
+    assert erase_deleted(store, tmp_path / "examples", ("one", "two")) == 1
+    assert load_examples([held_out])["query_id"] == [ids[2]]
+    assert ids[1].encode() not in shard_path(held_out, 0).read_bytes()
+    assert forget_stale_checkpoints(output, folder)  # the best was chosen by it
+    assert last_mined(tmp_path / "examples") == (1, {"one": 10})  # and it is no round of its own
 
 
 def test_changed_examples_start_training_afresh(tmp_path: Path) -> None:

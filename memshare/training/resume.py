@@ -1,0 +1,99 @@
+"""Continuing a training run: which checkpoint, and that nothing changed what it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from memshare.config import TrainingConfig
+from memshare.progress import log
+from memshare.training.checkpoint import (
+    CheckpointError,
+    TrainState,
+    best_weights,
+    discard,
+    latest_intact,
+    read_state,
+    restore,
+)
+from memshare.training.gather import World
+
+FREE = {"log_every", "checkpoint_every"}  # they do not change what is trained
+
+
+def fixed_settings(settings: TrainingConfig, **more: Any) -> dict[str, Any]:
+    """What must be the same when a run is continued: the settings of training, and ``more``."""
+    training = settings.model_dump(mode="json", exclude=FREE)
+    return {**{f"training.{key}": value for key, value in training.items()}, **more}
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """``key: old -> new`` for every setting that differs."""
+    keys = sorted({*before, *now})
+    return [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]
+
+
+def find(
+    root: Path, settings: Mapping[str, Any], *, must: bool, allow_change: bool
+) -> tuple[Path, TrainState] | None:
+    """The checkpoint to continue from, and its state with ``settings`` as they are now.
+
+    None where there is none, unless it ``must`` be. Raises `CheckpointError` naming every setting
+    that changed since, unless told to ``allow_change``.
+    """
+    folder = latest_intact(root)
+    if folder is None:
+        if must:
+            raise CheckpointError(f"{root}: no intact checkpoint to continue from")
+        return None
+    state = read_state(folder)
+    changed = changed_settings(state.settings, settings)
+    if changed and not allow_change:
+        raise CheckpointError(
+            f"{folder} was made with other settings; --allow-config-change continues all the same, "
+            "--resume never starts afresh:\n  " + "\n  ".join(changed)
+        )
+    # What was best by other held-out examples says nothing by these.
+    same = state.settings.get("held_out") == settings.get("held_out")
+    return folder, replace(state, settings=dict(settings), best=state.best if same else None)
+
+
+def resume(
+    root: Path,
+    start: TrainState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    *,
+    how: Literal["auto", "must", "never"],
+    allow_change: bool,
+) -> tuple[TrainState, dict[str, Tensor]]:
+    """Go on from the last intact checkpoint in ``root`` where there is one, else from ``start``.
+
+    ``how``: there ``must`` be one, or it is ``never`` used. Later checkpoints, which are damaged or
+    of a run that is started afresh, are deleted. Returns the state and, on the main process, the
+    best step's weights. Raises `CheckpointError` and `DifferentData`.
+    """
+    found = None
+    if how != "never":
+        found = find(root, start.settings, must=how == "must", allow_change=allow_change)
+    world.check_same(str(found and found[0]), "checkpoints")
+    state, best = start, dict[str, Tensor]()
+    if found:
+        folder, state = found
+        restore(folder, model, optimizer)
+        best = best_weights(folder, state) if world.main else {}
+    if world.main:
+        if found:
+            log(f"continuing from {found[0]}: {state.step} steps are done")
+        discard(root, after=state.step if found else -1)
+    return state, best

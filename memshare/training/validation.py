@@ -1,0 +1,102 @@
+"""The best step of a training run: evaluate now and then, keep its weights, stop when it is past.
+
+Early stopping by patience (Prechelt 1998, "Early Stopping - But When?"). All of it is part of a
+checkpoint: the figures in its state, the best step's weights as a file of its own. A run that was
+killed goes on from a checkpoint with the best of *that* moment, so it ends as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from memshare.config import TrainingConfig
+from memshare.retrieval.encoder import Encoder
+from memshare.training.checkpoint import Best, TrainState, put_weights, trainable
+from memshare.training.evaluate import HeldOut, evaluate
+from memshare.training.gather import World
+from memshare.training.tracking import Tracker
+
+JUDGED_BY = "nDCG@10"
+
+
+def judged(best: Best | None, step: int, metrics: Mapping[str, float]) -> Best:
+    """The best after an evaluation at ``step``; an equal one does not replace an earlier one."""
+    if best is None:
+        return Best(step, dict(metrics), dict(metrics))
+    if metrics[JUDGED_BY] > best.metrics[JUDGED_BY]:
+        return replace(best, step=step, metrics=dict(metrics), since=0)
+    return replace(best, since=best.since + 1)
+
+
+class Validation:
+    """Evaluations of one run of ``steps`` steps; none at all where ``held_out`` is empty.
+
+    ``weights`` are the best step's, on the main process: what is trained, by name, in CPU memory.
+    """
+
+    def __init__(
+        self,
+        held_out: HeldOut,
+        encoder: Encoder,
+        world: World,
+        tracker: Tracker,
+        settings: TrainingConfig,
+        *,
+        steps: int,
+        weights: dict[str, Tensor],
+    ) -> None:
+        """``weights``: the best ones of the checkpoint that the run continues from."""
+        self._held_out, self._encoder, self._world = held_out, encoder, world
+        self._tracker, self._steps, self.weights = tracker, steps, weights
+        self._every = settings.eval_every if held_out else None
+        self._patience = settings.patience
+
+    def first(self, state: TrainState) -> TrainState:
+        """Evaluate what the training starts from, unless the run's checkpoint knows it."""
+        return self._look(state) if self._every and state.best is None else state
+
+    def after(self, state: TrainState) -> TrainState:
+        """Evaluate after a step, if it is time to or the last one."""
+        due = self._every and (state.step % self._every == 0 or state.step == self._steps)
+        return self._look(state) if due else state
+
+    def enough(self, state: TrainState) -> bool:
+        """Whether as many evaluations as `training.patience` has were in vain."""
+        if state.best is None or self._patience is None:
+            return False
+        return state.best.since >= self._patience
+
+    def finished(self, state: TrainState) -> bool:
+        """Whether all steps are done, or it is enough."""
+        return state.step >= self._steps or self.enough(state)
+
+    def _look(self, state: TrainState) -> TrainState:
+        metrics = evaluate(self._held_out, self._encoder, self._world)
+        figures = {f"eval/{name}": value for name, value in metrics.items()}
+        self._tracker.show(state.step, self._steps, figures)
+        best = judged(state.best, state.step, metrics)
+        if best.step == state.step and self._world.main:
+            now = trainable(self._encoder.model)
+            self.weights = {name: value.clone() for name, value in now.items()}
+        return replace(state, best=best)
+
+    def choose(self) -> None:
+        """Give the encoder the best step's weights; as they are where nothing was evaluated."""
+        if self.weights:
+            put_weights(self._encoder.model, self.weights)
+
+    def report(self, state: TrainState) -> dict[str, Any] | None:
+        """For ``result.json``; None where nothing was evaluated."""
+        if state.best is None:
+            return None
+        return {
+            "queries": len(self._held_out.queries),
+            "best_step": state.best.step,
+            "best": state.best.metrics,
+            "start": state.best.start,
+            "stopped_early": state.step < self._steps and self.enough(state),
+        }

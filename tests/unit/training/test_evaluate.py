@@ -1,0 +1,149 @@
+"""What held-out examples say of an encoder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from memshare.config import load_config
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.text import memory_text
+from memshare.training.evaluate import HeldOut, evaluate, read_held_out
+from memshare.training.examples import ExamplesError, held_out_dir
+from memshare.training.gather import World
+from memshare.training.select import Selected
+from tests.tiny import tiny_encoder
+from tests.training_data import candidate, example, examples, write_round
+
+ONE = World(torch.device("cpu"))
+
+
+class Angles:
+    """An encoder whose vectors are given: a text's last word is its angle in degrees."""
+
+    query_prefix, memory_prefix = "q ", "m "
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        assert all(text.startswith(("q ", "m ")) for text in texts)
+        angles = np.radians([float(text.split()[-1]) for text in texts])
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def measure(held_out: HeldOut) -> dict[str, float]:
+    return evaluate(held_out, Angles(), ONE)  # type: ignore[arg-type]
+
+
+def test_hand_computed() -> None:
+    """Two queries: one useful memory found second, and two (grades 1 and 3) found third, first."""
+    first = example(
+        "first", query="at 0", baseline_loglik=-2.0,
+        candidates=(candidate("a", "10", -3.0), candidate("b", "20", -1.0),
+                    candidate("c", "30", -1.99)),  # gains: -1, 1, and 0.01, which is too little
+    )  # fmt: skip
+    second = example(
+        "second", query="at 90", baseline_loglik=-2.0,
+        candidates=(candidate("x", "50", -1.9), candidate("y", "70", -2.5),
+                    candidate("z", "80", -1.0), candidate("u", "60", None)),
+    )  # fmt: skip
+    held_out = HeldOut.of([first, second], 0.05)
+    assert held_out.grades == {
+        "first": {"a": 0, "b": 3, "c": 0}, "second": {"x": 1, "y": 0, "z": 3, "u": 0},
+    }  # fmt: skip
+    # first: a, b, c; second: z, y, u, x, so that its second useful memory is the fourth
+    found = (3 + 1 / math.log2(5)) / (3 + 1 / math.log2(3))
+    assert measure(held_out) == pytest.approx(
+        {
+            "P@1": 0.5,
+            "MRR@10": (0.5 + 1) / 2,
+            "nDCG@10": (1 / math.log2(3) + found) / 2,
+            "recall@10": 1.0,
+        }
+    )
+
+
+def test_beyond_ten_is_not_recalled() -> None:
+    row = [candidate(f"c{i:02}", str(i), -1.0 if i in (3, 11) else -9.0) for i in range(12)]
+    metrics = measure(HeldOut.of([example(query="0", candidates=tuple(row))], 0.05))
+    assert metrics["recall@10"] == 0.5 and metrics["MRR@10"] == pytest.approx(0.25)
+
+
+def test_equal_similarities_are_no_merit() -> None:
+    """An encoder that maps all to one point does not get the order of proposal as its ranking."""
+    row = (candidate("a", "a 5", -1.0), candidate("b", "b 5", -9.0), candidate("c", "c 5", -8.0))
+    metrics = measure(HeldOut.of([example(query="5", candidates=row)], 0.05))
+    assert (metrics["P@1"], metrics["MRR@10"]) == (0.0, pytest.approx(1 / 3))
+
+
+def test_only_what_was_judged_is_ranked() -> None:
+    """Another query's memory, nearer than all of its own, is neither right nor wrong."""
+    mine = example("mine", query="at 0", candidates=(candidate("a", "40", -1.0),))
+    other = example("other", query="at 90", candidates=(candidate("b", "1", -1.0),))
+    assert measure(HeldOut.of([mine, other], 0.05))["P@1"] == 1.0
+
+
+def test_its_own_memory_and_copies_are_not_ranked() -> None:
+    own = memory_text("question q", "answer q")
+    row = (candidate("q", own, -0.1), candidate("copy", own.upper(), -0.1),
+           candidate("other", "other", -1.0))  # fmt: skip
+    assert HeldOut.of([example("q", candidates=row)], 0.05).grades == {"q": {"other": 3}}
+
+
+@pytest.mark.parametrize(
+    ("labels", "baseline", "logliks", "want"),
+    [
+        ("likelihood", -2.0, (-1.0, -1.6, -2.0), [3, 2, 0]),
+        ("likelihood", None, (-1.0, -1.6, -2.0), None),  # nothing was measured to compare with
+        ("reward", 0.5, (0.8, 0.6, None), [3, 1, 0]),
+        ("given", None, (0.0, -1.0, -1.0), [3, 0, 0]),
+        ("prompted", None, (math.log(0.9), math.log(0.25), math.log(0.04)), [3, 1, 0]),
+        ("none", None, (1.0, 0.5, 0.0), [3, 2, 0]),
+    ],
+)
+def test_relevance_by_labels(
+    labels: str, baseline: float | None, logliks: tuple[float | None, ...], want: list[int] | None
+) -> None:
+    row = tuple(candidate(f"c{i}", f"text {i}", value) for i, value in enumerate(logliks))
+    item = example(labels=labels, baseline_loglik=baseline, candidates=row)
+    held_out = HeldOut.of([item], 0.05)
+    ids = [item.id for item in row]
+    assert held_out.grades == ({} if want is None else {"q": dict(zip(ids, want, strict=True))})
+    assert held_out.without_relevant == (want is None) and bool(held_out) == (want is not None)
+
+
+def test_the_encoder_and_the_random_state_are_as_before(tmp_path: Path) -> None:
+    encoder = Encoder.from_folder(tiny_encoder(tmp_path / "tiny"), "cpu")
+    held_out = HeldOut.of(examples(12), 0.05)
+    encoder.model.train()
+    before = torch.get_rng_state()
+    once = evaluate(held_out, encoder, ONE)
+    assert evaluate(held_out, encoder, ONE) == once  # no dropout
+    assert encoder.model.training and torch.get_rng_state().equal(before)
+
+
+def selected(name: str) -> Selected:
+    return Selected(name, name, "main", None, 1, "", (), (), frozenset())
+
+
+def test_where_held_out_examples_are_found(tmp_path: Path) -> None:
+    rounds = [tmp_path / "1", tmp_path / "2", tmp_path / "3"]
+    for number, folder in enumerate(rounds[:2]):
+        write_round(held_out_dir(folder), examples(4, seed=number, start=2 * number))
+    config = load_config(None, ["training.eval_every=1"])
+    held_out = read_held_out(config, None, rounds, [selected("main-5")])
+    assert list(held_out.queries) == [f"main-{i}" for i in range(5)] and held_out.trained == 1
+    again = HeldOut.of([*examples(2), *examples(3, seed=1, start=2)], 0.05)
+    assert held_out.digest == again.digest
+    other = read_held_out(config, [held_out_dir(rounds[0])], rounds, [])
+    assert len(other.queries) == 4 and other.digest != again.digest
+    with pytest.raises(ExamplesError, match="no finished round"):
+        read_held_out(config, [rounds[2]], rounds, [])
+    off = load_config()
+    assert (
+        not read_held_out(off, None, rounds, []) and read_held_out(off, None, [], []).digest is None
+    )
+    with pytest.raises(ExamplesError, match=r"training\.eval_every"):
+        read_held_out(off, rounds, rounds, [])
