@@ -165,9 +165,16 @@ class Encoder:
         """Whether queries and memories have a model each."""
         return isinstance(self.model, nn.ModuleDict)
 
-    def tower(self, side: Side) -> Any:
-        """The transformers model that encodes queries or memories; one for both unless split."""
-        return self.model[side] if self.two_towers else self.model
+    def tower(self, side: Side | None) -> Any:
+        """The transformers model that encodes queries or memories; one for both unless split.
+
+        Raises ValueError without a ``side`` where it matters.
+        """
+        if not self.two_towers:
+            return self.model
+        if side is None:
+            raise ValueError("this encoder has two towers: say whether queries or memories")
+        return self.model[side]
 
     def replace_tower(self, side: Side, model: Any) -> None:
         """Put ``model`` where `tower` finds the one of ``side``; the only one unless split."""
@@ -218,14 +225,18 @@ class Encoder:
             mask[i, : len(row)] = 1
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
-    def embed(self, batch: Mapping[str, Tensor], side: Side = "query") -> Tensor:
+    def embed(self, batch: Mapping[str, Tensor], side: Side | None = None) -> Tensor:
         """Unit rows (batch, dim) float32, with gradients, of what `collate` gives."""
         mask = batch["attention_mask"]
         output = self.tower(side)(input_ids=batch["input_ids"], attention_mask=mask)
         return pool_embeddings(output.last_hidden_state, mask, self.pooling)
 
-    def encode(self, texts: Sequence[str], prefix: str = "", side: Side = "query") -> np.ndarray:
+    def encode(
+        self, texts: Sequence[str], prefix: str = "", side: Side | None = None
+    ) -> np.ndarray:
         """Unit vectors (n, dim) float32 of ``prefix + text``, in the order of ``texts``.
+
+        ``side`` must be said where queries and memories have a tower each.
 
         Sorted by length and cut by ``batch_tokens``; no gradients; the tower's train or eval mode
         is as before afterwards. Raises `EncoderError` where the model gives NaN or infinity.

@@ -20,7 +20,7 @@ import torch
 from memshare.config import Config
 from memshare.metrics.ir import METRICS, ir_metrics, mean_metrics
 from memshare.records import Example
-from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder import SIDES, Encoder
 from memshare.retrieval.gate import grades
 from memshare.training.batching import deal
 from memshare.training.examples import ExamplesError, held_out_dir, read_examples
@@ -118,12 +118,16 @@ def evaluate(held_out: HeldOut, encoder: Encoder, world: World) -> dict[str, flo
     The model's train or eval mode and the random state are as before. Equally similar memories are
     ranked worst first, so that a collapsed encoder does not get the order of proposal for free.
     """
-    queries = {id: encoder.query_prefix + text for id, text in held_out.queries.items()}
-    docs = {id: encoder.memory_prefix + text for id, text in held_out.texts.items()}
+    queries = {id: ("query", encoder.query_prefix + t) for id, t in held_out.queries.items()}
+    docs = {id: ("memory", encoder.memory_prefix + t) for id, t in held_out.texts.items()}
     texts = list(dict.fromkeys([*queries.values(), *docs.values()]))
     row = {text: i for i, text in enumerate(texts)}
-    owners = deal(np.array([len(text) for text in texts]), world.size)
-    local = torch.from_numpy(encoder.encode([texts[i] for i in owners[world.rank]]))
+    owners = deal(np.array([len(text) for _, text in texts]), world.size)
+    mine = [texts[i] for i in owners[world.rank]]
+    local = torch.zeros(len(mine), encoder.dim)
+    for side in SIDES:
+        at = [i for i, (kind, _) in enumerate(mine) if kind == side]
+        local[at] = torch.from_numpy(encoder.encode([mine[i][1] for i in at], side=side))
     vectors = world.gather_rows(local.to(world.device), owners).cpu().numpy()
     runs = {}
     for id, text in queries.items():

@@ -100,6 +100,8 @@ def test_two_towers_are_a_router_of_sentence_transformers(tmp_path: Path, poolin
     for found in (again.encode_memories(pairs), theirs.encode_document(memories)):
         close(found, ours.encode_memories(pairs))
     assert np.abs(ours.encode(TEXTS, side="query") - ours.encode(TEXTS, side="memory")).max() > 1e-3
+    with pytest.raises(ValueError, match="two towers"):
+        ours.encode(TEXTS)
 
 
 def test_we_load_a_router_that_sentence_transformers_saved(tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ ONE = World(torch.device("cpu"))
 class Angles:
     """An encoder whose vectors are given: a text's last word is its angle in degrees."""
 
-    query_prefix, memory_prefix = "q ", "m "
+    query_prefix, memory_prefix, dim = "q ", "m ", 2
 
-    def encode(self, texts: list[str]) -> np.ndarray:
-        assert all(text.startswith(("q ", "m ")) for text in texts)
+    def encode(self, texts: list[str], side: str) -> np.ndarray:
+        assert all(text.startswith(f"{side[0]} ") for text in texts)  # to its own tower
         angles = np.radians([float(text.split()[-1]) for text in texts])
         return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
