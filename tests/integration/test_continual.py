@@ -19,6 +19,7 @@ import yaml
 from memshare.config import load_config
 from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
+from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import current, generations, verify_generation
 from memshare.training.examples import load_examples, round_dir
 from tests.tiny import tiny_encoder
@@ -170,6 +171,25 @@ def test_two_rounds_with_kills_in_every_step(make_run: Any) -> None:
     assert (done["results"]["mine"]["proposer"], second["results"]["mine"]["proposer"]) == (0, 1)
     again = second["results"]["mine"]["replayed"]
     assert again == round(0.5 * (second["results"]["mine"]["examples"] - again)) > 0
+
+
+def test_two_rounds_of_a_query_tower_with_evaluation(make_run: Any) -> None:
+    """The memory tower is the configured encoder's throughout, and each round keeps its best."""
+    run = make_run(training={"towers": "query-only", "eval_every": 2}, split={"held_out": 0.3})
+    for start in (0, 8):
+        run.store.append(banking(start, start + 8))
+        child = run.start("--once")
+        errors = child.communicate(timeout=150)[1]
+        assert child.returncode == 0, errors
+    frozen = Encoder.load(run.config.encoder).memory_fingerprint()
+    found = generations(run.config.generations_dir, run.config.retriever.name)
+    assert [item.memory_fingerprint for item in found] == [frozen, frozen]
+    assert [item.positions["main"] for item in found] == [48, 96]
+    for done in run.rounds():
+        evaluation = done["results"]["train"]["evaluation"]
+        assert evaluation["queries"] > 0
+        assert evaluation["best"]["nDCG@10"] >= evaluation["start"]["nDCG@10"]
+        verify_generation(run.config.generations_dir, run.config.retriever.name, done["number"])
 
 
 def test_stops_cleanly_and_refuses_a_second_loop(make_run: Any) -> None:
