@@ -13,8 +13,12 @@ from typing import Any
 from memshare.config import LLMConfig
 from memshare.llm.base import Completion, ContextTooLong, LLMError, LogLikelihood, Message
 from memshare.llm.factory import model_identity
-from memshare.llm.tokens import ChatTokenizer
+from memshare.llm.grouping import Grouped
+from memshare.llm.tokens import ChatTokenizer, Span
 from memshare.llm.transport import Transport
+
+_FLIGHTS = 2  # groups of likelihoods under way: one is computed while the other travels
+_GROUP_TOKENS = 16_384  # of prompts in one request: its reply takes about 90 bytes a token
 
 
 class VLLMBackend:
@@ -23,7 +27,8 @@ class VLLMBackend:
     Chat goes through ``/v1/chat/completions``, where the server applies the chat template to
     messages whose text was neutralised here. Likelihoods go as token ids to ``/v1/completions``
     with ``prompt_logprobs``, so that the span of the answer is known exactly: the tokenizer is
-    loaded here from the same model (folder or hub name).
+    loaded here from the same model (folder or hub name). Those that wait together share a request;
+    ``max_concurrency`` bounds prompts, not requests, then.
 
     Nothing is sent before the first call. `ready` learns from ``/v1/models`` the name under which
     the model is served and its context length; every method does it first, once.
@@ -44,6 +49,13 @@ class VLLMBackend:
             concurrency=config.max_concurrency,
             api_key=os.environ.get(config.api_key_env),
             backoff=backoff_seconds,
+        )
+        self._likelihoods = Grouped(
+            self._measure,
+            flights=min(_FLIGHTS, config.max_concurrency),
+            most=max(1, config.max_concurrency // _FLIGHTS),
+            size=lambda span: len(span.ids),
+            capacity=_GROUP_TOKENS,
         )
 
     @property
@@ -139,8 +151,7 @@ class VLLMBackend:
         """Log-likelihood of ``continuation`` (without end-of-turn) as the reply to ``context``."""
         await self.ready()
         span = self.chat_tokenizer.span(context, continuation, self.context_length)
-        scores = await self._prompt_logprobs(span.ids, span.start)
-        return LogLikelihood(math.fsum(scores), len(scores))
+        return await self._likelihoods(span)
 
     async def label_probabilities(
         self, context: Sequence[Message], labels: Sequence[str]
@@ -180,25 +191,32 @@ class VLLMBackend:
         """Close the connections."""
         await self._http.aclose()
 
-    async def _prompt_logprobs(self, ids: Sequence[int], start: int) -> list[float]:
-        """Log-probability of each of ``ids[start:]`` given what stands before it."""
+    async def _measure(self, spans: Sequence[Span]) -> list[LogLikelihood]:
+        """The likelihood of each span's continuation, by one request for all of them."""
         reply = await self._http.post(
             "/v1/completions",
             {
                 "model": self._served,
-                "prompt": list(ids),
+                "prompt": [span.ids for span in spans],
                 "max_tokens": 1,  # the least vLLM takes; the token itself is not used
                 "temperature": 0.0,
                 "prompt_logprobs": 0,  # the prompt's own tokens only
             },
         )
         try:
-            rows = reply["choices"][0]["prompt_logprobs"]
-            if len(rows) != len(ids):
-                raise self._unexpected(reply)
-            return [float(rows[i][str(ids[i])]["logprob"]) for i in range(start, len(ids))]
-        except (KeyError, IndexError, TypeError) as error:
+            rows = {choice["index"]: choice["prompt_logprobs"] for choice in reply["choices"]}
+            return [self._read(rows[i], span) for i, span in enumerate(spans)]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise self._unexpected(reply) from error
+
+    @staticmethod
+    def _read(rows: Sequence[Mapping[str, Any]], span: Span) -> LogLikelihood:
+        """Sum over the continuation, from each prompt position's ``{token id: {"logprob"}}``."""
+        if len(rows) != len(span.ids):
+            raise ValueError(f"{len(rows)} rows for {len(span.ids)} tokens")
+        tail = range(span.start, len(span.ids))
+        scores = [float(rows[i][str(span.ids[i])]["logprob"]) for i in tail]
+        return LogLikelihood(math.fsum(scores), len(scores))
 
     def _body(
         self,

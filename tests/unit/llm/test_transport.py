@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from memshare.config import LLMConfig
-from memshare.llm.base import LLMError, LLMUnavailable
+from memshare.llm.base import LLMError, LLMUnavailable, LogLikelihood
 from memshare.llm.transport import Transport
 from memshare.llm.vllm import VLLMBackend
 
@@ -243,3 +243,29 @@ def test_an_answer_of_another_shape_is_an_error(flaky: Flaky, lm_folder: Path) -
         ):
             with pytest.raises(LLMError, match="unexpected reply"):
                 asyncio.run(call())
+
+
+def test_likelihoods_that_wait_together_share_requests(flaky: Flaky, lm_folder: Path) -> None:
+    backend = _backend(flaky, lm_folder, {"id": str(lm_folder), "max_model_len": 333})
+    asyncio.run(backend.ready())
+
+    def score(handler: BaseHTTPRequestHandler, number: int) -> None:
+        """Each token's log-probability is minus its own id; choices come in reverse."""
+        prompts = flaky.bodies[number - 1]["prompt"]
+        rows = [[None, *({str(i): {"logprob": -i}} for i in ids[1:])] for ids in prompts]
+        choices = [{"index": i, "prompt_logprobs": row} for i, row in enumerate(rows)]
+        reply(handler, 200, {"choices": choices[::-1]})
+
+    flaky.behave = score
+    sent = len(flaky.bodies)
+    context: Any = [{"role": "user", "content": "x"}]
+    answers = [f"answer {'y' * (i % 7 + 1)}" for i in range(40)]
+
+    async def run() -> list[LogLikelihood]:
+        return await asyncio.gather(*(backend.loglikelihood(context, a) for a in answers))
+
+    found = asyncio.run(run())
+    ids = [backend.chat_tokenizer.encode(answer) for answer in answers]
+    assert found == [LogLikelihood(-sum(row), len(row)) for row in ids]
+    sizes = [len(body["prompt"]) for body in flaky.bodies[sent:]]
+    assert sum(sizes) == 40 and max(sizes) == 16 and flaky.most_active <= 2
