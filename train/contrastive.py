@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from accelerate import Accelerator
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.files import RunLocked, run_lock
 from memshare.progress import log, track
+from memshare.retrieval.card import base_model
 from memshare.retrieval.encoder import Encoder, EncoderError
 from memshare.training import checkpoint, outcome
 from memshare.training.batching import Batches
@@ -179,13 +181,15 @@ def train(
     # 5. Export.
     done = state.step == steps
     if world.main:
-        if done:
-            export(encoder, args.output / "encoder")  # LoRA merged
-        outcome.write_result(
-            args.output, "trained" if done else "stopped", **selection.counts(),
-            truncated=batches.table.truncated, **state.figures(), of_steps=steps,
-            processes=world.size, seed=seed, encoder=model, wandb=tracker.wandb,
-        )  # fmt: skip
+        report: dict[str, Any] = {
+            **selection.counts(), "truncated": batches.table.truncated, **state.figures(),
+            "of_steps": steps, "processes": world.size, "seed": seed, "round": args.round,
+            "encoder": model, "wandb": tracker.wandb, "settings": settings.model_dump(mode="json"),
+        }  # fmt: skip
+        if done:  # LoRA merged, with a model card
+            facts = {"base_model": base_model(model), "training": report}
+            export(encoder, args.output / "encoder", facts)
+        outcome.write_result(args.output, "trained" if done else "stopped", **report)
     say(f"{state.step} of {steps} steps done" + ("" if done else "; stopped by a signal"))
     return outcome.EXIT_CODES["trained" if done else "stopped"]
 

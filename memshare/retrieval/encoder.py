@@ -227,7 +227,10 @@ class Encoder:
         return self.encode([memory_text(*pair) for pair in pairs], self.memory_prefix)
 
     def save(self, folder: str | Path) -> None:
-        """Write the sentence-transformers folder; weights as safetensors. LoRA must be merged."""
+        """Write the sentence-transformers folder; weights as safetensors. LoRA must be merged.
+
+        Its model card is the caller's, who knows what the encoder was made of (`card`).
+        """
         settings = Settings(
             pooling=self.pooling,
             query_prefix=self.query_prefix,
