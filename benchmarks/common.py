@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memshare.evaluation.report import commit, machine
+from memshare.evaluation.report import machine
 from memshare.files import write_json
+from memshare.version import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,7 +19,7 @@ from memshare.files import RunLocked
 COMMANDS = {
     "pool": ("memshare.pool.cli", "create, fill, read and export pools"),
     "bootstrap": ("memshare.bootstrap_cli", "fill a pool from a small seed set"),
-    "generations": ("memshare.retrieval.cli", "list, verify, activate and unpin generations"),
+    "generations": ("memshare.retrieval.cli", "list, verify, activate, unpin and push generations"),
 }
 
 

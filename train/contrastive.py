@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from accelerate import Accelerator
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.files import RunLocked, run_lock
 from memshare.progress import log, track
+from memshare.retrieval.card import base_model
 from memshare.retrieval.encoder import Encoder, EncoderError
 from memshare.training import checkpoint, outcome
 from memshare.training.batching import Batches
@@ -50,9 +52,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Contrastive training of the encoder.")
     add_config_arguments(parser)
     parser.add_argument("--examples", type=Path, nargs="+", required=True, metavar="DIR")
-    parser.add_argument(
-        "--held-out", type=Path, nargs="+", metavar="DIR", help="default: those beside --examples"
-    )
+    parser.add_argument("--held-out", type=Path, nargs="+", metavar="DIR", help="default: theirs")
     parser.add_argument("--encoder", help="folder or name to start from (default: the config's)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--round", type=int, default=1, help="continual round: varies the order")
@@ -88,12 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(
-    args: argparse.Namespace,
-    config: Config,
-    accelerator: Accelerator,
-    world: World,
+    args: argparse.Namespace, config: Config, accelerator: Accelerator, world: World,
     stop: outcome.StopRequest,
-) -> int:
+) -> int:  # fmt: skip
     """One training run, from examples to an exported encoder; returns the exit code."""
     settings = config.training
     seed = (config.run.seed + 1_000_003 * args.round) % 2**62
@@ -182,15 +179,17 @@ def train(
     # 5. Export.
     done = validation.finished(state)
     if world.main:
-        if done:
+        report: dict[str, Any] = {
+            **selection.counts(), "truncated": batches.table.truncated, **state.figures(),
+            "of_steps": steps, "processes": world.size, "seed": seed, "round": args.round,
+            "encoder": model, "wandb": tracker.wandb, "settings": settings.model_dump(mode="json"),
+            "evaluation": validation.report(state),
+        }  # fmt: skip
+        if done:  # the best step's, LoRA merged, with a model card
             validation.choose()
-            export(encoder, args.output / "encoder")  # LoRA merged
-        outcome.write_result(
-            args.output, "trained" if done else "stopped", **selection.counts(),
-            truncated=batches.table.truncated, **state.figures(), of_steps=steps,
-            processes=world.size, seed=seed, encoder=model, wandb=tracker.wandb,
-            evaluation=validation.report(state),
-        )  # fmt: skip
+            facts = {"base_model": base_model(model), "training": report}
+            export(encoder, args.output / "encoder", facts)
+        outcome.write_result(args.output, "trained" if done else "stopped", **report)
     say(f"{state.step} of {steps} steps done" + ("" if done else "; stopped by a signal"))
     return outcome.EXIT_CODES["trained" if done else "stopped"]
 

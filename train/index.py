@@ -28,6 +28,7 @@ from memshare.pool.errors import PoolError
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.build import build_generation
+from memshare.retrieval.card import base_model
 from memshare.retrieval.encoder import Encoder, EncoderError
 from memshare.retrieval.gate import GateResult
 from memshare.retrieval.gate_run import gate_built
@@ -35,6 +36,7 @@ from memshare.retrieval.generation import GenerationError, current, generations
 from memshare.retrieval.manifest import folder_name
 from memshare.retrieval.publish import publish
 from memshare.training.mining import split_memories
+from memshare.training.outcome import read_result
 from memshare.training.relevance import HeldOutRelevance
 from memshare.training.split import SplitError
 
@@ -117,6 +119,8 @@ def run(
         "gate": verdict.record(),
         "round": number,
         "encoder": source,
+        "base_model": base_model(settings.model),
+        "training": training_of(source),
         "build_seconds": build_seconds,
         "gate_seconds": time.monotonic() - begun,
         "created": time.time(),
@@ -144,6 +148,12 @@ def latest_encoder(run_dir: Path) -> Path:
             "--encoder FOLDER (`frozen`: the configured one)"
         )
     return found[-1]
+
+
+def training_of(source: str) -> dict[str, Any] | None:
+    """What the training of an encoder's folder reported, for the record and the model card."""
+    result = None if source == FROZEN else read_result(Path(source).parent)
+    return result if result is not None and result["status"] == "trained" else None
 
 
 def recorded(config: Config, number: int | None, source: str) -> dict[str, Any] | None:

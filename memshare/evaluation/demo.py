@@ -24,7 +24,7 @@ from memshare.evaluation.arms import (
 )
 from memshare.evaluation.data import Pair
 from memshare.evaluation.rankers import Ranker, bm25_ranker, dense_ranker, random_ranker
-from memshare.evaluation.report import Plot, Series, Table, commit, machine
+from memshare.evaluation.report import Plot, Series, Table, machine
 from memshare.evaluation.traffic import Traffic
 from memshare.llm.agent import Agent
 from memshare.llm.factory import make_llm
@@ -46,6 +46,7 @@ from memshare.retrieval.generation import (
 )
 from memshare.retrieval.manifest import folder_name
 from memshare.retrieval.shelf import home_of
+from memshare.version import commit
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 RETRIEVERS = ("random", "bm25", "frozen", "trained")

@@ -69,17 +69,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """The commit, with ``+changes`` if files differ from it; unknown outside git."""
-    folder = str(Path(__file__).parent)
-    try:
-        head = _output("git", "-C", folder, "rev-parse", "HEAD")
-        changed = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+changes" if changed else "")
-
-
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memshare.files import fsync_dir, write_json
+from memshare.files import fsync_dir, write_atomic, write_json
 from memshare.progress import log
+from memshare.retrieval.card import CARD, model_card
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.index import FlatIndex
 from memshare.retrieval.manifest import (
@@ -27,6 +28,7 @@ from memshare.retrieval.manifest import (
 
 _SAME_VECTOR = 1e-5  # rounding between two runs of one encoder over one text
 _ROW_FILES = {"ids.npy", "index.faiss"}
+_CARD_FILE = f"encoder/{CARD}"  # each generation's own: it tells of the gate and of the pools
 
 
 def write_files(
@@ -53,6 +55,7 @@ def write_files(
     if not has_rows:
         np.save(folder / "ids.npy", blob, allow_pickle=False)
         FlatIndex.build(vectors).save(folder / "index.faiss")
+    write_atomic(folder / _CARD_FILE, model_card(encoder, metrics, manifest))
     for path in [item for item in folder.rglob("*") if item.is_file()]:
         _fsync(path)
     write_json(folder / "metrics.json", dict(metrics))
@@ -86,7 +89,7 @@ def _link_parent(
         encoder_files = {name for name in old.files if name.startswith("encoder/")}
         wanted = set()
         if old.query_fingerprint == new.query_fingerprint and encoder_files <= sound:
-            wanted |= encoder_files
+            wanted |= encoder_files - {_CARD_FILE}
         if sound >= _ROW_FILES and _same_rows(source, vectors, ids):
             wanted |= _ROW_FILES
         for name in sorted(wanted):

@@ -1,4 +1,4 @@
-"""``memshare generations list|verify|activate|unpin``."""
+"""``memshare generations list|verify|activate|unpin|push``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Action = Callable[[Config, argparse.Namespace], int]
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``generations`` and its actions."""
     parser = subparsers.add_parser(
-        "generations", help="list, verify, activate and unpin a retriever's generations"
+        "generations", help="list, verify, activate, unpin and push a retriever's generations"
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     listing = _action(actions, "list", _list, "the generations on disk, oldest first")
@@ -28,6 +28,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     activate = _action(actions, "activate", _activate, "roll back or forward, and pin CURRENT")
     activate.add_argument("number", type=int)
     _action(actions, "unpin", _unpin, "let the next publish move CURRENT again")
+    push = _action(actions, "push", _push, "put an encoder and its model card on the hub")
+    push.add_argument("name", metavar="NAME", help="the retriever's name")
+    push.add_argument("repo", metavar="REPO", help="on the hub: ORG/MODEL")
+    push.add_argument("--number", type=int, help="which generation (default: CURRENT)")
+    push.add_argument("--private", action="store_true", help="of a repository that is made now")
+    push.add_argument("--dry-run", action="store_true", help="show card and files, send nothing")
 
 
 def _action(
@@ -130,4 +136,19 @@ def _unpin(config: Config, args: argparse.Namespace) -> int:
         print("nothing is pinned")
     else:
         print(f"generation {number} is no longer pinned; the next publish moves CURRENT")
+    return 0
+
+
+def _push(config: Config, args: argparse.Namespace) -> int:
+    from memshare.retrieval.hub import parcel, push
+
+    with parcel(config.generations_dir, args.name, args.number) as found:
+        if args.dry_run:
+            print(found.card())
+            for name, size in found.files.items():
+                print(f"{size:12d} {name}")
+            print(f"generation {found.number}: {len(found.files)} files for {args.repo}; not sent")
+            return 0
+        url = push(found, args.name, args.repo, private=args.private)
+        print(f"generation {found.number}: {len(found.files)} files pushed: {url}")
     return 0

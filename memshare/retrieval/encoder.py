@@ -279,7 +279,10 @@ class Encoder:
         return self.encode(texts, self.memory_prefix, "memory")
 
     def save(self, folder: str | Path) -> None:
-        """Write the sentence-transformers folder; weights as safetensors. LoRA must be merged."""
+        """Write the sentence-transformers folder; weights as safetensors. LoRA must be merged.
+
+        Its model card is the caller's, who knows what the encoder was made of (`card`).
+        """
         settings = Settings(
             pooling=self.pooling,
             query_prefix=self.query_prefix,

@@ -50,12 +50,19 @@ def resolve_encoder(name: str) -> str:
         for place in (spec.submodule_search_locations or []) if spec else []:
             if (Path(place) / "model" / "config.json").is_file():
                 return str(Path(place) / "model")
-        return f"sentence-transformers/{_MINILM}"
-    if not _HUB_NAME.fullmatch(name):
+    known = hub_name(name)
+    if known is None:
         raise EncoderError(
             f"{name}: no such folder; give an encoder's folder or a hub name such as org/model"
         )
-    return name
+    return known
+
+
+def hub_name(name: str) -> str | None:
+    """What an encoder that is no folder is called on the hub; None for what can't be there."""
+    if name.removeprefix("sentence-transformers/") == _MINILM:
+        return f"sentence-transformers/{_MINILM}"
+    return name if _HUB_NAME.fullmatch(name) else None
 
 
 def local_folder(name: str) -> Path:

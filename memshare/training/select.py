@@ -87,11 +87,16 @@ class Selected:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What `select` made of a set of examples; ``dropped`` counts by reason."""
+    """What `select` made of a set of examples; ``dropped`` counts by reason.
+
+    ``labels`` and ``scorers``: what kinds of labels the usable ones have, and what measured them.
+    """
 
     items: tuple[Selected, ...]
     dropped: dict[str, int]
     without_negatives: int
+    labels: tuple[str, ...]
+    scorers: tuple[str, ...]
 
     def counts(self) -> dict[str, Any]:
         """For a report."""
@@ -99,6 +104,9 @@ class Selection:
             "examples": len(self.items),
             "dropped": self.dropped,
             "without_hard_negatives": self.without_negatives,
+            "pools": dict(sorted(Counter(item.pool for item in self.items).items())),
+            "labels": list(self.labels),
+            "scorers": list(self.scorers),
         }
 
     def __str__(self) -> str:
@@ -113,14 +121,24 @@ def select(examples: Iterable[Example], config: TrainingConfig) -> Selection:
     """Choose positives and hard negatives of every example; unusable ones are counted."""
     items: list[Selected] = []
     dropped: Counter[str] = Counter()
+    labels: set[str] = set()
+    scorers: set[str] = set()
     for example in examples:
         chosen = select_one(example, config)
         if isinstance(chosen, str):
             dropped[chosen] += 1
         else:
             items.append(chosen)
+            labels.add(example.labels)
+            scorers.add(example.scorer)
     bare = sum(not item.negatives for item in items)
-    return Selection(tuple(items), dict(sorted(dropped.items())), bare)
+    return Selection(
+        items=tuple(items),
+        dropped=dict(sorted(dropped.items())),
+        without_negatives=bare,
+        labels=tuple(sorted(labels)),
+        scorers=tuple(sorted(scorers)),
+    )
 
 
 def select_one(example: Example, config: TrainingConfig) -> Selected | str:

@@ -72,6 +72,7 @@ class Tracker:
         self.mode = wandb_mode(config) if main else "disabled"
         self.path = output / "log.jsonl"
         self.wandb_dir: str | None = None
+        self.wandb_url: str | None = None
         self._output = output
         self._config = config
         self._settings = dict(settings)
@@ -99,8 +100,10 @@ class Tracker:
 
     @property
     def wandb(self) -> dict[str, str | None]:
-        """Where the W&B run is: id, mode and local folder."""
-        return {"id": self.run_id, "mode": self.mode, "dir": self.wandb_dir}
+        """Where the W&B run is: id, mode, local folder, and its page if it is online."""
+        return {
+            "id": self.run_id, "mode": self.mode, "dir": self.wandb_dir, "url": self.wandb_url,
+        }  # fmt: skip
 
     def __exit__(self, *_: object) -> None:
         """Give W&B a bounded time to finish."""
@@ -128,6 +131,7 @@ class Tracker:
         try:
             run = self._open()
             self.wandb_dir = str(Path(run.dir).parent)
+            self.wandb_url = run.url if self.mode == "online" else None
             while (entry := self._queue.get()) is not None:
                 step, figures = entry
                 run.log(figures, step=step)

@@ -150,6 +150,12 @@ def test_two_rounds_with_kills_in_every_step(make_run: Any) -> None:
     assert [item.number for item in generations(root, name)] == [1] == [current(root, name)]
     verify_generation(root, name, 1)
     assert done["results"]["index"]["gate"]["queries"] > 0
+    card = (root / name / "000001" / "encoder" / "README.md").read_text()
+    examples = done["results"]["train"]["examples"]
+    assert f"on {examples} examples\n({examples} of pool main)" in card
+    assert "labelled by given (scorer: given:label)" in card
+    assert f"On {done['results']['index']['gate']['queries']} held-out questions" in card
+    assert not any(memory.prompt in card for memory in run.store.iter("main"))
 
     # the second round: new memories, a deleted one erased, warm start from what serves
     gone = load_examples([first])["query_id"][0]

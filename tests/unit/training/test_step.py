@@ -212,7 +212,7 @@ def test_lora_trains_adapters_alone_and_merges_to_the_same_encoder(
         update(optimizer, config.lr, 1.0)
     texts = ["tea of rain", "iron", "when the moss is big"]
     unmerged = encoder.encode(texts)
-    export(encoder, tmp_path / "encoder")
+    export(encoder, tmp_path / "encoder", {})
     merged = Encoder.from_folder(tmp_path / "encoder", device="cpu")
     assert abs(merged.encode(texts) - unmerged).max() < 1e-4
     assert abs(merged.encode(texts) - Encoder.from_folder(folder, "cpu").encode(texts)).max() > 1e-2
@@ -230,6 +230,6 @@ def test_export_replaces_an_earlier_encoder(encoder: Encoder, tmp_path: Path) ->
     target = tmp_path / "encoder"
     target.mkdir()
     (target / "old-file").write_text("old")
-    export(encoder, target)
+    export(encoder, target, {})
     assert not (target / "old-file").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]

@@ -1,0 +1,106 @@
+"""Pushing a generation's encoder to Hugging Face's hub.
+
+Only the encoder's folder goes there, its model card with it: index and ids derive from memories
+and stay. Endpoint and token are those of huggingface_hub (``HF_ENDPOINT``, ``HF_TOKEN``, or what
+``hf auth login`` left).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from memshare.retrieval.card import CARD
+from memshare.retrieval.manifest import (
+    GenerationError,
+    NoGeneration,
+    folder_name,
+    read_manifest,
+    verify,
+)
+from memshare.retrieval.shelf import Lease, home_of, read_current
+
+_ENCODER = "encoder/"
+
+
+class PushError(GenerationError):
+    """The hub did not take the encoder; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """What is pushed of one generation: ``files`` by their name in the repository, with bytes."""
+
+    number: int
+    folder: Path
+    files: dict[str, int]
+
+    def card(self) -> str:
+        """The model card."""
+        return (self.folder / CARD).read_text(encoding="utf-8")
+
+
+@contextmanager
+def parcel(root: Path, retriever: str, number: int | None) -> Iterator[Parcel]:
+    """Generation ``number`` (None: CURRENT), every byte of it verified, and kept while in use.
+
+    Raises `NoGeneration`, `DamagedGeneration`, and `PushError` for one from before there were
+    model cards.
+    """
+    home = home_of(root, retriever)
+    wanted = read_current(home)[0] if number is None else number
+    if wanted is None:
+        raise NoGeneration(f"{home}: nothing was published yet")
+    lease = Lease(home, wanted)
+    try:
+        folder = home / folder_name(wanted)
+        manifest = read_manifest(folder)
+        verify(folder, manifest, fresh=True)
+        files = {
+            name.removeprefix(_ENCODER): blob.size
+            for name, blob in manifest.files.items()
+            if name.startswith(_ENCODER)
+        }
+        if CARD not in files:
+            raise PushError(f"{folder}: its encoder has no model card; publish a new generation")
+        yield Parcel(wanted, folder / _ENCODER, files)
+    finally:
+        lease.release()
+
+
+def push(parcel: Parcel, retriever: str, repo: str, *, private: bool) -> str:
+    """Make ``repo`` unless it is there, and commit the parcel to it; returns the commit's URL.
+
+    ``private`` holds for a repository that is made now. Files in it that the parcel lacks stay.
+    Raises `PushError`.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
+
+    api = HfApi(library_name="memshare")
+    if get_token() is None:
+        raise PushError(
+            f"no token for {api.endpoint}: set HF_TOKEN to one that may write, or run hf auth login"
+        )
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=parcel.folder / name)
+        for name in parcel.files
+    ]
+    message = f"Generation {parcel.number} of retriever {retriever}"
+    try:
+        made = api.create_repo(repo, private=private or None, exist_ok=True)  # None: its default
+        done = api.create_commit(made.repo_id, operations, commit_message=message)
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = {
+            401: "the token is not accepted: set HF_TOKEN to a valid one",
+            403: "the token may not write there: set HF_TOKEN to one that may",
+        }.get(status, error.server_message or "the hub refused it")
+        raise PushError(f"{repo} was not pushed to {api.endpoint}: {status}, {advice}") from error
+    except errors.HFValidationError as error:
+        raise PushError(f"{repo!r} is no name of a repository: {error}") from error
+    # Of whichever HTTP library huggingface_hub uses; OSError: offline mode.
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+        raise PushError(f"{repo} was not pushed to {api.endpoint}: {error}") from error
+    return str(done.commit_url)
