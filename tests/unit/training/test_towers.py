@@ -106,7 +106,7 @@ def test_query_only_leaves_every_memory_vector_alone(
     adapters = LoRAConfig(enabled=lora, r=4, alpha=8, dropout=0.0)
     data, config = make(encoder, "query-only", dropout=True, lora=adapters)
     train(encoder, data, config)
-    export(encoder, tmp_path / "encoder")
+    export(encoder, tmp_path / "encoder", {})
     before = Encoder.from_folder(folder, device="cpu")
     after = Encoder.from_folder(tmp_path / "encoder", device="cpu")
     assert after.memory_fingerprint() == before.memory_fingerprint()
@@ -121,7 +121,7 @@ def test_two_towers_learn_apart_and_go_on_from_their_folder(
 ) -> None:
     data, config = make(encoder, "separate")
     train(encoder, data, config)
-    export(encoder, tmp_path / "encoder")
+    export(encoder, tmp_path / "encoder", {})
     again = Encoder.from_folder(tmp_path / "encoder", device="cpu")
     pairs = zip(again.tower("query").parameters(), again.tower("memory").parameters(), strict=True)
     assert any(not torch.equal(q, m) for q, m in pairs)
