@@ -40,9 +40,9 @@ from memshare.training.rounds import Journal, count_new
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 180.0
 STREAM_SECONDS = 1200.0  # a run that has not learned by then never will
-RATE = 2.0  # requests a second
+RATE = 1.6  # requests a second
 AGENTS = 4
-SIZES = (240, 320, 60)  # seed memories, questions asked, questions held out
+SIZES = (240, 300, 60)  # seed memories, questions asked, questions held out
 
 
 class DemoFailed(RuntimeError):
