@@ -42,7 +42,7 @@ START_SECONDS = 180.0
 STREAM_SECONDS = 1200.0  # a run that has not learned by then never will
 RATE = 1.6  # requests a second
 AGENTS = 4
-SIZES = (240, 300, 60)  # seed memories, questions asked, questions held out
+SIZES = (220, 280, 60)  # seed memories, questions asked, questions held out
 
 
 class DemoFailed(RuntimeError):

@@ -40,7 +40,7 @@ class Recipe:
     match: float = 2.6
     copy: float = 0.5
     slow: float = 0.004
-    steps: int = 570
+    steps: int = 650
     batch_tokens: int = 1536
     muon_lr: float = 0.006
     adam_lr: float = 0.002

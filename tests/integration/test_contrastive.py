@@ -237,6 +237,7 @@ def test_an_empty_round_has_its_own_exit_code(
     assert result(output) == {
         "status": "empty", "examples": 0, "without_hard_negatives": 0,
         "dropped": {"no candidates": 1, "no positive beats the baseline": 1},
+        "pools": {}, "labels": [], "scorers": [],
     }  # fmt: skip
     assert "no usable example" in capsys.readouterr().err
     assert not (output / "encoder").exists()

@@ -295,7 +295,7 @@ def test_a_new_query_tower_is_swapped_in_over_the_rows_that_serve(
 
     monkeypatch.setattr(Serving, "of", classmethod(counted))
     pair = [encoders[0], retrained(folders[0])]
-    problems, count, seen = load_test(store, config, pair, swaps=6)
+    problems, count, seen = load_test(store, config, pair, swaps=4)
     assert problems == []
     assert count > 60 and seen == {1, 2}
     assert rows_read == [2]  # what it began with
