@@ -9,7 +9,7 @@ VLLM_VENV := .venv-vllm
 # spins by default; two such processes then slow each other tenfold, while one alone is faster so.)
 SHARED := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test lint integration vllm gpu-check clean
+.PHONY: setup demo test lint integration vllm servers gpu-check clean
 
 setup: $(VENV)/.ready
 
@@ -25,13 +25,13 @@ demo: setup
 	$(BIN)/python serve/demo.py --config configs/pocket.yaml
 
 test: setup
-	$(SHARED) $(BIN)/python -m pytest tests -n 2 -m 'not server'
+	$(SHARED) $(BIN)/python -m pytest tests -n 2 --dist worksteal -m 'not server'
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
-# Real servers: vLLM on the pocket LM.
-integration: setup vllm
+# Real servers: vLLM on the pocket LM, PostgreSQL, SLURM.
+integration: setup vllm servers
 	$(SHARED) $(BIN)/python -m pytest tests/integration -m server
 
 vllm: $(VLLM_VENV)/.ready
@@ -46,6 +46,13 @@ $(VLLM_VENV)/.ready: constraints-vllm.txt
 		$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
 	fi
 	touch $@
+
+# Debian's and Ubuntu's packages. Installing needs root; tests start their own servers from them.
+servers:
+	@if ! dpkg-query --show postgresql slurm-wlm munge shellcheck >/dev/null 2>&1; then \
+		apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
+			--no-install-recommends postgresql slurm-wlm munge shellcheck; \
+	fi
 
 gpu-check: setup
 	$(BIN)/python -m pytest tests/gpu -m gpu
