@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -18,22 +17,6 @@ _LINE_EVERY_SECONDS = 10.0
 def log(message: str) -> None:
     """One plain line on standard error, with the time, flushed."""
     print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Load or save without transformers' own bars and report, which would fill every log."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -15,7 +15,7 @@ from memshare.llm.factory import model_identity
 from memshare.llm.hf_generate import Row, Sampling
 from memshare.llm.hf_worker import Worker
 from memshare.llm.tokens import ChatTokenizer
-from memshare.progress import quiet_transformers
+from memshare.loading import using_transformers
 
 _NO_EFFECT = frozenset(
     {"user", "metadata", "store", "service_tier", "stream_options", "n", "logprobs"}
@@ -50,7 +50,7 @@ class TransformersBackend:
         if dtype == "auto" and device == "cpu":
             dtype = "float32"  # bfloat16 is slower there on most machines, and less exact
         try:
-            with quiet_transformers():
+            with using_transformers():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
             loaded = loaded.to(device).eval()
         except (OSError, ValueError, RuntimeError) as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from memshare.progress import quiet_transformers
+from memshare.loading import using_transformers
 
 
 class BertScore(NamedTuple):
@@ -39,7 +39,7 @@ class BertScorer:
             tuned.get(self.name) or AutoConfig.from_pretrained(model).num_hidden_layers
         )
         self._batch_size = batch_size
-        with quiet_transformers():
+        with using_transformers():
             self._scorer = BERTScorer(
                 model_type=model,
                 num_layers=self.layer,

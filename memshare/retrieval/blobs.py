@@ -18,6 +18,7 @@ from memshare.retrieval.card import CARD, model_card
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.index import FlatIndex
 from memshare.retrieval.manifest import (
+    ROW_FILES,
     GenerationError,
     Manifest,
     blob_digest,
@@ -27,7 +28,6 @@ from memshare.retrieval.manifest import (
 )
 
 _SAME_VECTOR = 1e-5  # rounding between two runs of one encoder over one text
-_ROW_FILES = {"ids.npy", "index.faiss"}
 _CARD_FILE = f"encoder/{CARD}"  # each generation's own: it tells of the gate and of the pools
 
 
@@ -90,15 +90,15 @@ def _link_parent(
         wanted = set()
         if old.query_fingerprint == new.query_fingerprint and encoder_files <= sound:
             wanted |= encoder_files - {_CARD_FILE}
-        if sound >= _ROW_FILES and _same_rows(source, vectors, ids):
-            wanted |= _ROW_FILES
+        if sound >= ROW_FILES and _same_rows(source, vectors, ids):
+            wanted |= ROW_FILES
         for name in sorted(wanted):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(source / name, folder / name)
     except (GenerationError, OSError) as error:
         log(f"{source}: nothing is linked from it: {error}")
         shutil.rmtree(folder / "encoder", ignore_errors=True)
-        for name in _ROW_FILES:
+        for name in ROW_FILES:
             (folder / name).unlink(missing_ok=True)
 
 

@@ -151,7 +151,7 @@ class Encoder:
             model = nn.ModuleDict({"query": model, "memory": other[0]})
         encoder = cls(model, tokenizer, settings.capped(limit), device, batch_tokens)
         try:
-            for side in SIDES:
+            for side in SIDES if encoder.two_towers else SIDES[:1]:
                 encoder.encode(["probe"], side=side)
         except (TypeError, ValueError, AttributeError) as error:
             raise EncoderError(

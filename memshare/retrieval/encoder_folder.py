@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from tokenizers import normalizers
 
-from memshare.progress import quiet_transformers
+from memshare.loading import using_transformers
 from memshare.retrieval.encoder_format import EncoderError
 
 _MINILM = "all-MiniLM-L6-v2"
@@ -105,7 +105,7 @@ def load_parts(folder: Path, lower_case: bool) -> tuple[Any, Any, int | None]:
             "with transformers: AutoModel.from_pretrained(old).save_pretrained(new)"
         )
     try:
-        with quiet_transformers():
+        with using_transformers():
             config = transformers.AutoConfig.from_pretrained(folder)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             kind, options = _model_class(config)

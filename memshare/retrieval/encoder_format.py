@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from memshare.files import write_json
-from memshare.progress import quiet_transformers
+from memshare.loading import using_transformers
 
 Pooling = Literal["mean", "cls"]
 Side = Literal["query", "memory"]
@@ -203,7 +203,7 @@ def _save_tower(
     base, pooling, normalize = folders
     for path in folders:
         path.mkdir(exist_ok=True)
-    with quiet_transformers():
+    with using_transformers():
         model.save_pretrained(base)
         tokenizer.model_max_length = settings.max_length
         tokenizer.save_pretrained(base)

@@ -12,6 +12,7 @@ from memshare.progress import log
 from memshare.retrieval.encoder import Encoder, EncoderError
 from memshare.retrieval.index import FlatIndex, Gpu
 from memshare.retrieval.manifest import (
+    ROW_FILES,
     DamagedGeneration,
     GenerationError,
     Manifest,
@@ -119,12 +120,13 @@ def load(
     *,
     rows: bool = True,
 ) -> Generation:
-    """Load generation ``number`` (None: CURRENT) after verifying all of it.
+    """Load generation ``number`` (None: CURRENT) after verifying what is loaded of it.
 
     ``gpu`` moves the indexes there (`FlatIndex.to_gpu`). Without ``rows``, ``indexes`` and ``ids``
-    stay empty: for who has the rows of this memory tower already. The caller closes it, which gives
-    the lease back. Raises `NoGeneration` where there is none and `DamagedGeneration` where size,
-    SHA-256, shapes or the encoder's fingerprints differ from the manifest.
+    stay empty and their files unread: for who has the rows of this memory tower already. The caller
+    closes it, which gives the lease back. Raises `NoGeneration` where there is none and
+    `DamagedGeneration` where size, SHA-256, shapes or the encoder's fingerprints differ from the
+    manifest.
     """
     home = home_of(root, retriever)
     while True:
@@ -141,7 +143,7 @@ def load(
     try:
         folder = home / folder_name(wanted)
         manifest = read_manifest(folder)
-        verify(folder, manifest)
+        verify(folder, manifest, unread=() if rows else ROW_FILES)
         encoder = _load_encoder(folder, manifest, device)
         indexes, ids = _load_rows(folder, manifest, gpu) if rows else ({}, {})
     except BaseException:

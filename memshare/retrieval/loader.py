@@ -5,7 +5,8 @@ FAISS resources, while the worker goes on answering. The last changes are taken 
 pauses, so that nothing that was searchable before the swap is missing after it.
 
 A generation with the memory tower that serves already (``training.towers: query-only``) brings a
-query tower alone: the rows stay, and the swap costs nothing in their number.
+query tower alone: the rows stay, and none of the new index is read, so that the swap costs nothing
+in their number.
 """
 
 from __future__ import annotations

@@ -309,6 +309,26 @@ def test_a_new_query_tower_is_swapped_in_over_the_rows_that_serve(
     assert rows_read[1:] == [2, 1]
 
 
+def test_a_query_tower_s_swap_reads_nothing_of_the_new_index(
+    store: PoolStore, config: Config, folders: list[Path], encoders: list[Encoder]
+) -> None:
+    fill(store, "p", 5)
+    publish_now(store, config, encoders[0])
+    with Searcher(store, config) as searcher:
+        serves(searcher, 1)
+        fill(store, "p", 1, seed=5)
+        activate(config.generations_dir, "main", 1)  # pinned: CURRENT stays while damage is done
+        two = publish_now(store, config, retrained(folders[0]))
+        home = config.generations_dir / "main"
+        index = home / f"{two:06d}" / "index.faiss"
+        index.write_bytes(bytes(index.stat().st_size))
+        write_current(home, stage_current(home, two, pinned=False))
+        serves(searcher, two)
+        assert searcher.search("p", "river stone", 6).generation == two
+    with Searcher(store, config) as searcher:
+        serves(searcher, 1)  # one that has to read it refuses it
+
+
 def test_a_query_tower_of_a_damaged_generation_is_refused(
     store: PoolStore, config: Config, folders: list[Path], encoders: list[Encoder]
 ) -> None:
