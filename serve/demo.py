@@ -40,9 +40,9 @@ from memshare.training.rounds import Journal, count_new
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 180.0
 STREAM_SECONDS = 1200.0  # a run that has not learned by then never will
-RATE = 1.6  # requests a second
+RATE = 1.2  # problems a second
 AGENTS = 4
-SIZES = (220, 280, 60)  # seed memories, questions asked, questions held out
+SIZES = (220, 240, 48)  # seed memories, questions asked, questions held out
 
 
 class DemoFailed(RuntimeError):

@@ -21,6 +21,7 @@ from memshare.pocket.world import Task
 
 _TIMEOUT_SECONDS = 120.0
 _WATCH_SECONDS = 0.5
+_AFTERWARDS = 0.5  # of the rate, once all problems are out
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Stream:
     """Sends the world's problems in their order, then test questions until ``done`` says so.
 
     Problems are written to the pool; a taught one arrives as a finished memory. Test questions only
-    keep the load up, they are never written.
+    keep some load up, half as many a second; they are never written.
     """
 
     def __init__(self, url: str, pool: str, agents: int, rate: float) -> None:
@@ -79,7 +80,7 @@ class Stream:
         running: set[asyncio.Task[None]] = set()
         watcher = asyncio.create_task(self._watch())
         try:
-            async for number in self._ticks():
+            async for number in self._ticks(len(problems)):
                 if number < len(problems):
                     work = self._problem(problems[number], number)
                     asked(number + 1)
@@ -112,11 +113,12 @@ class Stream:
             number = int(seen["memshare_generation"])
             self.traffic.swaps.setdefault(number, seen["memshare_swap_seconds"])
 
-    async def _ticks(self) -> AsyncIterator[int]:
-        started = time.monotonic()
+    async def _ticks(self, problems: int) -> AsyncIterator[int]:
+        due = time.monotonic()
         for number in itertools.count():
-            await asyncio.sleep(max(0.0, started + number / self._rate - time.monotonic()))
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
             yield number
+            due += 1.0 / (self._rate * (1.0 if number < problems else _AFTERWARDS))
 
     async def _problem(self, task: Task, number: int) -> None:
         if not task.taught:

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder, Side
@@ -99,6 +99,7 @@ class ContrastiveStep:
         encoder.tower("query").train(config.dropout)
         if frozen is None:
             encoder.tower("memory").train(config.dropout)
+        self._tables = _learning_tables(encoder) if world.device.type == "cpu" else []
 
     def backward(self, batch: StepBatch, step: int, stop: bool = False) -> StepResult:
         """Leave the global loss's gradient in ``.grad``; equal on all processes.
@@ -144,6 +145,8 @@ class ContrastiveStep:
             kept = graphs.pop(index, None)
             vectors = self._encode(mine[places], side, step, index) if kept is None else kept
             torch.autograd.backward(vectors, gradient[places])
+        for weight in (embedding.weight for embedding in self._tables):
+            weight.grad = None if weight.grad is None else weight.grad.to_dense()
         world.sum_gradients(p for p in self._encoder.model.parameters() if p.requires_grad)
         return StepResult(
             loss=total[0],
@@ -173,7 +176,7 @@ class ContrastiveStep:
         inputs = self._encoder.collate(self._table.rows(rows))
         # A context of its own each time: autocast caches the cast weights, and casts made without
         # gradients must not serve the pass that needs them.
-        with self._autocast():
+        with self._autocast(), _row_gradients(self._tables):
             return self._encoder.embed(inputs, side)
 
     def _loss(self, vectors: Tensor, batch: StepBatch) -> tuple[Tensor, Tensor]:
@@ -204,3 +207,25 @@ class ContrastiveStep:
             total += share.detach()
         gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
         return total, gradient
+
+
+def _learning_tables(encoder: Encoder) -> list[nn.Embedding]:
+    """The embedding tables that have gradients."""
+    tables = (item for item in encoder.model.modules() if isinstance(item, nn.Embedding))
+    return [table for table in tables if table.weight.requires_grad]
+
+
+@contextmanager
+def _row_gradients(tables: Sequence[nn.Embedding]) -> Iterator[None]:
+    """What ``tables`` look up here gives gradients of the rows looked up, as sparse tensors.
+
+    A dense gradient is as large as the vocabulary, and each micro-batch would fill one and add it
+    up: on a CPU that is a tenth of a step.
+    """
+    for table in tables:
+        table.sparse = True
+    try:
+        yield
+    finally:
+        for table in tables:
+            table.sparse = False
