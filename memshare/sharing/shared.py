@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,13 +22,14 @@ from memshare.llm.base import LLM, LLMError, LLMUnavailable
 from memshare.llm.rubric import load_rubric
 from memshare.llm.scorer import Scorer
 from memshare.pool.errors import InvalidMemory
+from memshare.pool.queue import Job, PairQueue
 from memshare.pool.store import PoolStore
 from memshare.pool.validate import check_memory
 from memshare.progress import log
-from memshare.records import AppendResult, NewMemory, PoolInfo, normalise
+from memshare.records import AppendResult, NewMemory, Pair, PoolInfo, normalise
 from memshare.retrieval.searcher import Filter, Searcher, SearchTimeout
 from memshare.sharing import turn as ends
-from memshare.sharing.turn import Decision, Pair, Retrieved, Turn, prompt_hash
+from memshare.sharing.turn import Decision, Retrieved, Turn, prompt_hash
 
 T = TypeVar("T")
 _PATIENCE_SECONDS = 30.0  # between two lines about a long start
@@ -118,19 +120,20 @@ class SharedMemory:
         self.observe("llm", time.perf_counter() - started)
         return answer
 
-    async def grade_and_store(self, pair: Pair) -> Decision:
+    async def grade_and_store(self, pair: Pair, job: Job | None = None) -> Decision:
         """Grade the pair by its pool's rubric and store it, or drop it with the reason on record.
 
         A stored pair is searchable when this returns. A pair that can't be stored whatever its
-        grade (empty, cut off, unusable text) is not graded. Raises `UnknownPool`, and
-        `LLMUnavailable` with nothing decided if the scorer can't be reached.
+        grade (empty, cut off, unusable text) is not graded. ``job``: its place in the queue, which
+        it leaves in the transaction that decides (see `pool.queue`). Raises `UnknownPool`,
+        `ClaimLost`, and `LLMUnavailable` with nothing decided if the scorer can't be reached.
         """
         info = await self.read(self.store.pool, pair.pool)
-        decision = self._hopeless(pair) or await self._decide(pair, info)
-        await self.record(pair, decision)
-        return decision
+        decision = self.hopeless(pair) or await self._grade(pair, info)
+        return await self.settle(pair, decision, job)
 
-    async def _decide(self, pair: Pair, info: PoolInfo) -> Decision:
+    async def _grade(self, pair: Pair, info: PoolInfo) -> Decision:
+        """The decision, which nothing has carried out so far."""
         rubric = await self._rubric(info)
         started = time.perf_counter()
         try:
@@ -144,22 +147,37 @@ class SharedMemory:
             return Decision("rejected", ends.UNREADABLE_GRADE, detail=grade.reason)
         if grade.value < info.threshold:
             return Decision("rejected", ends.BELOW_THRESHOLD, grade.value, detail=grade.reason)
-        (result,) = await self.write(self.append_visible, [self._memory(pair, grade.value)])
-        if result.status == "duplicate":
-            return Decision("duplicate", ends.DUPLICATE, grade.value, result.id)
-        return Decision("stored", ends.STORED, grade.value, result.id, grade.reason)
+        return Decision("stored", ends.STORED, grade.value, detail=grade.reason)
 
-    async def record(self, pair: Pair, decision: Decision) -> None:
-        """Put a decision on the pool's record."""
-        await self.write(
-            self.store.record_decision,
-            pair.pool,
-            decision.reason,
-            prompt_hash(pair.prompt),
-            decision.score,
-            pair.agent,
-            decision.memory_id,
-        )
+    async def settle(self, pair: Pair, decision: Decision, job: Job | None = None) -> Decision:
+        """Carry a decision out: one transaction stores the pair if it is to be stored, puts the
+        decision on the pool's record and takes ``job`` out of the queue. Returns what it came to;
+        a stored pair can be searched for by then (see `append_visible`).
+        """
+        return await self.write(self._settle, pair, decision, job)
+
+    def _settle(self, pair: Pair, decision: Decision, job: Job | None) -> Decision:
+        started = time.perf_counter()
+        new = []
+        if decision.status == "stored":
+            limit = self.config.gateway.max_text_chars
+            new = [check_memory(self._memory(pair, decision.score), limit)]
+        with self.store.database.write() as connection:
+            results = self.store.append_in(connection, new)
+            for result in results:
+                decision = replace(decision, memory_id=result.id)
+                if result.status == "duplicate":
+                    decision = replace(decision, status="duplicate", reason=ends.DUPLICATE)
+            self.store.record_in(
+                connection, pair.pool, decision.reason, prompt_hash(pair.prompt), decision.score,
+                pair.agent, decision.memory_id,
+            )  # fmt: skip
+            if job:
+                PairQueue.finish(connection, job)
+        if new:
+            self._wait_visible(new, results)
+            self.observe("store", time.perf_counter() - started)
+        return decision
 
     async def turn(
         self,
@@ -209,6 +227,11 @@ class SharedMemory:
         """
         started = time.perf_counter()
         results = self.store.append(memories)
+        self._wait_visible(memories, results)
+        self.observe("store", time.perf_counter() - started)
+        return results
+
+    def _wait_visible(self, memories: list[NewMemory], results: list[AppendResult]) -> None:
         for pool in {memory.pool for memory in memories} & set(self.config.served_pools):
             seqs = [
                 result.seq
@@ -216,8 +239,6 @@ class SharedMemory:
                 if memory.pool == pool
             ]
             self.searcher.wait_visible(pool, max(seqs), self.config.gateway.visible_timeout_seconds)
-        self.observe("store", time.perf_counter() - started)
-        return results
 
     async def start(self) -> None:
         """Load encoder and generation; when this returns, memories can be searched for.
@@ -241,7 +262,8 @@ class SharedMemory:
         await asyncio.to_thread(self._reads.shutdown)
         await asyncio.to_thread(self.store.close)
 
-    def _hopeless(self, pair: Pair) -> Decision | None:
+    def hopeless(self, pair: Pair) -> Decision | None:
+        """Why ``pair`` can't be stored whatever its grade; None if it can."""
         if not pair.prompt.strip() or not pair.answer.strip():
             return Decision("rejected", ends.EMPTY)
         if pair.finish_reason == "length":
