@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
@@ -43,7 +42,6 @@ async def events(
     chunks: AsyncIterator[Mapping[str, Any]],
     note: Mapping[str, Any],
     pair: Pair | None,
-    started: float,
 ) -> StreamingResponse:
     """Pass ``chunks`` on, the first with ``memshare``; queue the pair once the answer is whole.
 
@@ -51,8 +49,8 @@ async def events(
     503. What fails later comes as an ``error`` event, without [DONE]. An answer whose client has
     gone away is not stored: nobody has seen it whole.
     """
-    first = await anext(chunks, None)
-    gateway.shared.observe("llm", time.perf_counter() - started)
+    with gateway.shared.stage("llm"):
+        first = await anext(chunks, None)
 
     async def body() -> AsyncIterator[str]:
         spoken = _Spoken()

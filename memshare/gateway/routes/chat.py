@@ -70,11 +70,10 @@ async def chat(
     max_tokens = body.max_completion_tokens or body.max_tokens or agent.max_tokens
     llm = shared.agent.llm
     await llm.ready()
-    started = time.perf_counter()
-    messages, kept = await shared.read(
-        compose, llm, body.messages, found.memories, agent.instruction, max_tokens
-    )
-    shared.observe("prompt", time.perf_counter() - started)
+    with shared.stage("prompt"):
+        messages, kept = await shared.read(
+            compose, llm, body.messages, found.memories, agent.instruction, max_tokens
+        )
     note: dict[str, Any] = {
         "generation": found.generation,
         "memories": [memory.id for memory in kept],
@@ -91,12 +90,11 @@ async def chat(
         "seed": body.seed,
         "extra": body.passed_on() or None,
     }
-    started = time.perf_counter()
     if body.stream:
         chunks = llm.stream(messages, **sampling)
-        return await events(gateway, chunks, note, None if refusal else pair, started)
-    completion = await llm.chat(messages, **sampling)
-    shared.observe("llm", time.perf_counter() - started)
+        return await events(gateway, chunks, note, None if refusal else pair)
+    with shared.stage("llm"):
+        completion = await llm.chat(messages, **sampling)
     reply = _reply(completion, llm.model)
     if pair and not refusal:
         note |= await submit(gateway, pair, *answer_of(reply))

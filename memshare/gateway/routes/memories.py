@@ -81,8 +81,10 @@ async def add(body: AddMemories, gateway: ReadyGateway, caller: Caller) -> JSONR
         stored = await gateway.shared.write(
             gateway.shared.append_visible, [memory for _, memory in accepted]
         )
-        for (place, _), result in zip(accepted, stored, strict=True):
-            results[place] = ItemResult(id=result.id, status=result.status)
+        for (place, memory), result in zip(accepted, stored, strict=True):
+            # A duplicate's id is another's memory, which not everybody who writes may know.
+            known = result.status == "stored" or caller.may("read", memory.pool)
+            results[place] = ItemResult(id=result.id if known else None, status=result.status)
     return JSONResponse(
         {"results": [result.model_dump() for result in results if result]}, status_code=status
     )
