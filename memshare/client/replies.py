@@ -1,4 +1,7 @@
-"""What a gateway replies, as plain frozen data."""
+"""What a gateway replies, as plain frozen data.
+
+Without slots: the MCP SDK makes schemas of these and reads defaults off the class.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Memory:
     """A memory. ``standing`` in -1..1 sums up the feedback of ``votes`` principals.
 
@@ -28,7 +31,7 @@ class Memory:
     similarity: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AddResult:
     """What became of one memory; ``reason`` says why it was rejected.
 
@@ -40,7 +43,7 @@ class AddResult:
     reason: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Found:
     """Memories best first, all of them found by one generation."""
 
@@ -48,7 +51,7 @@ class Found:
     memories: tuple[Memory, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Page:
     """One page of a pool in the order of storing; ``next_cursor`` None at the end."""
 
@@ -56,7 +59,7 @@ class Page:
     next_cursor: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Standing:
     """A memory's standing once an opinion was given."""
 
@@ -65,7 +68,7 @@ class Standing:
     votes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ChatReply:
     """An answer with the memories that were shown for it, best first.
 
@@ -82,7 +85,7 @@ class ChatReply:
     raw: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ChatChunk:
     """A piece of a streamed answer. The first one has ``note``: generation, memories, write."""
 
@@ -92,7 +95,7 @@ class ChatChunk:
     raw: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Generation:
     """One generation on disk."""
 
@@ -104,7 +107,7 @@ class Generation:
     serving: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Generations:
     """A retriever's generations, oldest first."""
 

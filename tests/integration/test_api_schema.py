@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -19,6 +22,7 @@ from memshare.pool.keys import KeyRing
 from memshare.pool.store import PoolStore
 from tests.integration.test_gateway import gateway
 
+EXAMPLES = 25
 CHECKS: list[Any] = [
     not_a_server_error,
     content_type_conformance,
@@ -38,22 +42,28 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[
         yield url, {"Authorization": f"Bearer {secret}"}
 
 
-@pytest.fixture(scope="module")
-def api(keyed: tuple[str, dict[str, str]]) -> Any:
-    return schemathesis.openapi.from_url(f"{keyed[0]}/openapi.json")
-
-
-schema = schemathesis.pytest.from_fixture("api")
-
-
-@schema.parametrize()
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
-)
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_every_operation_keeps_its_promises(
-    case: schemathesis.Case, keyed: tuple[str, dict[str, str]]
+    keyed: tuple[str, dict[str, str]], mode: GenerationMode
 ) -> None:
-    case.call_and_validate(headers=keyed[1], checks=CHECKS, timeout=60)
+    url, headers = keyed
+    operations = 0
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    for result in schema.get_all_operations():
+        operation: Any = result.ok()
+        operations += 1
+
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def promises(case: schemathesis.Case) -> None:
+            case.call_and_validate(headers=headers, checks=CHECKS, timeout=60)
+
+        with suppress(Unsatisfiable):  # an operation without parameters can't be asked wrongly
+            promises()
+    assert operations == 13

@@ -111,6 +111,7 @@ def test_an_agent_joins_a_pool_over_mcp(keyed: tuple[str, str, str]) -> None:
     async def body() -> None:
         async with mcp.Client(server) as client:
             tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+            assert all(tool.output_schema for tool in tools.values())
             assert set(tools) == {"search_memories", "add_memory", "give_feedback"}
             assert all(tool.description for tool in tools.values())
 
