@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -153,3 +156,31 @@ def test_mcp_without_a_valid_key_tells_the_agent_why(keyed: tuple[str, str, str]
             assert refused.is_error and "a key is needed" in refused.content[0].text  # type: ignore[union-attr]
 
     asyncio.run(body())
+
+
+def test_mcp_over_http(keyed: tuple[str, str, str]) -> None:
+    url, agent, _ = keyed
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "memshare.cli", "mcp", "--pool", "keep", "--url", url]
+    process = subprocess.Popen(
+        [*command, "--http", str(port)], cwd=ROOT, env={**os.environ, "MEMSHARE_KEY": agent}
+    )
+
+    async def body() -> None:
+        async with mcp.Client(f"http://127.0.0.1:{port}/mcp") as client:
+            added = {"prompt": "who asks over HTTP", "answer": "An agent."}
+            assert not (await client.call_tool("add_memory", added)).is_error
+            found = await client.call_tool("search_memories", {"query": "who asks over HTTP"})
+            assert found.structured_content["memories"][0]["answer"] == "An agent."
+
+    try:
+        deadline = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        asyncio.run(body())
+    finally:
+        process.terminate()
+        process.wait(30)
