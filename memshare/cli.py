@@ -18,6 +18,8 @@ from memshare.files import RunLocked
 # command -> (module with add_parser(subparsers), one line of help)
 COMMANDS = {
     "pool": ("memshare.pool.cli", "create, fill, read and export pools"),
+    "keys": ("memshare.pool.keys_cli", "create, list and revoke the gateway's keys"),
+    "mcp": ("memshare.client.mcp", "let agents join a pool over MCP"),
     "bootstrap": ("memshare.bootstrap_cli", "fill a pool from a small seed set"),
     "generations": ("memshare.retrieval.cli", "list, verify, activate, unpin and push generations"),
 }

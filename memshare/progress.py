@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -14,9 +14,22 @@ T = TypeVar("T")
 _LINE_EVERY_SECONDS = 10.0
 
 
-def log(message: str) -> None:
-    """One plain line on standard error, with the time, flushed."""
+def _plain(message: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
+
+
+_write: Callable[[str], None] = _plain
+
+
+def log_through(write: Callable[[str], None]) -> None:
+    """Hand what `log` is given to ``write`` from now on, for a program with a log of its own."""
+    global _write
+    _write = write
+
+
+def log(message: str) -> None:
+    """One plain line on standard error, with the time, flushed (see `log_through`)."""
+    _write(message)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

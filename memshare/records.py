@@ -82,6 +82,22 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """A finished answer to a bare question, on its way to the scorer.
+
+    ``finish_reason`` as OpenAI's; ``agent`` and ``model`` say who answered.
+    """
+
+    pool: str
+    prompt: str
+    answer: str
+    finish_reason: str = "stop"
+    agent: str | None = None
+    model: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class AppendResult:
     """What became of one appended memory; a duplicate names the memory that was there first."""
 

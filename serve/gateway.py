@@ -2,8 +2,9 @@
 
     python serve/gateway.py --config configs/pocket.yaml --port 8000
 
-One gateway a run folder. Bound to loopback unless --allow-unauthenticated is given: there are no
-keys yet, so whoever reaches it may read, write and delete.
+One gateway a run folder; several with folders of their own may share one database. On loopback it
+asks for no keys (unless gateway.keys says so); on any other address it asks for one, and does not
+start while there is none (`memshare keys create`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,20 @@ from contextlib import suppress
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.files import RunLocked, run_lock, write_json
+from memshare.gateway.logs import install
 from memshare.llm.base import LLMError
 from memshare.pool.errors import PoolError
+from memshare.pool.keys import KeyRing
+from memshare.pool.store import PoolStore
 from memshare.progress import log
 
 
 class AddressError(RuntimeError):
     """The address can't be served on."""
+
+
+class NoKeys(RuntimeError):
+    """Keys are required, and there are none."""
 
 
 def is_loopback(host: str) -> bool:
@@ -57,9 +65,22 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
+def check_keys(config: Config) -> None:
+    """Raises `NoKeys` if nobody could use a gateway that requires them."""
+    with PoolStore.open(config.url) as store:
+        if all(key.revoked_at for key in KeyRing(store.database).list()):
+            raise NoKeys(
+                "this gateway asks for keys and there are none. Make one first: memshare keys "
+                "create NAME --right POOL=read,write with the same --config; or bind to 127.0.0.1"
+            )
+
+
 def serve(config: Config, host: str, port: int) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit code."""
     failures: list[BaseException] = []
+    keys_required = config.gateway.keys == "required" or not is_loopback(host)
+    if keys_required:
+        check_keys(config)
     with run_lock(config.run.dir, "gateway"), listen(host, port) as sock:
         # Only now, so that a wrong setting or a taken port is told at once: torch takes seconds.
         import uvicorn
@@ -69,11 +90,13 @@ def serve(config: Config, host: str, port: int) -> int:
 
         bound = sock.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
-        app = create_app(assemble(config), on_failure=lambda error: stop(error))
+        app = create_app(
+            assemble(config), on_failure=lambda error: stop(error), keys_required=keys_required
+        )
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                log_level="warning",
+                log_config=None,  # its loggers' lines go where ours go
                 access_log=False,
                 timeout_graceful_shutdown=int(config.gateway.shutdown_seconds),
             )
@@ -100,26 +123,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_config_arguments(parser)
     parser.add_argument("--host", help="address to bind (default: gateway.host)")
     parser.add_argument("--port", type=int, help="port to bind, 0 for a free one (gateway.port)")
-    parser.add_argument(
-        "--allow-unauthenticated",
-        action="store_true",
-        help="bind to another address than loopback, open to whoever reaches it",
-    )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     try:
         config = load_config(args.config, args.overrides)
+        install(config.gateway.log)
         host = args.host or config.gateway.host
         port = config.gateway.port if args.port is None else args.port
-        if not is_loopback(host):
-            if not args.allow_unauthenticated:
-                raise AddressError(
-                    f"{host} is not loopback, and the gateway has no keys: whoever reaches it may "
-                    "read, write and delete. Give --allow-unauthenticated if that is meant"
-                )
-            log(f"warning: {host} is open to whoever reaches it: no keys are asked for")
         return serve(config, host, port)
-    except (AddressError, ConfigError, RunLocked, PoolError, LLMError) as error:
+    except (AddressError, ConfigError, NoKeys, RunLocked, PoolError, LLMError) as error:
         log(f"gateway: {error}")
         return 2
     except KeyboardInterrupt:

@@ -87,8 +87,6 @@ def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stoppi
     if uses_vllm and not args.no_llm:
         supervisor.start("llm", command("serve/llm.py", args))
     options = ["--host", host, "--port", str(port)]
-    if args.allow_unauthenticated:
-        options.append("--allow-unauthenticated")
     env = shared_cores()
     supervisor.start("gateway", command("serve/gateway.py", args, *options), env)
     limit = 120.0
@@ -124,7 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, help="the gateway's port (default: gateway.port)")
     parser.add_argument("--no-train", action="store_true", help="serve only, without the trainer")
     parser.add_argument("--no-llm", action="store_true", help="the LLM servers run already")
-    parser.add_argument("--allow-unauthenticated", action="store_true", help="see serve/gateway.py")
     args = parser.parse_args(argv)
     try:
         config = load_config(args.config, args.overrides)

@@ -248,24 +248,33 @@ class ContinualConfig(Section):
 class GatewayConfig(Section):
     """The HTTP service's limits and its default pool.
 
+    ``keys``: callers need one, ``auto`` everywhere but on a loopback address.
+    ``requests_per_minute`` (None: no limit) and ``max_body_bytes`` hold for each key that has no
+    limit of its own. ``max_requests`` and ``max_chats`` bound what is answered at one time.
     ``score_writes``: memories that clients write are graded before they are stored, as answers are.
-    ``scoring_queue`` bounds the pairs that wait for the scorer, ``scoring_wait_seconds`` how long
-    an answer waits for a place there, ``shutdown_seconds`` how long a stopping one works it off.
+    ``scoring_queue``: so many pairs wait for the scorer before chats are refused;
+    ``scoring_lease_seconds``: how long after a crash its pairs stay with the gateway that crashed.
+    ``shutdown_seconds``: how long a stopping gateway finishes what it has accepted.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     default_pool: str | None = None
+    keys: Literal["auto", "required"] = "auto"
+    requests_per_minute: PositiveInt | None = None
+    max_requests: PositiveInt = 1024
+    max_chats: PositiveInt = 256
     max_body_bytes: PositiveInt = 1_000_000
     max_text_chars: PositiveInt = 32_768
     max_k: PositiveInt = 1000
     score_writes: bool = False
     scoring_workers: PositiveInt = 4
     scoring_queue: PositiveInt = 1024
-    scoring_wait_seconds: Annotated[float, Field(ge=0.0)] = 2.0
+    scoring_lease_seconds: PositiveFloat = 30.0
     shutdown_seconds: PositiveFloat = 30.0
     visible_timeout_seconds: PositiveFloat = 30.0
     threads: PositiveInt = 16  # for blocking calls of the store, reads and writes apart
+    log: Literal["auto", "json", "plain"] = "auto"  # auto: plain on a terminal
 
 
 class BootstrapConfig(Section):

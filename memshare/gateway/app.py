@@ -10,30 +10,40 @@ from typing import Any
 from fastapi import FastAPI
 
 import memshare
+from memshare.gateway.access import Access
 from memshare.gateway.background import ScoringQueue
 from memshare.gateway.errors import install_error_handlers
-from memshare.gateway.metrics import Metrics, RequestMetrics, Sizes
+from memshare.gateway.logs import logger
+from memshare.gateway.metrics import Metrics, Sizes
+from memshare.gateway.middleware import Admission, Requests
 from memshare.gateway.routes import chat, health, memories, retrievers
 from memshare.gateway.schemas import ErrorReply
 from memshare.gateway.state import Gateway, LLMProbe
+from memshare.pool.feedback import Feedback
 from memshare.progress import log
 from memshare.sharing import SharedMemory, uses_scorer_llm
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorReply, "description": "not JSON, not UTF-8, or refused by the LLM"},
+    401: {"model": ErrorReply, "description": "no valid key"},
     413: {"model": ErrorReply, "description": "the body is too large"},
     422: {"model": ErrorReply, "description": "the body breaks the schema or a limit"},
+    429: {"model": ErrorReply, "description": "beyond the key's rate, or the gateway is busy"},
     503: {"model": ErrorReply, "description": "a part isn't ready or can't be reached"},
 }
 
 
 def create_app(
-    shared: SharedMemory, on_failure: Callable[[BaseException], None] | None = None
+    shared: SharedMemory,
+    on_failure: Callable[[BaseException], None] | None = None,
+    *,
+    keys_required: bool = False,
 ) -> FastAPI:
     """The gateway over ``shared``, which it starts and closes with itself.
 
-    Starting happens behind /readyz, so that a large encoder's loading looks like that and not like
-    a dead process; ``on_failure`` is called if it fails.
+    ``keys_required``: nobody is served without a key, the health checks excepted. Starting happens
+    behind /readyz, so that a large encoder's loading looks like that and not like a dead process;
+    ``on_failure`` is called if it fails.
     """
     metrics = Metrics()
     shared.observe = metrics.observe
@@ -46,6 +56,8 @@ def create_app(
         metrics,
         ScoringQueue(shared, metrics),
         probes,
+        Access(shared, metrics, keys_required),
+        Feedback(shared.store.database),
         on_failure=on_failure,
     )
     app = FastAPI(
@@ -58,10 +70,10 @@ def create_app(
         redoc_url=None,
     )
     app.state.gateway = gateway
-    app.state.max_body_bytes = config.gateway.max_body_bytes
-    app.add_middleware(RequestMetrics, metrics=metrics)
+    app.add_middleware(Admission, config=config.gateway, metrics=metrics)
+    app.add_middleware(Requests, metrics=metrics)  # the last one added is the first one met
     install_error_handlers(app)
-    for router in (health.router, chat.router, memories.router, retrievers.router):
+    for router in (health.router, health.keyed, chat.router, memories.router, retrievers.router):
         app.include_router(router)
     return app
 
@@ -69,7 +81,6 @@ def create_app(
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway: Gateway = app.state.gateway
-    gateway.queue.start()
     starting = asyncio.create_task(_start(gateway))
     try:
         yield
@@ -78,7 +89,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         if not starting.done():
             await asyncio.to_thread(gateway.shared.searcher.close)  # ends the wait for it
             await asyncio.wait([starting])
-        log(f"stopping: {gateway.queue.pending()} pairs still to decide")
+        log("stopping")
         await gateway.queue.stop()
         await gateway.shared.aclose()
         log("stopped")
@@ -89,23 +100,25 @@ async def _start(gateway: Gateway) -> None:
         await gateway.shared.start()
     except Exception as error:
         gateway.failure = f"the searcher can't start: {error}"
-        log(gateway.failure)
+        logger.error(gateway.failure)
         if gateway.on_failure:
             gateway.on_failure(error)
         return
-    gateway.metrics.watch(lambda: _sizes(gateway.shared))
+    gateway.metrics.watch(lambda: _sizes(gateway))
+    gateway.queue.start()
     gateway.ready = True
     log(f"ready: generation {gateway.shared.searcher.stats().generation}")
 
 
-def _sizes(shared: SharedMemory) -> Sizes:
-    searcher = shared.searcher.stats()
-    stats = [shared.store.stats(info.name) for info in shared.store.pools()]
+def _sizes(gateway: Gateway) -> Sizes:
+    store = gateway.shared.store
+    # Its positions first: a pool has changed at least as often as the searcher has seen.
+    searcher = gateway.shared.searcher.stats()
+    stats = [store.stats(info.name) for info in store.pools()]
     return Sizes(
-        generation=searcher.generation or 0,
-        swaps=max(0, len(searcher.swaps) - 1),  # the first one is the start
-        swap_seconds=searcher.swaps[-1].swap_seconds if searcher.swaps else 0.0,
-        search_queue=searcher.queue_depth,
+        scoring_queue=gateway.queue.pending(),
+        searcher=searcher,
         memories={item.pool.name: item.memories for item in stats},
         held={item.pool.name: item.held for item in stats},
+        changes={item.pool.name: item.pool.last_seq for item in stats},
     )

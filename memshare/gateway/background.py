@@ -1,128 +1,183 @@
-"""Grading and storing behind the answer: a bounded queue with workers.
+"""Grading and storing behind the answer: workers over the pool's durable queue.
 
-Policy. A finished answer waits up to ``gateway.scoring_wait_seconds`` for a place in the queue;
-with none by then the answer still goes out, and its pair is dropped with "scoring queue full" on
-record. A scorer that can't be reached is tried again until it can or the gateway stops. A stopping
-gateway works the queue off for ``gateway.shutdown_seconds``; what is left then is dropped with its
-reason on record. So every pair accepted here gets a decision, unless the process is killed.
+Policy. A finished answer is in the queue before its client has all of it. Whatever the gateway does
+then, be killed included, some gateway of this database grades the pair and decides it once
+(`pool.queue`). A scorer that can't be reached, or a database, is tried again until it can. A pair
+that keeps failing is refused after some attempts. A stopping gateway works off what was in the
+queue by then for ``gateway.shutdown_seconds``; what is left stays for the next one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 
+from memshare.gateway.logs import logger, where
 from memshare.gateway.metrics import Metrics
 from memshare.llm.base import LLMUnavailable
-from memshare.progress import log
-from memshare.sharing import Decision, Pair, SharedMemory
+from memshare.pool.errors import PoolError
+from memshare.pool.ids import new_id
+from memshare.pool.queue import ClaimLost, Job, PairQueue
+from memshare.records import Pair
+from memshare.retrieval.searcher import SearcherClosed, SearchTimeout
+from memshare.sharing import Decision, SharedMemory
+from memshare.sharing.turn import FAILED, STORED
 
-QUEUE_FULL = "scoring queue full"
-NO_SCORER = "scorer unavailable"
-STOPPED = "gateway stopped"
-FAILED = "scoring failed"
+_POLL_SECONDS = 1.0  # how soon pairs that another gateway has left behind are seen
 _RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
+_MAX_ATTEMPTS = 5
 
 
 class ScoringQueue:
     """Pairs on their way to the scorer. `start` and `stop` run on the event loop."""
 
     def __init__(self, shared: SharedMemory, metrics: Metrics) -> None:
-        """Nothing runs yet."""
+        """Nothing runs yet, but pairs are taken."""
         config = shared.config.gateway
         self._shared = shared
         self._metrics = metrics
-        self._wait = config.scoring_wait_seconds
+        self._queue = PairQueue(shared.store.database)
+        self._limit = config.scoring_queue
+        self._lease = config.scoring_lease_seconds
         self._grace = config.shutdown_seconds
         self._count = config.scoring_workers
-        self._queue: asyncio.Queue[Pair] = asyncio.Queue(config.scoring_queue)
-        self._workers: list[asyncio.Task[None]] = []
-        self._stopping = asyncio.Event()
-        self._current: dict[int, Pair] = {}
-        metrics.scoring_queue.set_function(self.pending)
+        self._jobs: dict[asyncio.Task[None], Job] = {}
+        self._loops: list[asyncio.Task[None]] = []
+        self._wake = asyncio.Event()
+        self._last: str | None = None  # stopping: pairs put after this id are not ours to finish
+        self._troubles = 0  # in a row: the scorer or the database was away
+        self._again_at = 0.0
+
+    async def put(self, pairs: Sequence[Pair]) -> None:
+        """Take ``pairs``; each will get its decision, whatever happens, once this returns.
+
+        What can't be stored whatever its grade is decided right here. Raises `PoolError`.
+        """
+        worth = []
+        for pair in pairs:
+            if decision := self._shared.hopeless(pair):
+                self._tell(pair, await self._shared.settle(pair, decision))
+            else:
+                worth.append(pair)
+        if worth:
+            await self._shared.write(self._queue.put, worth)
+            self._wake.set()
 
     def pending(self) -> int:
-        """Pairs without a decision: waiting or being graded."""
-        return self._queue.qsize() + len(self._current)
+        """Blocking: pairs without a decision, those of other gateways too."""
+        return self._queue.count()
+
+    async def full(self) -> bool:
+        """Whether so many pairs wait that no more work should be taken on."""
+        return await self._shared.read(self.pending) >= self._limit
 
     def start(self) -> None:
-        """Start the workers."""
-        self._workers = [asyncio.create_task(self._work(place)) for place in range(self._count)]
-
-    def offer(self, pair: Pair) -> bool:
-        """Take ``pair`` if there is a place right now."""
-        if self._stopping.is_set():
-            return False
-        try:
-            self._queue.put_nowait(pair)
-        except asyncio.QueueFull:
-            return False
-        return True
-
-    async def submit(self, pair: Pair) -> bool:
-        """Take ``pair``, waiting a little for a place; False: dropped, and on record as that."""
-        if self.offer(pair):
-            return True
-        if not self._stopping.is_set() and self._wait:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._queue.put(pair), self._wait)
-                return True
-        await self._drop(pair, STOPPED if self._stopping.is_set() else QUEUE_FULL)
-        return False
+        """Start to work."""
+        self._loops = [asyncio.create_task(self._dispatch()), asyncio.create_task(self._renew())]
 
     async def join(self) -> None:
-        """Wait until every pair taken so far has its decision."""
-        await self._queue.join()
+        """Wait until the queue is empty."""
+        while await self._shared.read(self.pending):
+            await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
-        """Work the queue off within the grace; drop the rest, each with its reason on record."""
-        self._stopping.set()
+        """Finish within the grace what is in the queue; give the rest back."""
+        if not self._loops:
+            return
+        dispatching, renewing = self._loops
+        self._last = new_id()
+        self._wake.set()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._queue.join(), self._grace)
-        for worker in self._workers:
-            worker.cancel()
-        await asyncio.gather(*self._workers, return_exceptions=True)
-        left = list(self._current.values())
-        while not self._queue.empty():
-            left.append(self._queue.get_nowait())
-        self._current.clear()
-        for pair in left:
-            await self._drop(pair, STOPPED)
+            await asyncio.wait_for(asyncio.shield(dispatching), self._grace)
+        self._count = 0  # claims nothing more; a claim under way is given back below
+        self._wake.set()
+        await dispatching
+        renewing.cancel()
+        left = dict(self._jobs)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(renewing, *left, return_exceptions=True)
+        await self._give_back(list(left.values()))
 
-    async def _work(self, place: int) -> None:
+    async def _dispatch(self) -> None:
+        """Claim pairs for idle workers. Ends when stopping and there is nothing to finish."""
         while True:
-            pair = await self._queue.get()
-            self._current[place] = pair
-            await self._decide(pair)
-            del self._current[place]
-            self._queue.task_done()
-
-    async def _decide(self, pair: Pair) -> None:
-        attempt = 0
-        while True:
-            try:
-                decision = await self._shared.grade_and_store(pair)
-            except LLMUnavailable as error:
-                if self._stopping.is_set():
-                    await self._drop(pair, NO_SCORER)
-                    return
-                pause = _RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)]
-                attempt += 1
-                log(f"a pair waits for the scorer, again in {pause:g} s: {error}")
+            self._wake.clear()
+            jobs: list[Job] = []
+            free = self._count - len(self._jobs)
+            if free > 0 and time.monotonic() >= self._again_at:
+                try:
+                    claim = self._queue.claim
+                    jobs = await self._shared.write(claim, free, self._lease, self._last)
+                except PoolError as error:
+                    self._trouble(error)
+            for job in jobs:
+                task = asyncio.create_task(self._work(job))
+                self._jobs[task] = job
+                task.add_done_callback(self._done)
+            if self._last and (self._count == 0 or not (jobs or self._jobs)):
+                return
+            if len(jobs) < free or free <= 0:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), pause)
-            except Exception as error:
-                # Whatever is wrong with one pair must not stop the others; it is said, and counted.
-                log(f"pool {pair.pool}: a pair can't be decided: {type(error).__name__}: {error}")
-                await self._drop(pair, FAILED)
-                return
-            else:
-                self._metrics.decisions.labels(pair.pool, decision.reason).inc()
-                return
+                    await asyncio.wait_for(self._wake.wait(), _POLL_SECONDS)
 
-    async def _drop(self, pair: Pair, reason: str) -> None:
-        self._metrics.decisions.labels(pair.pool, reason).inc()
+    def _done(self, task: asyncio.Task[None]) -> None:
+        del self._jobs[task]
+        self._wake.set()
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease / 3)
+            claims = {job.claim for job in self._jobs.values()}
+            if claims:
+                try:
+                    await self._shared.write(self._queue.renew, claims, self._lease)
+                except PoolError as error:
+                    logger.warning("claims can't be renewed", extra={"failure": where(error)})
+
+    async def _work(self, job: Job) -> None:
+        """Decide one pair. Whatever is wrong with it must not stop the others."""
+        pair = job.pair
         try:
-            await self._shared.record(pair, Decision("rejected", reason))
+            if job.attempts <= _MAX_ATTEMPTS:
+                decision = await self._shared.grade_and_store(pair, job)
+            else:  # it may be what kills gateways
+                decision = await self._refuse(job)
+        except LLMUnavailable as error:
+            self._trouble(error)
+            await self._give_back([job])
+        except (SearchTimeout, SearcherClosed):
+            logger.warning("stored, but not searchable so far", extra={"pool": pair.pool})
+            self._tell(pair, Decision("stored", STORED))
+        except ClaimLost:
+            logger.warning("another gateway decides a pair of ours", extra={"pool": pair.pool})
+        except PoolError as error:  # its lease will end
+            self._trouble(error)
         except Exception as error:
-            log(f"pool {pair.pool}: a drop ({reason}) can't be recorded: {error}")
+            extra = {"pool": pair.pool, "failure": where(error)}
+            logger.error("a pair can't be decided", extra=extra)
+            with suppress(PoolError, ClaimLost):
+                self._tell(pair, await self._refuse(job))
+        else:
+            self._troubles = 0
+            self._tell(pair, decision)
+
+    async def _give_back(self, jobs: Sequence[Job]) -> None:
+        with suppress(PoolError):  # then they are free once their lease is over
+            await self._shared.write(self._queue.release, jobs)
+
+    async def _refuse(self, job: Job) -> Decision:
+        return await self._shared.settle(job.pair, Decision("rejected", FAILED), job)
+
+    def _tell(self, pair: Pair, decision: Decision) -> None:
+        self._metrics.decisions.labels(pair.pool, decision.reason).inc()
+
+    def _trouble(self, error: Exception) -> None:
+        """The scorer or the database is away, for all pairs alike: pause, and longer each time."""
+        pause = _RETRY_SECONDS[min(self._troubles, len(_RETRY_SECONDS) - 1)]
+        self._troubles += 1
+        self._again_at = time.monotonic() + pause
+        extra = {"failure": where(error), "seconds": pause}
+        logger.warning("scoring pauses: scorer or database is away", extra=extra)

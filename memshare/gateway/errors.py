@@ -1,8 +1,9 @@
 """Errors in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``.
 
-Statuses: 400 what can't be read at all (not JSON, not UTF-8) or what the LLM itself refused, 404 an
-unknown pool, memory or generation, 413 a body that is too large, 422 JSON that breaks the schema or
-a limit, 429 a full queue, 503 a part that isn't ready or can't be reached (with Retry-After).
+Statuses: 400 what can't be read at all (not JSON, not UTF-8) or what the LLM itself refused, 401 no
+valid key, 403 a key without the right, 404 an unknown pool, memory or generation, 413 a body that
+is too large, 422 JSON that breaks the schema or a limit, 429 beyond a key's rate or more than the
+gateway can take, 503 a part that isn't ready or can't be reached (both with Retry-After).
 """
 
 from __future__ import annotations
@@ -15,13 +16,19 @@ from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from memshare.gateway.logs import logger, where
 from memshare.llm.base import LLMError, LLMUnavailable
 from memshare.pool.errors import InvalidMemory, PoolError, UnknownPool
-from memshare.progress import log
 from memshare.retrieval.searcher import SearcherClosed, SearchTimeout
 
 RETRY_AFTER_SECONDS = 5
-_TYPES = {404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
 
 
 class ApiError(HTTPException):
@@ -62,17 +69,19 @@ def error_of(error: Exception) -> ApiError:
     if isinstance(error, LLMError):
         return ApiError(400, str(error), code="llm_refused")
     if isinstance(error, UnknownPool):
-        return ApiError(404, str(error), param="pool", code="unknown_pool")
+        return ApiError(404, "no such pool", param="pool", code="unknown_pool")
     if isinstance(error, InvalidMemory):
         return ApiError(422, str(error), param=error.field, code="invalid_memory")
     if isinstance(error, PoolError):
-        return ApiError(503, str(error), code="pool_unavailable")
+        # A database's own message may quote the row that it fails on.
+        return ApiError(503, "the pool's database is unavailable", code="pool_unavailable")
     if isinstance(error, SearchTimeout | SearcherClosed):
         return ApiError(503, str(error), code="search_unavailable")
     return ApiError(500, "internal error: see the gateway's log", code="internal_error")
 
 
-def _respond(error: ApiError) -> JSONResponse:
+def respond(error: ApiError) -> JSONResponse:
+    """The reply that an error becomes."""
     body = error_body(error.status_code, str(error.detail), error.param, error.code)
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
@@ -87,27 +96,27 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
     problems = error.errors()
     message = "; ".join(_describe(problem) for problem in problems[:10])
     loc = [str(part) for part in problems[0]["loc"] if part != "body"] if problems else []
-    return _respond(ApiError(422, message, param=".".join(loc) or None, code="invalid_request"))
+    return respond(ApiError(422, message, param=".".join(loc) or None, code="invalid_request"))
 
 
 async def _http(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
     if isinstance(error, ApiError):
-        return _respond(error)
+        return respond(error)
     headers = dict(error.headers) if error.headers else None
-    return _respond(ApiError(error.status_code, str(error.detail), headers=headers))
+    return respond(ApiError(error.status_code, str(error.detail), headers=headers))
 
 
-async def _library(request: Request, error: Exception) -> JSONResponse:
+async def _library(_: Request, error: Exception) -> JSONResponse:
     known = error_of(error)
     if known.status_code >= 500:
-        log(f"{request.method} {request.url.path} failed: {type(error).__name__}: {error}")
-    return _respond(known)
+        logger.error("a request failed", extra={"failure": where(error)})
+    return respond(known)
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every error of ``app`` in OpenAI's form."""
+    """Answer the errors that are known in OpenAI's form; `middleware` answers all others."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(StarletteHTTPException, _http)
-    for kind in (LLMError, PoolError, InvalidMemory, SearchTimeout, SearcherClosed, Exception):
+    for kind in (LLMError, PoolError, InvalidMemory, SearchTimeout, SearcherClosed):
         app.add_exception_handler(kind, _library)

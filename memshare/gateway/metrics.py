@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from memshare.retrieval.searcher import SearcherStats
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Figures read when Prometheus asks: the searcher's, and memories by pool."""
+    """Figures read when Prometheus asks: of the queue, the searcher, and each pool.
 
-    generation: int
-    swaps: int
-    swap_seconds: float
-    search_queue: int
+    ``changes`` is a pool's position, the number of changes it has seen (`PoolInfo.last_seq`).
+    """
+
+    scoring_queue: int
+    searcher: SearcherStats
     memories: dict[str, int]
     held: dict[str, int]
+    changes: dict[str, int]
 
 
 class _SizesCollector(Collector):
@@ -33,20 +41,37 @@ class _SizesCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         sizes = self._read()
+        stats = sizes.searcher
+        last = stats.swaps[-1] if stats.swaps else None
         for name, text, value in (
-            ("generation", "Number of the generation that answers", sizes.generation),
-            ("swaps", "Generations swapped in since the start", sizes.swaps),
-            ("swap_seconds", "How long the latest swap took", sizes.swap_seconds),
-            ("search_queue", "Searches that wait for the next batch", sizes.search_queue),
+            ("generation", "Number of the generation that answers", stats.generation or 0),
+            ("generation_error", "1: CURRENT can't be served", stats.generation_error is not None),
+            ("feed_error", "1: the pools can't be followed", stats.feed_error is not None),
+            ("load_seconds", "Loading the latest one", last.load_seconds if last else 0),
+            ("swap_seconds", "No search ran while it came in", last.swap_seconds if last else 0),
+            ("search_queue", "Searches that wait for the next batch", stats.queue_depth),
+            ("delta_rows", "Memories newer than the generation's index", stats.delta_rows),
+            ("scoring_queue", "Pairs without a decision, of all gateways", sizes.scoring_queue),
         ):
-            yield GaugeMetricFamily(f"memshare_{name}", text, value=value)
-        memories = GaugeMetricFamily("memshare_memories", "Living memories", labels=["pool"])
-        held = GaugeMetricFamily("memshare_memories_held", "Held memories", labels=["pool"])
-        for pool, count in sizes.memories.items():
-            memories.add_metric([pool], count)
-            held.add_metric([pool], sizes.held[pool])
-        yield memories
-        yield held
+            yield GaugeMetricFamily(f"memshare_{name}", text, value=float(value))
+        for name, text, count in (
+            # The first one is the start.
+            ("swaps", "Generations swapped in", max(0, len(stats.swaps) - 1)),
+            ("search_batches", "Batches of searches", stats.batches),
+            ("searches", "Searches answered", stats.answered),
+            ("searches_failed", "Searches failed", stats.failed),
+        ):
+            yield CounterMetricFamily(f"memshare_{name}", text, value=count)
+        lag = {pool: sizes.changes[pool] - seq for pool, seq in stats.positions.items()}
+        for name, text, by_pool in (
+            ("memories", "Living memories", sizes.memories),
+            ("memories_held", "Held memories", sizes.held),
+            ("changes_behind", "Changes of a pool that the searcher has not seen so far", lag),
+        ):
+            family = GaugeMetricFamily(f"memshare_{name}", text, labels=["pool"])
+            for pool, value in by_pool.items():
+                family.add_metric([pool], max(0, value))
+            yield family
 
 
 class Metrics:
@@ -70,7 +95,7 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "memshare_stage_seconds",
-            "Time by stage: retrieve, llm (first byte of a stream), score, store",
+            "Time by stage: retrieve, prompt, llm (first byte of a stream), score, store",
             ["stage"],
             buckets=_SECONDS,
             registry=self.registry,
@@ -81,9 +106,29 @@ class Metrics:
             ["pool", "reason"],
             registry=self.registry,
         )
-        self.scoring_queue = Gauge(
-            "memshare_scoring_queue", "Pairs that wait for a decision", registry=self.registry
+        self.active = Gauge(
+            "memshare_active_requests",
+            "Requests being answered: chat, memory (all other)",
+            ["kind"],
+            registry=self.registry,
         )
+        self.shed = Counter(
+            "memshare_shed",
+            "Requests refused with 429: busy, queue (of the scorer), rate (of a key)",
+            ["reason"],
+            registry=self.registry,
+        )
+
+        self.feedback = Counter(
+            "memshare_feedback",
+            "Opinions given of memories",
+            ["pool", "sign"],
+            registry=self.registry,
+        )
+        self.llm_up = Gauge(
+            "memshare_llm_up", "1: the LLM can be reached", ["llm"], registry=self.registry
+        )
+        ProcessCollector(registry=self.registry)
 
     def observe(self, stage: str, seconds: float) -> None:
         """One stage of a turn took this long."""
@@ -96,39 +141,3 @@ class Metrics:
     def render(self) -> bytes:
         """The exposition text. Blocking: it asks the store for sizes."""
         return generate_latest(self.registry)
-
-
-class RequestMetrics:
-    """ASGI middleware that counts and times requests by route, streams until their last byte."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        """Wrap ``app``."""
-        self.app = app
-        self.metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        started = time.perf_counter()
-        status = 500
-
-        async def watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, watched)
-        finally:
-            # The route's template, never the path itself: labels must stay few.
-            route: Any = scope.get("route")
-            path = getattr(route, "path", None) or "unmatched"
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            self.metrics.requests.labels(method, path, str(status)).inc()
-            self.metrics.request_seconds.labels(path).observe(time.perf_counter() - started)
-
-
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

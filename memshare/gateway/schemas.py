@@ -17,22 +17,33 @@ class Body(BaseModel):
 
 
 class MemoryIn(Body):
-    """One memory to add. Provenance isn't the client's to claim: these four are ignored."""
+    """One memory to add.
+
+    Provenance isn't the client's to claim: `id`, `score`, `agent` and `created_at` are ignored,
+    except in an admin's import; `similarity`, `standing` and `votes`, which replies have, always.
+    """
 
     pool: PoolName
     prompt: StrictStr
     answer: StrictStr
     model: StrictStr | None = Field(default=None, max_length=256)
     metadata: dict[str, Any] = Field(default_factory=dict)
-    id: Any = Field(default=None, description="ignored")
-    score: Any = Field(default=None, description="ignored")
-    agent: Any = Field(default=None, description="ignored")
-    created_at: Any = Field(default=None, description="ignored")
+    id: Any = Field(default=None, description="ignored but in an import")
+    score: Any = Field(default=None, description="ignored but in an import")
+    agent: Any = Field(default=None, description="ignored but in an import")
+    created_at: Any = Field(default=None, description="ignored but in an import")
+    similarity: Any = Field(default=None, description="ignored")
+    standing: Any = Field(default=None, description="ignored")
+    votes: Any = Field(default=None, description="ignored")
 
 
 class AddMemories(Body):
-    """Memories to add, stored in this order."""
+    """Memories to add, stored in this order.
 
+    `import` takes over their provenance and grades nothing: it needs the admin right on each pool.
+    """
+
+    import_: StrictBool = Field(default=False, alias="import")
     items: list[MemoryIn] = Field(min_length=1, max_length=1000)
 
 
@@ -67,8 +78,26 @@ class Search(Body):
     filter: SearchFilter | None = None
 
 
+class FeedbackIn(Body):
+    """An opinion of a memory: `up`, `down`, or anything between 1 and -1."""
+
+    value: Annotated[Number, Field(ge=-1.0, le=1.0)] | Literal["up", "down"]
+    comment: StrictStr | None = Field(default=None, min_length=1, max_length=2000)
+
+
+class FeedbackReply(BaseModel):
+    """The memory's standing with this opinion in it."""
+
+    id: str
+    standing: float
+    votes: int
+
+
 class MemoryOut(BaseModel):
-    """A memory on the wire."""
+    """A memory on the wire.
+
+    `standing`, from -1 to 1, sums up the feedback of `votes` principals; 0 without any.
+    """
 
     id: str
     pool: str
@@ -79,6 +108,8 @@ class MemoryOut(BaseModel):
     model: str | None
     created_at: str
     metadata: dict[str, Any]
+    standing: float
+    votes: int
 
 
 class FoundMemory(MemoryOut):
@@ -193,13 +224,13 @@ class MemshareNote(BaseModel):
     """What memory did for one answer: ``memories`` are the shots shown, best first.
 
     ``write``: ``pending`` is graded and stored in the background, ``off`` wasn't asked for (or
-    can't be: the reason follows), ``dropped`` found the scoring queue full. In a stream this is
-    part of the first chunk; ``write`` then says ``pending`` for what will be tried.
+    can't be: the reason follows). In a stream this is part of the first chunk; ``write`` then says
+    ``pending`` for what will be tried.
     """
 
     generation: int | None
     memories: list[str]
-    write: Literal["pending", "off", "dropped"]
+    write: Literal["pending", "off"]
     reason: str | None = None
 
 

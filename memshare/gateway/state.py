@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated
 
 import httpx
 from fastapi import Depends, Request
 
 from memshare.config import Config, LLMConfig
+from memshare.gateway.access import Access
 from memshare.gateway.background import ScoringQueue
 from memshare.gateway.errors import ApiError
 from memshare.gateway.metrics import Metrics
+from memshare.pool.feedback import Feedback
 from memshare.sharing import SharedMemory
 
-LOCAL_AGENT = "local"  # who writes through a gateway that has no keys: whoever reaches loopback
 _PROBE_SECONDS = 2.0
 
 
@@ -58,10 +59,11 @@ class Gateway:
     metrics: Metrics
     queue: ScoringQueue
     probes: dict[str, LLMProbe]
+    access: Access
+    feedback: Feedback
     ready: bool = False
     failure: str | None = None
     on_failure: Callable[[BaseException], None] | None = None
-    closing: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
     @property
     def config(self) -> Config:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 from fastapi.responses import StreamingResponse
 
 from memshare.gateway.errors import error_body, error_of
+from memshare.gateway.logs import logger, where
 from memshare.gateway.state import Gateway
 from memshare.gateway.write import submit
-from memshare.progress import log
-from memshare.sharing import Pair
+from memshare.records import Pair
 
 
 class _Spoken:
@@ -43,16 +42,15 @@ async def events(
     chunks: AsyncIterator[Mapping[str, Any]],
     note: Mapping[str, Any],
     pair: Pair | None,
-    started: float,
 ) -> StreamingResponse:
-    """Pass ``chunks`` on, the first with ``memshare``; store the pair once the answer is whole.
+    """Pass ``chunks`` on, the first with ``memshare``; queue the pair once the answer is whole.
 
     The first chunk is awaited here, so that an LLM that refuses or is away is an ordinary 4xx or
     503. What fails later comes as an ``error`` event, without [DONE]. An answer whose client has
     gone away is not stored: nobody has seen it whole.
     """
-    first = await anext(chunks, None)
-    gateway.shared.observe("llm", time.perf_counter() - started)
+    with gateway.shared.stage("llm"):
+        first = await anext(chunks, None)
 
     async def body() -> AsyncIterator[str]:
         spoken = _Spoken()
@@ -63,17 +61,17 @@ async def events(
             async for chunk in chunks:
                 spoken.hear(chunk)
                 yield _event(chunk)
+            if pair:
+                text = "".join(spoken.text)
+                await submit(gateway, pair, text, spoken.finish_reason, spoken.tools)
         except Exception as error:
             known = error_of(error)
-            log(f"a stream broke off: {type(error).__name__}: {error}")
+            logger.warning("a stream broke off", extra={"failure": where(error)})
             yield _event(error_body(known.status_code, str(known.detail), code=known.code))
             return
         finally:
             if isinstance(chunks, AsyncGenerator):
                 await chunks.aclose()  # a client that went away: the LLM need not go on
-        if pair:
-            text = "".join(spoken.text)
-            await submit(gateway, pair, text, spoken.finish_reason, spoken.tools)
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(

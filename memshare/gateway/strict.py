@@ -1,4 +1,4 @@
-"""Reading request bodies: bounded while they arrive, strict UTF-8, strict JSON.
+"""Reading requests: who calls, then the body, bounded while it arrives, strict UTF-8 and JSON.
 
 Python's json takes more than JSON has (NaN, lone surrogates, numbers beyond a double) and all of
 that would break later: in the store, or when a reply is written. Here it is a 400 at the door.
@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from memshare.gateway.access import Access
 from memshare.gateway.errors import ApiError
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -78,9 +79,9 @@ class StrictRequest(Request):
     """A request whose body is cut off at the limit while it streams in."""
 
     async def body(self) -> bytes:
-        """The whole body; `ApiError` 413 once it passes ``app.state.max_body_bytes``."""
+        """The whole body; `ApiError` 413 once it passes the caller's limit."""
         if not hasattr(self, "_body"):
-            limit: int = self.app.state.max_body_bytes
+            limit: int = self.state.max_body_bytes
             declared = self.headers.get("content-length", "")
             size = int(declared) if declared.isascii() and declared.isdigit() else 0
             chunks: list[bytes] = []
@@ -108,13 +109,15 @@ class StrictRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """A route whose handler gets a `StrictRequest`."""
+    """A route that admits its caller first and whose handler gets a `StrictRequest`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, fed with the strict request."""
         handler = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
+            access: Access = request.app.state.gateway.access
+            request.state.max_body_bytes = access.max_body_bytes(await access.admit(request))
             return await handler(StrictRequest(request.scope, request.receive))
 
         return strict

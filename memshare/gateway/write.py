@@ -1,21 +1,28 @@
-"""From a finished answer to the scoring queue."""
+"""From a finished answer to the scoring queue, and no answer where that is full."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
+from memshare.gateway.errors import ApiError
 from memshare.gateway.state import Gateway
-from memshare.sharing import Pair
+from memshare.records import Pair
+
+
+async def check_room(gateway: Gateway) -> None:
+    """`ApiError` 429 if the scorer is too far behind: before the work, for none is thrown away."""
+    if await gateway.queue.full():
+        gateway.metrics.shed.labels("queue").inc()
+        raise ApiError(429, "too many pairs wait for the scorer; try again", code="queue_full")
 
 
 async def submit(
     gateway: Gateway, pair: Pair, text: str, finish_reason: str, tools: bool
 ) -> dict[str, Any]:
-    """Hand a finished answer to the scoring queue; returns what to say about it."""
+    """Hand a finished answer to the scoring queue, durably; returns what to say about it."""
     if tools or finish_reason not in ("stop", "length"):
         reason = "the answer calls tools" if tools else f"finish reason {finish_reason}"
         return {"write": "off", "reason": reason}
-    if await gateway.queue.submit(replace(pair, answer=text.strip(), finish_reason=finish_reason)):
-        return {"write": "pending"}
-    return {"write": "dropped", "reason": "the scoring queue is full"}
+    await gateway.queue.put([replace(pair, answer=text.strip(), finish_reason=finish_reason)])
+    return {"write": "pending"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-HEAD = "0001"
+HEAD = "0002"
 
 metadata = sa.MetaData(
     naming_convention={
@@ -70,4 +70,48 @@ decisions = sa.Table(
     sa.Column("agent", sa.String(256)),
     sa.Column("memory_id", sa.String(64)),
     sa.Index(None, "pool", "reason"),
+)
+
+# A bearer key, known by its hash alone. Several keys may name one principal.
+keys = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("hash", sa.String(64), nullable=False),
+    sa.Column("principal", sa.String(200), nullable=False),
+    sa.Column("rights", sa.JSON, nullable=False),  # pool, or *, to a list of rights
+    sa.Column("requests_per_minute", sa.Integer),
+    sa.Column("max_body_bytes", sa.Integer),
+    sa.Column("created_at", sa.String(32), nullable=False),
+    sa.Column("revoked_at", sa.String(32)),
+    sa.UniqueConstraint("hash"),
+)
+
+# Answers that were given and wait for the scorer. A row lives until its decision is on record.
+pending = sa.Table(
+    "pending",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("pool", sa.ForeignKey("pools.name"), nullable=False),
+    sa.Column("prompt", sa.Text, nullable=False),
+    sa.Column("answer", sa.Text, nullable=False),
+    sa.Column("finish_reason", sa.String(64), nullable=False),
+    sa.Column("agent", sa.String(256)),
+    sa.Column("model", sa.String(256)),
+    sa.Column("metadata", sa.JSON, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("claim", sa.String(64)),  # who grades it; NULL: nobody
+    sa.Column("free_at", sa.Double, nullable=False),  # seconds since 1970: claimable from then on
+    sa.Index(None, "free_at"),
+)
+
+# What principals think of memories: one opinion each.
+feedback = sa.Table(
+    "feedback",
+    metadata,
+    sa.Column("memory_id", sa.ForeignKey("memories.id"), primary_key=True),
+    sa.Column("principal", sa.String(200), primary_key=True),
+    sa.Column("value", sa.Double, nullable=False),  # -1 to 1
+    sa.Column("comment", sa.Text),
+    sa.Column("given_at", sa.String(32), nullable=False),
 )

@@ -27,7 +27,7 @@ from memshare.pool.rows import (
     pool_info,
     read_cursor,
 )
-from memshare.pool.schema import changes, decisions, memories, pools
+from memshare.pool.schema import changes, decisions, feedback, memories, pools
 from memshare.pool.stats import PoolStats
 from memshare.pool.validate import (
     MAX_TEXT_CHARS,
@@ -69,6 +69,11 @@ class PoolStore:
             store.close()
             raise
         return store
+
+    @property
+    def database(self) -> Database:
+        """The database, for those who keep tables of their own beside the pools."""
+        return self._db
 
     def close(self) -> None:
         """Close every connection."""
@@ -150,15 +155,21 @@ class PoolStore:
 
     def append_checked(self, checked: Sequence[NewMemory]) -> list[AppendResult]:
         """As `append`, for memories that `check_memory` has returned."""
-        results: list[AppendResult | None] = [None] * len(checked)
         with self._db.write() as connection:
-            # Sorted, so that two transactions over the same pools never wait for each other.
-            for name in sorted({memory.pool for memory in checked}):
-                need_pool(connection, name, lock=True)
-                places = [i for i, memory in enumerate(checked) if memory.pool == name]
-                stored = append_to_pool(connection, name, [checked[i] for i in places])
-                for i, result in zip(places, stored, strict=True):
-                    results[i] = result
+            return self.append_in(connection, checked)
+
+    def append_in(
+        self, connection: sa.Connection, checked: Sequence[NewMemory]
+    ) -> list[AppendResult]:
+        """As `append_checked`, in a write transaction of the caller's."""
+        results: list[AppendResult | None] = [None] * len(checked)
+        # Sorted, so that two transactions over the same pools never wait for each other.
+        for name in sorted({memory.pool for memory in checked}):
+            need_pool(connection, name, lock=True)
+            places = [i for i, memory in enumerate(checked) if memory.pool == name]
+            stored = append_to_pool(connection, name, [checked[i] for i in places])
+            for i, result in zip(places, stored, strict=True):
+                results[i] = result
         return [result for result in results if result is not None]
 
     def delete(self, id: str) -> bool:
@@ -195,6 +206,8 @@ class PoolStore:
             )
             if done.rowcount == 0:
                 return False
+            if kind == "delete":  # comments may quote the text
+                connection.execute(sa.delete(feedback).where(feedback.c.memory_id == id))
             seq = connection.execute(
                 sa.update(pools)
                 .where(pools.c.name == pool)
@@ -289,15 +302,28 @@ class PoolStore:
         memory_id: str | None,
     ) -> None:
         """Put on record what became of a graded pair: ``stored``, or why it was rejected."""
-        check_text("reason", reason)
         with self._db.write() as connection:
-            need_pool(connection, pool)
-            connection.execute(
-                sa.insert(decisions).values(
-                    pool=pool, decided_at=now(), reason=reason, prompt_hash=prompt_hash,
-                    score=check_score(score), agent=agent, memory_id=memory_id,
-                )
-            )  # fmt: skip
+            self.record_in(connection, pool, reason, prompt_hash, score, agent, memory_id)
+
+    @staticmethod
+    def record_in(
+        connection: sa.Connection,
+        pool: str,
+        reason: str,
+        prompt_hash: str,
+        score: float | None,
+        agent: str | None,
+        memory_id: str | None,
+    ) -> None:
+        """As `record_decision`, in a write transaction of the caller's."""
+        check_text("reason", reason)
+        need_pool(connection, pool)
+        connection.execute(
+            sa.insert(decisions).values(
+                pool=pool, decided_at=now(), reason=reason, prompt_hash=prompt_hash,
+                score=check_score(score), agent=agent, memory_id=memory_id,
+            )
+        )  # fmt: skip
 
     def decisions(self, pool: str) -> dict[str, int]:
         """Reason to count, most frequent first; accepted pairs count as ``stored``."""

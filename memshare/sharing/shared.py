@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
+
+from opentelemetry import trace
 
 from memshare.config import Config
 from memshare.llm.agent import Agent, AgentAnswer
@@ -21,15 +26,17 @@ from memshare.llm.base import LLM, LLMError, LLMUnavailable
 from memshare.llm.rubric import load_rubric
 from memshare.llm.scorer import Scorer
 from memshare.pool.errors import InvalidMemory
+from memshare.pool.queue import Job, PairQueue
 from memshare.pool.store import PoolStore
 from memshare.pool.validate import check_memory
 from memshare.progress import log
-from memshare.records import AppendResult, NewMemory, PoolInfo, normalise
+from memshare.records import AppendResult, NewMemory, Pair, PoolInfo, normalise
 from memshare.retrieval.searcher import Filter, Searcher, SearchTimeout
 from memshare.sharing import turn as ends
-from memshare.sharing.turn import Decision, Pair, Retrieved, Turn, prompt_hash
+from memshare.sharing.turn import Decision, Retrieved, Turn, prompt_hash
 
 T = TypeVar("T")
+_tracer = trace.get_tracer("memshare")
 _PATIENCE_SECONDS = 30.0  # between two lines about a long start
 
 
@@ -37,8 +44,8 @@ class SharedMemory:
     """The loop's parts behind one asynchronous face.
 
     The store and the searcher block, so their calls run on threads of ``threads`` workers here.
-    ``observe(stage, seconds)`` is told how long each stage took (retrieve, llm, score, store);
-    ``llms`` are closed with the rest.
+    ``observe(name, seconds)`` is told how long each `stage` took (retrieve, prompt, llm, score,
+    store); ``llms`` are closed with the rest.
     """
 
     def __init__(
@@ -65,15 +72,29 @@ class SharedMemory:
         self._writes = ThreadPoolExecutor(threads, thread_name_prefix="shared-write")
         self._rubrics: dict[str, str] = {}
 
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage of a turn, and trace it: a span that costs nothing where no one exports.
+
+        A failure is named by its type: its message may quote a memory, and traces go far.
+        """
+        started = time.perf_counter()
+        quiet = {"record_exception": False, "set_status_on_exception": False}
+        with _tracer.start_as_current_span(name, **quiet) as span:
+            try:
+                yield
+            except BaseException as error:
+                span.set_status(trace.StatusCode.ERROR, type(error).__name__)
+                raise
+        self.observe(name, time.perf_counter() - started)
+
     async def read(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a blocking call of the store on a thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._reads, partial(call, *args, **kwargs))
+        return await _on(self._reads, call, *args, **kwargs)
 
     async def write(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a blocking write on a thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._writes, partial(call, *args, **kwargs))
+        return await _on(self._writes, call, *args, **kwargs)
 
     async def retrieve(
         self,
@@ -89,7 +110,12 @@ class SharedMemory:
         ``exclude_copies`` leaves out memories whose normalised prompt equals the question: an
         evaluation must not show an answer to the very question it asks. Raises `UnknownPool`.
         """
-        started = time.perf_counter()
+        with self.stage("retrieve"):
+            return await self._retrieve(pool, question, k, filter, exclude_copies)
+
+    async def _retrieve(
+        self, pool: str, question: str, k: int, filter: Filter | None, exclude_copies: bool
+    ) -> Retrieved:
         own = normalise(question)
         wanted = k
         while True:
@@ -105,7 +131,6 @@ class SharedMemory:
             if len(kept) == k or len(found.hits) < wanted:
                 break
             wanted *= 2
-        self.observe("retrieve", time.perf_counter() - started)
         memories = tuple(memory for memory, _ in kept)
         return Retrieved(found.generation, memories, tuple(value for _, value in kept))
 
@@ -113,53 +138,70 @@ class SharedMemory:
         self, question: str, retrieved: Retrieved, seed: int | None = None
     ) -> AgentAnswer:
         """The agent's answer with these memories as examples. Raises `LLMError`."""
-        started = time.perf_counter()
-        answer = await self.agent.answer(question, retrieved.memories, seed)
-        self.observe("llm", time.perf_counter() - started)
-        return answer
+        with self.stage("llm"):
+            return await self.agent.answer(question, retrieved.memories, seed)
 
-    async def grade_and_store(self, pair: Pair) -> Decision:
+    async def grade_and_store(self, pair: Pair, job: Job | None = None) -> Decision:
         """Grade the pair by its pool's rubric and store it, or drop it with the reason on record.
 
         A stored pair is searchable when this returns. A pair that can't be stored whatever its
-        grade (empty, cut off, unusable text) is not graded. Raises `UnknownPool`, and
-        `LLMUnavailable` with nothing decided if the scorer can't be reached.
+        grade (empty, cut off, unusable text) is not graded. ``job``: its place in the queue, which
+        it leaves in the transaction that decides (see `pool.queue`). Raises `UnknownPool`,
+        `ClaimLost`, and `LLMUnavailable` with nothing decided if the scorer can't be reached.
         """
         info = await self.read(self.store.pool, pair.pool)
-        decision = self._hopeless(pair) or await self._decide(pair, info)
-        await self.record(pair, decision)
-        return decision
+        decision = self.hopeless(pair) or await self._grade(pair, info)
+        return await self.settle(pair, decision, job)
 
-    async def _decide(self, pair: Pair, info: PoolInfo) -> Decision:
+    async def _grade(self, pair: Pair, info: PoolInfo) -> Decision:
+        """The decision, which nothing has carried out so far."""
         rubric = await self._rubric(info)
-        started = time.perf_counter()
         try:
-            grade = await self.scorer.grade(pair.prompt, pair.answer, rubric)
+            with self.stage("score"):
+                grade = await self.scorer.grade(pair.prompt, pair.answer, rubric)
         except LLMUnavailable:
             raise
         except LLMError as error:  # this pair can't be graded, and asking again won't help
             return Decision("rejected", ends.REFUSED, detail=str(error))
-        self.observe("score", time.perf_counter() - started)
         if grade.value is None:
             return Decision("rejected", ends.UNREADABLE_GRADE, detail=grade.reason)
         if grade.value < info.threshold:
             return Decision("rejected", ends.BELOW_THRESHOLD, grade.value, detail=grade.reason)
-        (result,) = await self.write(self.append_visible, [self._memory(pair, grade.value)])
-        if result.status == "duplicate":
-            return Decision("duplicate", ends.DUPLICATE, grade.value, result.id)
-        return Decision("stored", ends.STORED, grade.value, result.id, grade.reason)
+        return Decision("stored", ends.STORED, grade.value, detail=grade.reason)
 
-    async def record(self, pair: Pair, decision: Decision) -> None:
-        """Put a decision on the pool's record."""
-        await self.write(
-            self.store.record_decision,
-            pair.pool,
-            decision.reason,
-            prompt_hash(pair.prompt),
-            decision.score,
-            pair.agent,
-            decision.memory_id,
-        )
+    async def settle(self, pair: Pair, decision: Decision, job: Job | None = None) -> Decision:
+        """Carry a decision out: one transaction stores the pair if it is to be stored, puts the
+        decision on the pool's record and takes ``job`` out of the queue. Returns what it came to;
+        a stored pair can be searched for by then (see `append_visible`).
+        """
+        return await self.write(self._settle, pair, decision, job)
+
+    def _settle(self, pair: Pair, decision: Decision, job: Job | None) -> Decision:
+        new = []
+        if decision.status == "stored":
+            limit = self.config.gateway.max_text_chars
+            new = [check_memory(self._memory(pair, decision.score), limit)]
+        with self.stage("store") if new else nullcontext():
+            return self._decide(pair, decision, new, job)
+
+    def _decide(
+        self, pair: Pair, decision: Decision, new: list[NewMemory], job: Job | None
+    ) -> Decision:
+        with self.store.database.write() as connection:
+            results = self.store.append_in(connection, new)
+            for result in results:
+                decision = replace(decision, memory_id=result.id)
+                if result.status == "duplicate":
+                    decision = replace(decision, status="duplicate", reason=ends.DUPLICATE)
+            self.store.record_in(
+                connection, pair.pool, decision.reason, prompt_hash(pair.prompt), decision.score,
+                pair.agent, decision.memory_id,
+            )  # fmt: skip
+            if job:
+                PairQueue.finish(connection, job)
+        if new:
+            self._wait_visible(new, results)
+        return decision
 
     async def turn(
         self,
@@ -207,8 +249,12 @@ class SharedMemory:
         A pool that this retriever doesn't serve is only stored into. Raises `SearchTimeout` with
         everything stored; appending again is harmless.
         """
-        started = time.perf_counter()
-        results = self.store.append(memories)
+        with self.stage("store"):
+            results = self.store.append(memories)
+            self._wait_visible(memories, results)
+        return results
+
+    def _wait_visible(self, memories: list[NewMemory], results: list[AppendResult]) -> None:
         for pool in {memory.pool for memory in memories} & set(self.config.served_pools):
             seqs = [
                 result.seq
@@ -216,8 +262,6 @@ class SharedMemory:
                 if memory.pool == pool
             ]
             self.searcher.wait_visible(pool, max(seqs), self.config.gateway.visible_timeout_seconds)
-        self.observe("store", time.perf_counter() - started)
-        return results
 
     async def start(self) -> None:
         """Load encoder and generation; when this returns, memories can be searched for.
@@ -241,7 +285,8 @@ class SharedMemory:
         await asyncio.to_thread(self._reads.shutdown)
         await asyncio.to_thread(self.store.close)
 
-    def _hopeless(self, pair: Pair) -> Decision | None:
+    def hopeless(self, pair: Pair) -> Decision | None:
+        """Why ``pair`` can't be stored whatever its grade; None if it can."""
         if not pair.prompt.strip() or not pair.answer.strip():
             return Decision("rejected", ends.EMPTY)
         if pair.finish_reason == "length":
@@ -267,3 +312,9 @@ class SharedMemory:
         if info.rubric not in self._rubrics:
             self._rubrics[info.rubric] = await self.read(load_rubric, info.rubric)
         return self._rubrics[info.rubric]
+
+
+async def _on(threads: ThreadPoolExecutor, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Run a blocking call on a thread, in this task's context: its request and its trace."""
+    run = partial(copy_context().run, call, *args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(threads, run)

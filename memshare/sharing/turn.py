@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from memshare.llm.agent import AgentAnswer
 from memshare.records import Memory, normalise
@@ -18,6 +17,7 @@ DUPLICATE = "duplicate"
 EMPTY = "empty"
 INVALID = "invalid"
 REFUSED = "refused by the scorer"
+FAILED = "scoring failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,23 +27,6 @@ class Retrieved:
     generation: int | None
     memories: tuple[Memory, ...]
     similarities: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A finished answer to a bare question, on its way to the scorer.
-
-    ``finish_reason`` as OpenAI's; ``agent`` and ``model`` say who answered; ``wait_visible``: the
-    decision is made only once the memory can be searched for.
-    """
-
-    pool: str
-    prompt: str
-    answer: str
-    finish_reason: str = "stop"
-    agent: str | None = None
-    model: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

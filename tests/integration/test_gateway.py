@@ -19,6 +19,7 @@ import httpx
 import openai
 import pytest
 
+from memshare.cli import main
 from memshare.files import RunLocked, run_lock
 from tests.loop import loop_config_file
 
@@ -185,7 +186,33 @@ def test_addresses_that_can_not_be_served(tmp_path: Path, models: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port}: can't listen there" in refused(config, "--port", port)
-    assert "--allow-unauthenticated" in refused(config, "--host", "0.0.0.0", "--port", "0")
+    log = refused(config, "--host", "0.0.0.0", "--port", "0")
+    assert "memshare keys create" in log
+
+
+def test_keys_are_asked_for_off_loopback_and_where_the_configuration_says_so(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = loop_config_file(tmp_path, models)
+    create = ["keys", "create", "ann", "--config", str(config), "--right", "keep=read,write"]
+    assert main(create) == 0
+    secret = capsys.readouterr().out.strip()
+    for address in (["--host", "0.0.0.0"], ["--set", "gateway.keys=required"]):
+        with gateway(tmp_path, models, *address) as url:
+            url = url.replace("0.0.0.0", "127.0.0.1")
+            assert httpx.get(f"{url}/v1/models").status_code == 401
+            wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0)
+            with wrong, pytest.raises(openai.AuthenticationError, match="unknown"):
+                wrong.models.list()
+            with openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0) as client:
+                create_chat = client.chat.completions.create
+                messages: Any = [{"role": "user", "content": "hi"}]
+                reply = create_chat(model="m", messages=messages)
+                assert reply.usage is not None and reply.usage.total_tokens > 0
+                with pytest.raises(openai.PermissionDeniedError, match="strict") as refused:
+                    body = {"memory": {"pool": "strict"}}
+                    create_chat(model="m", messages=messages, extra_body=body)
+                assert refused.value.code == "forbidden" and refused.value.request_id
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,30 @@ def test_unknown_fields_reach_the_llm(client: openai.OpenAI) -> None:
     reply = create(**ask("hi", response_format=form, max_tokens=64, extra_body=off))
     if reply.choices[0].finish_reason == "stop":
         assert isinstance(json.loads(reply.choices[0].message.content or "")["yes"], bool)
-    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
-    with pytest.raises(openai.BadRequestError, match="tool"):  # the server runs without a parser
-        create(**ask("hi", tools=[tool], extra_body=off))
+
+
+def test_tools_reach_the_llm_and_their_calls_the_client(url: str, client: openai.OpenAI) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"where": {"type": "string", "enum": ["here", "there"]}},
+        "required": ["where"],
+    }
+    tool = {"type": "function", "function": {"name": "look", "parameters": parameters}}
+    create = client.chat.completions.create
+    choice = {"type": "function", "function": {"name": "look"}}
+    add(url, "where should I look")
+    question = ask("where should I look", tools=[tool], tool_choice=choice, max_tokens=64)
+    reply = create(**question)
+    (call,) = reply.choices[0].message.tool_calls or ()
+    assert call.type == "function" and call.function.name == "look"
+    if reply.choices[0].finish_reason != "length":
+        assert json.loads(call.function.arguments)["where"] in ("here", "there")
+    note = (reply.model_extra or {})["memshare"]
+    assert note["memories"] and (note["write"], note["reason"]) == ("off", "the answer calls tools")
+    chunks = list(create(**question, stream=True))
+    deltas = [c.choices[0].delta for c in chunks if c.choices]
+    said = [t.function.arguments or "" for d in deltas for t in d.tool_calls or () if t.function]
+    assert "".join(said) == call.function.arguments
 
 
 def test_many_at_once_none_fails_and_each_pair_is_decided_once(url: str) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from memshare.config import ConfigError
 from memshare.llm.base import LLMError, LLMUnavailable
@@ -194,3 +197,29 @@ def test_missing_rubric_is_found_before_anything_starts(tmp_path: Path, models: 
     config = loop_config(tmp_path / "run", models, pools=pools)
     with pytest.raises(ConfigError, match=r"pools\.keep\.rubric.*no-such-rubric"):
         assemble(config)
+
+
+def test_stages_are_spans_of_the_request_without_any_text(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = provider.get_tracer("test")
+    monkeypatch.setattr("memshare.sharing.shared._tracer", tracer)
+
+    async def body(shared: SharedMemory) -> None:
+        with tracer.start_as_current_span("request"):
+            await shared.grade_and_store(Pair("keep", "PLANTED?", "PLANTED."))
+            await shared.turn("keep", "PLANTED?")
+        shared.scorer = Refuses(LLMUnavailable("PLANTED"))
+        with pytest.raises(LLMUnavailable):
+            await shared.grade_and_store(Pair("keep", "Why?", "Because."))
+
+    run(body)
+    spans = exporter.get_finished_spans()
+    (request,) = [span for span in spans if span.name == "request"]
+    below = [span.name for span in spans if span.parent and span.parent == request.context]
+    assert below[:4] == ["score", "store", "retrieve", "llm"]  # the store's from its own thread
+    assert spans[-1].name == "score" and spans[-1].status.description == "LLMUnavailable"
+    assert "PLANTED" not in "".join(span.to_json() for span in spans)

@@ -9,21 +9,24 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from memshare.gateway.access import Caller, known_pool
 from memshare.gateway.errors import ApiError
 from memshare.gateway.prompt import Question, answer_of, compose, question_of
 from memshare.gateway.schemas import ChatReply, ChatRequest, ErrorReply, MemoryOptions
-from memshare.gateway.state import LOCAL_AGENT, Gateway, ReadyGateway
+from memshare.gateway.state import Gateway, ReadyGateway
 from memshare.gateway.stream import events
 from memshare.gateway.strict import StrictRoute
-from memshare.gateway.write import submit
+from memshare.gateway.write import check_room, submit
 from memshare.llm.base import Completion
-from memshare.sharing import Pair, Retrieved
+from memshare.pool.keys import Key, Right
+from memshare.records import Pair
+from memshare.sharing import Retrieved
 
 router = APIRouter(route_class=StrictRoute, tags=["chat"])
 
 
 @router.get("/v1/models")
-async def models(gateway: ReadyGateway) -> JSONResponse:
+async def models(gateway: ReadyGateway, _: Caller) -> JSONResponse:
     """The one model that answers here: the agent LLM."""
     model = {"id": gateway.shared.agent.llm.model, "object": "model", "owned_by": "memshare"}
     return JSONResponse({"object": "list", "data": [{**model, "created": 0}]})
@@ -34,10 +37,13 @@ async def models(gateway: ReadyGateway) -> JSONResponse:
     response_model=ChatReply,
     responses={
         200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        403: {"model": ErrorReply, "description": "no right on the pool"},
         404: {"model": ErrorReply, "description": "no such pool"},
     },
 )
-async def chat(body: ChatRequest, gateway: ReadyGateway) -> JSONResponse | StreamingResponse:
+async def chat(
+    body: ChatRequest, gateway: ReadyGateway, caller: Caller
+) -> JSONResponse | StreamingResponse:
     """Answer with the most useful memories as examples; grade and store the pair afterwards.
 
     The last user message is the question. `memshare` in the reply (in a stream: in the first
@@ -49,8 +55,13 @@ async def chat(body: ChatRequest, gateway: ReadyGateway) -> JSONResponse | Strea
     question = question_of(body.messages)
     shots = shared.config.agent.shots if options.shots is None else options.shots
     pool = _pool_name(gateway, options) if shots or options.write else ""
+    refusal = _no_write(options, question, caller, pool)
     if pool:
-        await shared.read(shared.store.pool, pool)
+        wanted: dict[Right, bool] = {"read": shots > 0, "write": refusal is None}
+        rights = [right for right, is_wanted in wanted.items() if is_wanted]
+        await known_pool(shared, caller, pool, *rights, param="memory.pool")
+    if not refusal:
+        await check_room(gateway)
     found = Retrieved(None, (), ())
     if shots and question.text.strip():
         limit = shared.config.gateway.max_text_chars
@@ -59,32 +70,31 @@ async def chat(body: ChatRequest, gateway: ReadyGateway) -> JSONResponse | Strea
     max_tokens = body.max_completion_tokens or body.max_tokens or agent.max_tokens
     llm = shared.agent.llm
     await llm.ready()
-    messages, kept = await shared.read(
-        compose, llm, body.messages, found.memories, agent.instruction, max_tokens
-    )
+    with shared.stage("prompt"):
+        messages, kept = await shared.read(
+            compose, llm, body.messages, found.memories, agent.instruction, max_tokens
+        )
     note: dict[str, Any] = {
         "generation": found.generation,
         "memories": [memory.id for memory in kept],
         "write": "pending",
         "reason": None,
     }
-    refusal = _no_write(options, question)
     if refusal:
         note |= {"write": "off", "reason": refusal}
     temperature = agent.temperature if body.temperature is None else body.temperature
-    pair = Pair(pool, question.text, "", agent=LOCAL_AGENT, model=llm.model) if pool else None
+    pair = Pair(pool, question.text, "", agent=caller.principal, model=llm.model) if pool else None
     sampling: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "seed": body.seed,
         "extra": body.passed_on() or None,
     }
-    started = time.perf_counter()
     if body.stream:
         chunks = llm.stream(messages, **sampling)
-        return await events(gateway, chunks, note, None if refusal else pair, started)
-    completion = await llm.chat(messages, **sampling)
-    shared.observe("llm", time.perf_counter() - started)
+        return await events(gateway, chunks, note, None if refusal else pair)
+    with shared.stage("llm"):
+        completion = await llm.chat(messages, **sampling)
     reply = _reply(completion, llm.model)
     if pair and not refusal:
         note |= await submit(gateway, pair, *answer_of(reply))
@@ -106,10 +116,15 @@ def _pool_name(gateway: Gateway, options: MemoryOptions) -> str:
     return name
 
 
-def _no_write(options: MemoryOptions, question: Question) -> str | None:
-    """Why nothing will be stored, as far as the question decides it."""
+def _no_write(options: MemoryOptions, question: Question, caller: Key, pool: str) -> str | None:
+    """Why nothing will be stored, as far as question and key decide it.
+
+    A key that can't write, and doesn't ask for it in so many words, just gets its answer.
+    """
     if not options.write:
         return "not asked for"
+    if "write" not in options.model_fields_set and not caller.may("write", pool):
+        return "this key may not write to the pool"
     if not question.plain:
         return "the question is not plain text"
     return None if question.text.strip() else "the question is empty"

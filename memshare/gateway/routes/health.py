@@ -9,10 +9,14 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from memshare.gateway.access import Caller, need
+from memshare.gateway.schemas import ErrorReply
 from memshare.gateway.state import AnyGateway
 from memshare.gateway.strict import StrictRoute
+from memshare.pool.keys import EVERY_POOL
 
-router = APIRouter(route_class=StrictRoute, tags=["health"])
+router = APIRouter(tags=["health"])  # open to all: load balancers have no keys
+keyed = APIRouter(route_class=StrictRoute, tags=["health"])
 
 
 @router.get("/healthz", response_class=PlainTextResponse)
@@ -33,13 +37,16 @@ async def readyz(gateway: AnyGateway) -> JSONResponse:
         "reason": None if gateway.ready else gateway.failure or "starting",
         "generation": gateway.shared.searcher.stats().generation if gateway.ready else None,
         "llm": dict(zip(gateway.probes, states, strict=True)),
-        "pending": gateway.queue.pending(),
     }
     return JSONResponse(body, status_code=200 if gateway.ready else 503)
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(gateway: AnyGateway) -> Response:
-    """Prometheus' exposition format."""
+@keyed.get("/metrics", response_class=PlainTextResponse, responses={403: {"model": ErrorReply}})
+async def metrics(gateway: AnyGateway, caller: Caller) -> Response:
+    """Prometheus' exposition format. It names every pool: a key needs to read all of them."""
+    need(caller, "read", EVERY_POOL, "")
+    for name, probe in gateway.probes.items():
+        unreachable = (await probe.state()).startswith("unreachable")
+        gateway.metrics.llm_up.labels(name).set(not unreachable)
     body = await gateway.shared.read(gateway.metrics.render)
     return Response(body, media_type=CONTENT_TYPE_LATEST)

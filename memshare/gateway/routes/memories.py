@@ -1,38 +1,47 @@
-"""Memories over HTTP: add, search, get, list, delete."""
+"""Memories over HTTP: add, search, get, list, delete, and feedback on them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import JSONResponse
 
+from memshare.gateway.access import Caller, known_pool, need
 from memshare.gateway.errors import ApiError, error_body
 from memshare.gateway.schemas import (
     AddMemories,
     AddResults,
     Deleted,
     ErrorReply,
+    FeedbackIn,
+    FeedbackReply,
     ItemResult,
-    MemoryIn,
     MemoryOut,
     MemoryPage,
     Search,
     SearchFilter,
     SearchResults,
 )
-from memshare.gateway.state import LOCAL_AGENT, Gateway, ReadyGateway
+from memshare.gateway.state import Gateway, ReadyGateway
 from memshare.gateway.strict import StrictRoute
+from memshare.gateway.write import check_room
 from memshare.pool.errors import InvalidMemory, PoolError
+from memshare.pool.feedback import NO_STANDING
+from memshare.pool.keys import Key
 from memshare.pool.rows import read_cursor
 from memshare.pool.validate import check_memory, check_text
-from memshare.records import NewMemory
+from memshare.records import Memory, NewMemory, Pair
 from memshare.retrieval.searcher import Filter
-from memshare.sharing import Pair
 
 router = APIRouter(prefix="/v1/memories", route_class=StrictRoute, tags=["memories"])
 MemoryId = Annotated[str, Path(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
-_NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorReply}}
+_NOT_FOUND: dict[int | str, dict[str, Any]] = {
+    403: {"model": ErrorReply, "description": "the key has no right to that"},
+    404: {"model": ErrorReply, "description": "there is none, or none that the key may read"},
+}
 
 
 @router.post(
@@ -41,62 +50,69 @@ _NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorReply}}
     response_model=AddResults,
     responses={
         202: {"model": AddResults, "description": "a scorer decides first"},
-        429: {"model": ErrorReply, "description": "the scoring queue is full"},
         **_NOT_FOUND,
     },
 )
-async def add(body: AddMemories, gateway: ReadyGateway) -> JSONResponse:
+async def add(body: AddMemories, gateway: ReadyGateway, caller: Caller) -> JSONResponse:
     """Store memories; answered once they are durable and searchable.
 
     201 with one result an item (`stored`, `duplicate`, or `rejected` with the reason); 422 if every
     item is rejected; 404 if a pool is unknown, with nothing stored. With `gateway.score_writes` on:
-    202 and `pending`, and the scorer decides in the background.
+    202 and `pending`, and the scorer decides in the background; 429 if it is too far behind.
     """
     for name in sorted({item.pool for item in body.items}):
-        await gateway.shared.read(gateway.shared.store.pool, name)
-    results, accepted = _check(body.items, gateway.config.gateway.max_text_chars)
+        await known_pool(gateway.shared, caller, name, "admin" if body.import_ else "write")
+    scored = gateway.config.gateway.score_writes and not body.import_
+    if scored:
+        await check_room(gateway)
+    results, accepted = _check(body, caller, gateway.config.gateway.max_text_chars)
     status = 201
     if not accepted:
         reasons = "; ".join(f"items.{i}: {r.reason}" for i, r in enumerate(results) if r)
         refusal = error_body(422, f"no item can be stored: {reasons[:2000]}", "items", "rejected")
         refusal["results"] = [result.model_dump() for result in results if result]
         return JSONResponse(refusal, status_code=422)
-    if gateway.config.gateway.score_writes:
+    if scored:
         status = 202
-        taken = [_offer(gateway, memory) for _, memory in accepted]
-        if not any(taken):
-            raise ApiError(429, "the scoring queue is full; try again", code="queue_full")
-        for (place, _), ok in zip(accepted, taken, strict=True):
-            reason = None if ok else "scoring queue full"
-            results[place] = ItemResult(
-                id=None, status="pending" if ok else "rejected", reason=reason
-            )
+        await gateway.queue.put([_pair(memory) for _, memory in accepted])
+        for place, _ in accepted:
+            results[place] = ItemResult(id=None, status="pending")
     else:
         stored = await gateway.shared.write(
             gateway.shared.append_visible, [memory for _, memory in accepted]
         )
-        for (place, _), result in zip(accepted, stored, strict=True):
-            results[place] = ItemResult(id=result.id, status=result.status)
+        for (place, memory), result in zip(accepted, stored, strict=True):
+            # A duplicate's id is another's memory, which not everybody who writes may know.
+            known = result.status == "stored" or caller.may("read", memory.pool)
+            results[place] = ItemResult(id=result.id if known else None, status=result.status)
     return JSONResponse(
         {"results": [result.model_dump() for result in results if result]}, status_code=status
     )
 
 
 def _check(
-    items: list[MemoryIn], max_chars: int
+    body: AddMemories, caller: Key, max_chars: int
 ) -> tuple[list[ItemResult | None], list[tuple[int, NewMemory]]]:
     """Rejections by place (None: not yet decided), and what is acceptable, with places."""
     results: list[ItemResult | None] = []
     accepted: list[tuple[int, NewMemory]] = []
-    for place, item in enumerate(items):
+    for place, item in enumerate(body.items):
         memory = NewMemory(
             item.pool,
             item.prompt,
             item.answer,
-            agent=LOCAL_AGENT,
+            agent=caller.principal,
             model=item.model,
             metadata=item.metadata,
         )
+        if body.import_:
+            memory = replace(
+                memory,
+                id=item.id,
+                score=item.score,
+                agent=item.agent,
+                created_at=item.created_at,
+            )
         try:
             accepted.append((place, check_memory(memory, max_chars)))
             results.append(None)
@@ -105,33 +121,33 @@ def _check(
     return results, accepted
 
 
-def _offer(gateway: Gateway, memory: NewMemory) -> bool:
-    return gateway.queue.offer(
-        Pair(
-            memory.pool,
-            memory.prompt,
-            memory.answer,
-            agent=memory.agent,
-            model=memory.model,
-            metadata=memory.metadata,
-        )
+def _pair(memory: NewMemory) -> Pair:
+    return Pair(
+        memory.pool,
+        memory.prompt,
+        memory.answer,
+        agent=memory.agent,
+        model=memory.model,
+        metadata=memory.metadata,
     )
 
 
 @router.post("/search", response_model=SearchResults, responses=_NOT_FOUND)
-async def search(body: Search, gateway: ReadyGateway) -> JSONResponse:
+async def search(body: Search, gateway: ReadyGateway, caller: Caller) -> JSONResponse:
     """The `k` most useful memories for `query`, best first; all there are if the pool has fewer."""
+    await known_pool(gateway.shared, caller, body.pool, "read")
     limits = gateway.config.gateway
     if body.k > limits.max_k:
         raise ApiError(422, f"k: at most {limits.max_k} allowed", param="k", code="k_too_large")
     check_text("query", body.query, limits.max_text_chars)
-    await gateway.shared.read(gateway.shared.store.pool, body.pool)
     found = await gateway.shared.retrieve(
         body.pool, body.query, body.k, filter=_filter(body.filter) if body.filter else None
     )
     memories = [
-        {**memory.wire(), "similarity": float(similarity)}
-        for memory, similarity in zip(found.memories, found.similarities, strict=True)
+        {**memory, "similarity": float(similarity)}
+        for memory, similarity in zip(
+            await _wire(gateway, found.memories), found.similarities, strict=True
+        )
     ]
     return JSONResponse({"generation": found.generation, "memories": memories})
 
@@ -146,15 +162,17 @@ def _filter(body: SearchFilter) -> Filter:
 @router.get("", response_model=MemoryPage, responses=_NOT_FOUND)
 async def page(
     gateway: ReadyGateway,
+    caller: Caller,
     pool: Annotated[str, Query(min_length=1, max_length=200)],
     cursor: Annotated[str | None, Query(max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> JSONResponse:
     """One page of a pool, in the order of storing."""
+    await known_pool(gateway.shared, caller, pool, "read")
     if cursor is not None:
         _check_cursor(cursor)
     memories, after = await gateway.shared.read(gateway.shared.store.list, pool, cursor, limit)
-    return JSONResponse({"memories": [memory.wire() for memory in memories], "next_cursor": after})
+    return JSONResponse({"memories": await _wire(gateway, memories), "next_cursor": after})
 
 
 def _check_cursor(cursor: str) -> None:
@@ -168,23 +186,65 @@ def _check_cursor(cursor: str) -> None:
 
 
 @router.get("/{id}", response_model=MemoryOut, responses=_NOT_FOUND)
-async def get(id: MemoryId, gateway: ReadyGateway) -> JSONResponse:
+async def get(id: MemoryId, gateway: ReadyGateway, caller: Caller) -> JSONResponse:
     """One memory."""
-    memory = await gateway.shared.read(gateway.shared.store.get, id)
-    if memory is None:
-        raise _unknown(id)
-    return JSONResponse(memory.wire())
+    (memory,) = await _wire(gateway, [await _readable(gateway, caller, id)])
+    return JSONResponse(memory)
 
 
 @router.delete("/{id}", response_model=Deleted, responses=_NOT_FOUND)
-async def delete(id: MemoryId, gateway: ReadyGateway) -> JSONResponse:
-    """Erase one memory's text for good; no search finds it from now on."""
+async def delete(id: MemoryId, gateway: ReadyGateway, caller: Caller) -> JSONResponse:
+    """Erase one memory's text for good; no search finds it from now on.
+
+    Needs the admin right on its pool, or, for what the key's principal wrote, the write right.
+    """
     shared = gateway.shared
-    memory = await shared.read(shared.store.get, id)
-    if memory is None or not await shared.write(shared.store.delete, id):
+    memory = await _readable(gateway, caller, id)
+    need(caller, "write" if memory.agent == caller.principal else "admin", memory.pool, "id")
+    if not await shared.write(shared.store.delete, id):
         raise _unknown(id)
     shared.searcher.notify(memory.pool)
     return JSONResponse({"id": id, "deleted": True})
+
+
+@router.post("/{id}/feedback", response_model=FeedbackReply, responses=_NOT_FOUND)
+async def give_feedback(
+    id: MemoryId, body: FeedbackIn, gateway: ReadyGateway, caller: Caller
+) -> JSONResponse:
+    """Say how useful a memory is, from -1 to 1 (`down` and `up` are its ends).
+
+    One opinion a principal and memory: a later one replaces it. Needs the read and write rights.
+    """
+    memory = await _readable(gateway, caller, id)
+    need(caller, "write", memory.pool, "id")
+    value = {"up": 1.0, "down": -1.0}[body.value] if isinstance(body.value, str) else body.value
+    standing = await gateway.shared.write(
+        gateway.feedback.give, id, caller.principal, value, body.comment
+    )
+    if standing is None:
+        raise _unknown(id)
+    sign = "up" if value > 0 else "down" if value < 0 else "neutral"
+    gateway.metrics.feedback.labels(memory.pool, sign).inc()
+    return JSONResponse({"id": id, "standing": standing.value, "votes": standing.votes})
+
+
+async def _wire(gateway: Gateway, memories: Sequence[Memory]) -> list[dict[str, Any]]:
+    """Memories on the wire, with their standings."""
+    ids = [memory.id for memory in memories]
+    standings = await gateway.shared.read(gateway.feedback.standings, ids)
+    shown = []
+    for memory in memories:
+        standing = standings.get(memory.id, NO_STANDING)
+        shown.append({**memory.wire(), "standing": standing.value, "votes": standing.votes})
+    return shown
+
+
+async def _readable(gateway: Gateway, caller: Key, id: str) -> Memory:
+    """The memory; 404 if there is none, or in a pool that ``caller`` may not read."""
+    memory = await gateway.shared.read(gateway.shared.store.get, id)
+    if memory is None or not caller.may("read", memory.pool):
+        raise _unknown(id)
+    return memory
 
 
 def _unknown(id: str) -> ApiError:

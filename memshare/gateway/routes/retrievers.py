@@ -8,6 +8,7 @@ from fastapi import APIRouter, Path
 from fastapi.responses import JSONResponse
 
 from memshare.config import Config
+from memshare.gateway.access import Caller, need
 from memshare.gateway.errors import ApiError
 from memshare.gateway.schemas import Activated, ErrorReply, Generations
 from memshare.gateway.state import Gateway, ReadyGateway
@@ -21,6 +22,7 @@ router = APIRouter(prefix="/v1/retrievers", route_class=StrictRoute, tags=["retr
 Name = Annotated[str, Path(min_length=1, max_length=100)]
 Number = Annotated[int, Path(ge=0, le=999_999)]
 _ERRORS: dict[int | str, dict[str, Any]] = {
+    403: {"model": ErrorReply, "description": "the key has no admin right on a pool"},
     404: {"model": ErrorReply},
     409: {"model": ErrorReply, "description": "the generation is damaged"},
 }
@@ -38,8 +40,10 @@ def _read(config: Config) -> tuple[list[Manifest], int | None, bool]:
 
 
 @router.get("/{name}/generations", response_model=Generations, responses=_ERRORS)
-async def list_generations(name: Name, gateway: ReadyGateway) -> JSONResponse:
+async def list_generations(name: Name, gateway: ReadyGateway, caller: Caller) -> JSONResponse:
     """The generations on disk, oldest first, and the one that answers right now.
+
+    `positions` names the pools that the key may read.
 
     `serving` 0 is the untrained encoder of the configuration, before anything was published.
     """
@@ -54,7 +58,9 @@ async def list_generations(name: Name, gateway: ReadyGateway) -> JSONResponse:
             "number": manifest.number,
             "created_at": manifest.created_at,
             "parent": manifest.parent,
-            "positions": dict(manifest.positions),
+            "positions": {
+                pool: seq for pool, seq in manifest.positions.items() if caller.may("read", pool)
+            },
             "current": manifest.number == current,
             "serving": manifest.number == serving,
         }
@@ -72,9 +78,16 @@ async def list_generations(name: Name, gateway: ReadyGateway) -> JSONResponse:
 
 
 @router.post("/{name}/generations/{number}/activate", response_model=Activated, responses=_ERRORS)
-async def activate_generation(name: Name, number: Number, gateway: ReadyGateway) -> JSONResponse:
-    """Roll back or forward: verify the generation, make it CURRENT and pin it there."""
+async def activate_generation(
+    name: Name, number: Number, gateway: ReadyGateway, caller: Caller
+) -> JSONResponse:
+    """Roll back or forward: verify the generation, make it CURRENT and pin it there.
+
+    Needs the admin right on every pool that the retriever serves.
+    """
     _known(gateway, name)
+    for pool in gateway.config.served_pools:
+        need(caller, "admin", pool, "name")
     try:
         await gateway.shared.write(activate, gateway.config.generations_dir, name, number)
     except NoGeneration as error:

@@ -20,9 +20,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def running(run_dir: Path, models: Path, **sections: Any) -> Iterator[TestClient]:
+def running(
+    run_dir: Path, models: Path, keys_required: bool = False, **sections: Any
+) -> Iterator[TestClient]:
     """The application in this process, ready. Exceptions become responses, as under uvicorn."""
-    app = create_app(assemble(loop_config(run_dir, models, **sections)))
+    shared = assemble(loop_config(run_dir, models, **sections))
+    app = create_app(shared, keys_required=keys_required)
     with TestClient(app, raise_server_exceptions=False) as client:
         while client.get("/readyz").status_code != 200:
             time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The scoring queue: every pair it takes gets a decision, and what it can't take is on record."""
+"""The scoring queue: every pair it takes gets one decision, now or in the next gateway."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from memshare.gateway.background import ScoringQueue
 from memshare.gateway.metrics import Metrics
 from memshare.llm.base import LLMUnavailable
 from memshare.llm.scorer import Scorer
-from memshare.records import Grade
-from memshare.sharing import Pair, SharedMemory, open_shared
+from memshare.records import Grade, Pair
+from memshare.sharing import SharedMemory, open_shared
 from tests.loop import loop_config
 
 Body = Callable[[SharedMemory, ScoringQueue], Coroutine[Any, Any, None]]
@@ -26,6 +26,7 @@ class Gate(Scorer):
     def __init__(self, absences: int = 0) -> None:
         self.open = asyncio.Event()
         self.absences = absences
+        self.graded: list[str] = []
 
     async def _grade(self, prompt: str, answer: str, rubric_text: str) -> Grade:
         if self.absences:
@@ -34,6 +35,7 @@ class Gate(Scorer):
         await self.open.wait()
         if answer == "broken":
             raise ValueError("a fault in a scorer")
+        self.graded.append(prompt)
         return Grade(90.0)
 
 
@@ -45,7 +47,6 @@ def run(tmp_path: Path, models: Path) -> Callable[..., None]:
             async with open_shared(config) as shared:
                 shared.scorer = Gate(absences)
                 queue = ScoringQueue(shared, Metrics())
-                queue.start()
                 await body(shared, queue)
 
         asyncio.run(inside())
@@ -57,58 +58,62 @@ def pair(number: int, answer: str = "yes") -> Pair:
     return Pair("keep", f"question {number}", answer)
 
 
-def opened(shared: SharedMemory) -> None:
+def pairs(count: int) -> list[Pair]:
+    return [pair(number) for number in range(count)]
+
+
+def gate(shared: SharedMemory) -> Gate:
     assert isinstance(shared.scorer, Gate)
-    shared.scorer.open.set()
+    return shared.scorer
+
+
+async def all_in_work(queue: ScoringQueue, count: int) -> None:
+    while len(queue._jobs) < count:
+        await asyncio.sleep(0.01)
 
 
 def test_pairs_are_decided_behind_the_answer(run: Callable[..., None]) -> None:
     async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
+        queue.start()
         for number in range(20):
-            assert await queue.submit(pair(number))
+            await queue.put([pair(number)])
         assert queue.pending() == 20
-        opened(shared)
+        gate(shared).open.set()
         await queue.join()
-        assert queue.pending() == 0
         assert shared.store.decisions("keep") == {"stored": 20}
+        assert sorted(gate(shared).graded) == sorted(p.prompt for p in pairs(20))
         await queue.stop()
 
     run(body)
 
 
-def test_full_queue_drops_with_the_reason_on_record(run: Callable[..., None]) -> None:
+def test_what_can_not_be_stored_is_decided_without_the_queue(run: Callable[..., None]) -> None:
     async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
-        taken = [await queue.submit(pair(number)) for number in range(5)]
-        assert taken == [True, True, True, False, False]  # one in work, two waiting
-        assert not queue.offer(pair(9))  # the caller says so itself: nothing on record
-        assert shared.store.decisions("keep") == {"scoring queue full": 2}
-        opened(shared)
-        await queue.stop()
-        assert shared.store.decisions("keep") == {"stored": 3, "scoring queue full": 2}
+        await queue.put(
+            [pair(1, " "), pair(2, "a\x00b"), Pair("keep", "q", "a", "length"), pair(3)]
+        )
+        assert queue.pending() == 1
+        assert shared.store.decisions("keep") == {"cut off by length": 1, "empty": 1, "invalid": 1}
 
-    async def settled(shared: SharedMemory, queue: ScoringQueue) -> None:
-        await asyncio.sleep(0)  # the worker is at its queue before the first pair comes
-        await body(shared, queue)
-
-    run(settled, scoring_workers=1, scoring_queue=2, scoring_wait_seconds=0.1)
+    run(body)
 
 
-def test_a_place_that_frees_in_time_is_taken(run: Callable[..., None]) -> None:
+def test_full_says_so_across_gateways(run: Callable[..., None]) -> None:
     async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
-        for number in range(2):
-            await queue.submit(pair(number))
-        asyncio.get_running_loop().call_later(0.2, opened, shared)
-        assert await queue.submit(pair(2))
-        await queue.stop()
-        assert shared.store.decisions("keep") == {"stored": 3}
+        other = ScoringQueue(shared, Metrics())
+        await queue.put(pairs(2))
+        assert not await queue.full() and not await other.full()
+        await other.put([pair(3)])
+        assert await queue.full() and await other.full()
 
-    run(body, scoring_workers=1, scoring_queue=1, scoring_wait_seconds=20)
+    run(body, scoring_queue=3)
 
 
 def test_absent_scorer_is_waited_for(run: Callable[..., None]) -> None:
     async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
-        opened(shared)
-        await queue.submit(pair(1))
+        gate(shared).open.set()
+        queue.start()
+        await queue.put([pair(1)])
         await queue.join()
         assert shared.store.decisions("keep") == {"stored": 1}
         await queue.stop()
@@ -118,33 +123,87 @@ def test_absent_scorer_is_waited_for(run: Callable[..., None]) -> None:
 
 def test_a_stop_does_not_wait_for_an_absent_scorer(run: Callable[..., None]) -> None:
     async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
-        await queue.submit(pair(1))
-        await asyncio.sleep(0.2)
-        await queue.stop()
-        assert shared.store.decisions("keep") == {"scorer unavailable": 1}
-        assert not await queue.submit(pair(2))
-        decided = {"scorer unavailable": 1, "gateway stopped": 1}
-        assert shared.store.decisions("keep") == decided
+        queue.start()
+        await queue.put([pair(1)])
+        while gate(shared).absences == 10**6:
+            await asyncio.sleep(0.01)
+        await asyncio.wait_for(queue.stop(), 5)
+        assert shared.store.decisions("keep") == {}
+        await queue.put([pair(2)])  # an answer that came late
+        await decided_by_the_next(shared, {"stored": 2})
 
     run(body, absences=10**6)
 
 
-def test_what_the_grace_is_too_short_for_is_on_record(run: Callable[..., None]) -> None:
-    async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
-        for number in range(3):
-            await queue.submit(pair(number))
-        await queue.stop()
-        assert shared.store.decisions("keep") == {"gateway stopped": 3}
+async def decided_by_the_next(shared: SharedMemory, decisions: dict[str, int]) -> None:
+    """Another gateway's queue takes over at once what was left."""
+    gate(shared).absences = 0
+    gate(shared).open.set()
+    queue = ScoringQueue(shared, Metrics())
+    queue.start()
+    await asyncio.wait_for(queue.join(), 5)
+    await queue.stop()
+    assert shared.store.decisions("keep") == decisions
 
-    run(body, scoring_workers=1, shutdown_seconds=0.2)
+
+def test_what_the_grace_is_too_short_for_stays_for_the_next(run: Callable[..., None]) -> None:
+    async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
+        queue.start()
+        await queue.put(pairs(3))
+        await all_in_work(queue, 2)
+        await asyncio.wait_for(queue.stop(), 5)
+        assert shared.store.decisions("keep") == {}
+        await decided_by_the_next(shared, {"stored": 3})
+
+    run(body, scoring_workers=2, shutdown_seconds=0.2)
+
+
+def test_a_stop_finishes_what_was_taken(run: Callable[..., None]) -> None:
+    async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
+        queue.start()
+        await queue.put(pairs(10))
+        asyncio.get_running_loop().call_later(0.2, gate(shared).open.set)
+        await queue.stop()
+        assert shared.store.decisions("keep") == {"stored": 10}
+
+    run(body, scoring_workers=2)
+
+
+def test_a_slow_scorer_keeps_its_claim(run: Callable[..., None]) -> None:
+    async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
+        other = ScoringQueue(shared, Metrics())
+        queue.start()
+        await queue.put([pair(1)])
+        await all_in_work(queue, 1)
+        other.start()
+        await asyncio.sleep(1.5)  # five leases, and the other one looks every second
+        gate(shared).open.set()
+        await queue.join()
+        await asyncio.gather(queue.stop(), other.stop())
+        assert gate(shared).graded == ["question 1"]
+
+    run(body, scoring_lease_seconds=0.3)
 
 
 def test_one_broken_pair_does_not_stop_the_others(run: Callable[..., None]) -> None:
     async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
-        opened(shared)
-        await queue.submit(pair(1, "broken"))
-        await queue.submit(pair(2))
+        gate(shared).open.set()
+        queue.start()
+        await queue.put([pair(1, "broken"), pair(2)])
         await queue.stop()
         assert shared.store.decisions("keep") == {"scoring failed": 1, "stored": 1}
 
     run(body, scoring_workers=1)
+
+
+def test_a_pair_that_may_kill_gateways_is_refused_in_the_end(run: Callable[..., None]) -> None:
+    async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
+        await queue.put([pair(1)])
+        for _ in range(5):  # five gateways took it and were never heard of again
+            assert queue._queue.claim(1, 0)
+        queue.start()
+        await queue.stop()
+        assert shared.store.decisions("keep") == {"scoring failed": 1}
+        assert gate(shared).graded == []
+
+    run(body)

@@ -92,7 +92,7 @@ def test_requests_are_counted_by_route_not_by_path(client: TestClient) -> None:
     label = 'method="GET",route="/v1/memories/{id}",status="404"'
     assert f"memshare_requests_total{{{label}}}" in text
     assert "unknown1" not in text
-    for name in ("generation 0.0", 'memories{pool="keep"}', "scoring_queue", "swaps 0.0"):
+    for name in ("generation 0.0", 'memories{pool="keep"}', "scoring_queue 0.0", "swaps_total 0.0"):
         assert f"memshare_{name}" in text
 
 

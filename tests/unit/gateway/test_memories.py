@@ -134,13 +134,64 @@ def test_scored_writes_are_pending_until_the_scorer_decides(tmp_path: Path, mode
         assert client.get("/v1/memories?pool=strict").json()["memories"] == []
 
 
-def test_full_queue_refuses_scored_writes(tmp_path: Path, models: Path) -> None:
-    gateway = {"score_writes": True, "scoring_queue": 1, "scoring_workers": 1}
-    with running(tmp_path, models, gateway=gateway) as client:
-        many = [{"prompt": f"question {n}", "answer": "x"} for n in range(50)]
-        results = add(client, *many).json()["results"]
-        dropped = [result for result in results if result["status"] == "rejected"]
-        assert dropped and dropped[0]["reason"] == "scoring queue full"
+def test_full_queue_refuses_scored_writes_and_chats_that_write(
+    tmp_path: Path, models: Path
+) -> None:
+    away = {"backend": "vllm", "url": "http://127.0.0.1:9", "retries": 0}  # nobody grades
+    gateway = {"score_writes": True, "scoring_queue": 3, "shutdown_seconds": 1}
+    with running(tmp_path, models, gateway=gateway, scorer_llm=away) as client:
+        many = [{"prompt": f"question {n}", "answer": "x"} for n in range(3)]
+        assert add(client, *many).status_code == 202
+        ask = {"messages": [{"role": "user", "content": "q"}]}
+        for refused in (
+            add(client, {"prompt": "one more", "answer": "x"}),
+            client.post("/v1/chat/completions", json=ask),
+        ):
+            assert refused.status_code == 429
+            assert refused.json()["error"]["code"] == "queue_full"
+            assert int(refused.headers["retry-after"]) > 0
+        read_only = client.post("/v1/chat/completions", json={**ask, "memory": {"write": False}})
+        assert read_only.status_code == 200
+        text = client.get("/metrics").text
+        assert "memshare_scoring_queue 3.0" in text
+        assert 'memshare_shed_total{reason="queue"} 2.0' in text
+
+
+def test_feedback_is_one_opinion_and_shows_on_the_memory(client: TestClient) -> None:
+    (result,) = add(client, {"prompt": "how useful is this", "answer": "very"}).json()["results"]
+    path = f"/v1/memories/{result['id']}"
+    assert client.get(path).json()["standing"] == 0
+    for value, standing in (("up", 1 / 3), (1, 1 / 3), ("down", -1 / 3), (-0.5, -1 / 6)):
+        reply = client.post(f"{path}/feedback", json={"value": value, "comment": "because"})
+        assert reply.status_code == 200, reply.text
+        assert reply.json() == {"id": result["id"], "standing": pytest.approx(standing), "votes": 1}
+    search = {"pool": "keep", "query": "how useful is this", "k": 1}
+    (found,) = client.post("/v1/memories/search", json=search).json()["memories"]
+    listed = client.get("/v1/memories?pool=keep&limit=1000").json()["memories"]
+    (listed,) = [memory for memory in listed if memory["id"] == result["id"]]
+    assert found["standing"] == listed["standing"] == pytest.approx(-1 / 6)
+    for bad in ({}, {"value": "sideways"}, {"value": 1.5}, {"value": 1, "comment": ""}):
+        assert client.post(f"{path}/feedback", json=bad).status_code == 422
+    assert client.post("/v1/memories/none/feedback", json={"value": 1}).status_code == 404
+
+
+def test_an_admins_import_brings_its_provenance(client: TestClient) -> None:
+    item = {
+        "pool": "keep",
+        "prompt": "from an export",
+        "answer": "x",
+        "id": "export-1",
+        "score": 91,
+        "agent": "ann",
+        "created_at": "2020-01-02T03:04:05Z",
+    }
+    body = {"import": True, "items": [item, {**item, "prompt": "bad", "score": "good"}]}
+    first, second = client.post("/v1/memories", json=body).json()["results"]
+    assert (first["id"], first["status"], second["status"]) == ("export-1", "stored", "rejected")
+    memory = client.get("/v1/memories/export-1").json()
+    assert (memory["score"], memory["agent"], memory["created_at"][:4]) == (91, "ann", "2020")
+    again = client.post("/v1/memories", json={"items": [memory]})  # what was read can be sent
+    assert again.json()["results"][0]["status"] == "duplicate"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""What the sync and the async client share: settings, retries, reading replies."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import httpx
+
+from memshare.client import calls
+from memshare.client.calls import Call
+from memshare.client.errors import (
+    ConnectionFailed,
+    GatewayError,
+    Overloaded,
+    Unavailable,
+    error_of,
+)
+from memshare.client.replies import ChatChunk
+
+H = TypeVar("H")
+T = TypeVar("T")
+DEFAULT_URL = "http://127.0.0.1:8000"
+_LONGEST_WAIT = 30.0
+DONE = "data: [DONE]"
+CUT = "the stream ended before it was complete"
+
+
+class Connected(Generic[H]):
+    """Where the gateway is, by what key, and how patient to be; ``H`` is httpx's client."""
+
+    _connect: Callable[..., H]
+
+    def __init__(
+        self,
+        url: str | None = None,
+        key: str | None = None,
+        *,
+        timeout_seconds: float = 120.0,
+        retries: int = 2,
+    ) -> None:
+        """``url`` and ``key`` default to MEMSHARE_URL and MEMSHARE_KEY in the environment.
+
+        What the gateway refuses for the moment (429, 503), and a connection that can't be made, is
+        tried again ``retries`` times: nothing was done then, so nothing is done twice.
+        """
+        key = key or os.environ.get("MEMSHARE_KEY")
+        self._retries = retries
+        self._http = self._connect(
+            base_url=(url or os.environ.get("MEMSHARE_URL") or DEFAULT_URL).rstrip("/"),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=timeout_seconds,
+        )
+
+    def _pause(self, error: GatewayError, attempt: int) -> float:
+        """Seconds until the next attempt; raises ``error`` if there is none."""
+        passing = isinstance(error, Overloaded | Unavailable) or (
+            isinstance(error, ConnectionFailed) and isinstance(error.__cause__, httpx.ConnectError)
+        )
+        wait = 0.5 * 2**attempt if error.retry_after is None else error.retry_after
+        if not passing or attempt >= self._retries or wait > _LONGEST_WAIT:
+            raise error
+        return wait
+
+
+def broken(error: httpx.HTTPError) -> ConnectionFailed:
+    """No reply came, or not all of it."""
+    failure = ConnectionFailed(f"the gateway can't be reached: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def read(call: Call[T], reply: httpx.Response) -> T | GatewayError:
+    """The result, or the refusal, which the caller may retry."""
+    if reply.status_code >= 400:
+        return error_of(reply.status_code, reply.content, reply.headers)
+    return call.read(reply.json())
+
+
+def chunk_of(line: str) -> ChatChunk | None:
+    """The chunk on a line of a stream, None if it has none. Raises `GatewayError` for an error."""
+    if not line.startswith("data: ") or line == DONE:
+        return None
+    event = json.loads(line.removeprefix("data: "))
+    if "error" in event:
+        raise GatewayError(str(event["error"]["message"]), detail=event["error"])
+    return calls.chunk(event)

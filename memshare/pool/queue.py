@@ -1,0 +1,144 @@
+"""The durable queue of pairs that wait for the scorer, shared by the gateways of one database.
+
+A pair is claimed for some seconds, the claim is renewed while it is graded, and the transaction
+that stores the pair, or puts the refusal on record, also removes it here (`finish`), if the claim
+still holds. So a pair is decided once: a gateway that dies loses its claims after a while and
+another one grades those pairs again; one that was only slow finds its claim gone, and its
+transaction is undone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from memshare.pool.engine import Database
+from memshare.pool.ids import new_id
+from memshare.pool.rows import need_pool
+from memshare.pool.schema import pending
+from memshare.records import Pair
+
+
+class ClaimLost(RuntimeError):
+    """Somebody else has claimed the pair, or decided it already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A claimed pair. ``attempts`` counts its claims that ended without a word, this one too."""
+
+    id: str
+    claim: str
+    attempts: int
+    pair: Pair
+
+
+class PairQueue:
+    """The queue of one database. Thread-safe; several processes may share the database."""
+
+    def __init__(self, database: Database) -> None:
+        """See `PoolStore.database`."""
+        self._db = database
+
+    def put(self, pairs: Sequence[Pair]) -> None:
+        """Add ``pairs``; durable when this returns. Raises `UnknownPool` with none added."""
+        rows = [
+            {
+                "id": new_id(),
+                "pool": pair.pool,
+                "prompt": pair.prompt,
+                "answer": pair.answer,
+                "finish_reason": pair.finish_reason,
+                "agent": pair.agent,
+                "model": pair.model,
+                "metadata": dict(pair.metadata),
+                "attempts": 0,
+                "free_at": 0.0,
+            }
+            # By pool, as appends take them, so that no two transactions wait for each other.
+            for pair in sorted(pairs, key=lambda pair: pair.pool)
+        ]
+        with self._db.write() as connection:
+            for name in sorted({pair.pool for pair in pairs}):
+                need_pool(connection, name)
+            connection.execute(sa.insert(pending), rows)
+
+    def count(self) -> int:
+        """Pairs without a decision, claimed or not."""
+        with self._db.read() as connection:
+            return connection.execute(sa.select(sa.func.count()).select_from(pending)).scalar_one()
+
+    def claim(self, limit: int, lease_seconds: float, before: str | None = None) -> list[Job]:
+        """Up to ``limit`` pairs that nobody has, the oldest first, for ``lease_seconds``.
+
+        ``before``: only pairs that were put before this id was made (see `new_id`).
+        """
+        wanted = sa.true() if before is None else pending.c.id < before
+        with self._db.read() as connection:  # most often there are none: no need to lock for that
+            free = sa.and_(wanted, pending.c.free_at <= self._now(connection))
+            if connection.execute(sa.select(pending.c.id).where(free).limit(1)).first() is None:
+                return []
+        token = new_id()
+        with self._db.write() as connection:
+            now = self._now(connection)
+            ids = connection.scalars(
+                sa.select(pending.c.id)
+                .where(wanted, pending.c.free_at <= now)
+                .order_by(pending.c.id)
+                .limit(limit)
+                .with_for_update(skip_locked=True)  # SQLite's writers are alone anyway
+            ).all()
+            rows = connection.execute(
+                sa.update(pending)
+                .where(pending.c.id.in_(ids))
+                .values(claim=token, free_at=now + lease_seconds, attempts=pending.c.attempts + 1)
+                .returning(*pending.c)
+            ).all()
+        return sorted((_job(row) for row in rows), key=lambda job: job.id)
+
+    def renew(self, claims: Collection[str], lease_seconds: float) -> None:
+        """Keep what these claims still hold for another ``lease_seconds``."""
+        with self._db.write() as connection:
+            connection.execute(
+                sa.update(pending)
+                .where(pending.c.claim.in_(claims))
+                .values(free_at=self._now(connection) + lease_seconds)
+            )
+
+    def release(self, jobs: Collection[Job]) -> None:
+        """Give pairs back undecided, for anybody to claim at once; that was no attempt."""
+        with self._db.write() as connection:
+            for job in jobs:
+                connection.execute(
+                    sa.update(pending)
+                    .where(_held_by(job))
+                    .values(claim=None, free_at=0.0, attempts=pending.c.attempts - 1)
+                )
+
+    @staticmethod
+    def finish(connection: sa.Connection, job: Job) -> None:
+        """Remove a decided pair, in the transaction that decides. Raises `ClaimLost`."""
+        if connection.execute(sa.delete(pending).where(_held_by(job))).rowcount != 1:
+            raise ClaimLost(f"pair {job.id} was claimed by another gateway meanwhile")
+
+    def _now(self, connection: sa.Connection) -> float:
+        """Seconds since 1970 by the one clock that all gateways of this database share."""
+        if self._db.is_sqlite:
+            return time.time()
+        clock = sa.func.extract("epoch", sa.func.clock_timestamp())
+        return float(connection.execute(sa.select(clock)).scalar_one())
+
+
+def _job(row: Any) -> Job:
+    pair = Pair(
+        row.pool, row.prompt, row.answer, row.finish_reason, row.agent, row.model, row.metadata
+    )  # fmt: skip
+    return Job(row.id, row.claim, row.attempts, pair)
+
+
+def _held_by(job: Job) -> sa.ColumnElement[bool]:
+    return sa.and_(pending.c.id == job.id, pending.c.claim == job.claim)

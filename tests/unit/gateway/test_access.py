@@ -1,0 +1,268 @@
+"""Keys at the door: who may do what on every route, limits per key, request ids, and the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import event
+
+from memshare.gateway.logs import JsonLines
+from memshare.pool.keys import KeyRing
+from memshare.pool.store import PoolStore
+from tests.callers import Caller
+from tests.unit.gateway.conftest import running
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def gated(run_dir: Path, models: Path) -> Iterator[TestClient]:
+    with running(run_dir, models, keys_required=True) as client:
+        yield client
+
+
+ROUTES = [
+    ("GET", "/v1/models"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/memories"),
+    ("POST", "/v1/memories/search"),
+    ("GET", "/v1/memories?pool=keep"),
+    ("GET", "/v1/memories/x"),
+    ("DELETE", "/v1/memories/x"),
+    ("POST", "/v1/memories/x/feedback"),
+    ("GET", "/v1/retrievers/main/generations"),
+    ("POST", "/v1/retrievers/main/generations/0/activate"),
+    ("GET", "/metrics"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_every_route_asks_for_a_key(gated: TestClient, method: str, path: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer ms-nonsense"}, {"Authorization": "Basic ms-x"}):
+        reply = gated.request(method, path, headers=headers, content=b"{")
+        assert reply.status_code == 401, reply.text  # before the body is even read
+        assert reply.headers["www-authenticate"] == "Bearer"
+        error = reply.json()["error"]
+        assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+
+
+def test_the_list_of_routes_is_whole(gated: TestClient) -> None:
+    page = gated.get("/openapi.json").json()["paths"]
+    asked = {path.split("?")[0].replace("/x", "/{id}") for _, path in ROUTES}
+    asked = {path.replace("main", "{name}").replace("/0/", "/{number}/") for path in asked}
+    assert set(page) - asked == {"/healthz", "/readyz"}
+    for path in page:
+        for operation in page[path].values():
+            assert ("security" in operation) == (path in asked)
+
+
+def test_health_is_open(gated: TestClient) -> None:
+    assert gated.get("/healthz").status_code == gated.get("/readyz").status_code == 200
+
+
+def test_rights_hold_on_every_route(gated: TestClient, run_dir: Path) -> None:
+    root = Caller(gated, run_dir, "root", every="admin")
+    reader = Caller(gated, run_dir, "reader", keep="read")
+    writer = Caller(gated, run_dir, "writer", keep="write")
+    both = Caller(gated, run_dir, "both", keep="read write")
+    owner = Caller(gated, run_dir, "owner", keep="admin")
+    nobody = Caller(gated, run_dir, "nobody", other="admin")
+    id_ = root.add("keep", "rights on routes").json()["results"][0]["id"]
+    own = both.add("keep", "written by both").json()["results"][0]["id"]
+
+    def statuses(method: str, path: str, body: Any = None) -> list[int]:
+        callers = (reader, writer, both, owner, nobody)
+        return [caller(method, path, json=body).status_code for caller in callers]
+
+    item = {"pool": "keep", "prompt": "rights on routes", "answer": "of rights on routes"}
+    add, search = {"items": [item]}, {"pool": "keep", "query": "rights", "k": 1}
+    assert statuses("POST", "/v1/memories", add) == [403, 201, 201, 201, 403]
+    assert statuses("POST", "/v1/memories", {**add, "import": True}) == [403, 403, 403, 201, 403]
+    assert statuses("POST", "/v1/memories/search", search) == [200, 403, 200, 200, 403]
+    assert statuses("GET", "/v1/memories?pool=keep") == [200, 403, 200, 200, 403]
+    assert statuses("GET", f"/v1/memories/{id_}") == [200, 404, 200, 200, 404]
+    vote = {"value": "up"}
+    assert statuses("POST", f"/v1/memories/{id_}/feedback", vote) == [403, 404, 200, 200, 404]
+    assert statuses("GET", "/v1/retrievers/main/generations") == [200] * 5
+    assert statuses("POST", "/v1/retrievers/main/generations/9/activate") == [403] * 5
+    assert root("POST", "/v1/retrievers/main/generations/9/activate").status_code == 404
+    assert statuses("GET", "/metrics") == [403] * 5 and root("GET", "/metrics").status_code == 200
+    assert statuses("GET", "/v1/models") == [200] * 5
+    assert statuses("DELETE", f"/v1/memories/{id_}") == [403, 404, 403, 200, 404]
+    assert both("DELETE", f"/v1/memories/{own}").status_code == 200  # its own
+
+
+def test_chat_needs_the_rights_it_uses(gated: TestClient, run_dir: Path) -> None:
+    reader = Caller(gated, run_dir, "reader", keep="read")
+    writer = Caller(gated, run_dir, "writer", keep="write")
+    nobody = Caller(gated, run_dir, "nobody", other="admin")
+    assert reader.chat().json()["memshare"]["reason"] == "this key may not write to the pool"
+    assert reader.chat(write=True).status_code == 403
+    assert writer.chat().status_code == 403  # shots are read
+    assert writer.chat(shots=0).json()["memshare"]["write"] == "pending"
+    assert nobody.chat().status_code == 403
+    assert nobody.chat(shots=0, write=False).status_code == 200
+
+
+def test_a_pool_without_rights_looks_the_same_there_or_not(
+    gated: TestClient, run_dir: Path
+) -> None:
+    caller = Caller(gated, run_dir, "ann", keep="read")
+    there, missing = (caller.search(pool, "x") for pool in ("strict", "nowhere"))
+    assert there.status_code == missing.status_code == 403
+    assert there.text == missing.text.replace("nowhere", "strict")
+    granted = Caller(gated, run_dir, "ann", nowhere="read").search("nowhere", "x")
+    assert granted.status_code == 404
+    assert "keep" not in granted.text and "strict" not in granted.text
+
+
+def test_provenance_is_the_keys(gated: TestClient, run_dir: Path) -> None:
+    ann = Caller(gated, run_dir, "ann", keep="read write")
+    item = {"pool": "keep", "prompt": "who am I", "answer": "x", "agent": "root", "score": 100}
+    (result,) = ann("POST", "/v1/memories", json={"items": [item]}).json()["results"]
+    memory = ann("GET", f"/v1/memories/{result['id']}").json()
+    assert (memory["agent"], memory["score"]) == ("ann", None)
+
+
+def test_rate_and_body_limits_are_each_keys_own(gated: TestClient, run_dir: Path) -> None:
+    slow = Caller(gated, run_dir, "slow", 3, 200, keep="read write")
+    free = Caller(gated, run_dir, "free", keep="read write")
+    assert slow.add("keep", "x" * 200).status_code == 413
+    replies = [slow("GET", "/v1/models") for _ in range(4)]
+    assert [reply.status_code for reply in replies] == [200, 200, 429, 429]
+    error = replies[-1].json()["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limited")
+    assert 0 < int(replies[-1].headers["retry-after"]) <= 60
+    assert free.add("keep", "x" * 200).status_code == 201
+    text = Caller(gated, run_dir, "root", every="read")("GET", "/metrics").text
+    assert 'memshare_shed_total{reason="rate"} 2.0' in text
+
+
+def test_a_revoked_key_is_refused(
+    gated: TestClient, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann = Caller(gated, run_dir, "ann", keep="read")
+    assert ann("GET", "/v1/models").status_code == 200
+    with PoolStore.open(f"sqlite:///{run_dir}/pool.db") as store:
+        KeyRing(store.database).revoke(ann.key.id)
+    monkeypatch.setattr("memshare.gateway.access.TRUST_SECONDS", 0.0)
+    reply = ann("GET", "/v1/models")
+    assert reply.status_code == 401 and "revoked" in reply.json()["error"]["message"]
+
+
+def test_on_loopback_a_key_counts_and_none_is_needed(client: TestClient) -> None:
+    assert client.get("/v1/models").status_code == 200
+    for made_up, status in (("none", 200), ("sk-of-another-service", 200), ("ms-typo", 401)):
+        headers = {"Authorization": f"Bearer {made_up}"}
+        assert client.get("/v1/models", headers=headers).status_code == status
+
+
+def test_too_many_at_once_are_refused_and_health_is_not(tmp_path: Path, models: Path) -> None:
+    with running(tmp_path, models) as client:
+        admission: Any = client.app.middleware_stack  # type: ignore[attr-defined]
+        while not hasattr(admission, "_active"):
+            admission = admission.app
+        admission._active.update({True: 256, False: 1024})
+        ask = {"messages": [{"role": "user", "content": "hi"}]}
+        for reply in (client.get("/v1/models"), client.post("/v1/chat/completions", json=ask)):
+            assert reply.status_code == 429 and reply.json()["error"]["code"] == "overloaded"
+            assert int(reply.headers["retry-after"]) > 0
+            assert reply.headers["x-request-id"]
+        assert client.get("/readyz").status_code == 200
+        admission._active.update({True: 0, False: 0})
+        assert client.get("/v1/models").status_code == 200
+        assert admission._active == {True: 0, False: 0}
+
+
+def test_request_ids_are_taken_over_or_made(client: TestClient) -> None:
+    mine = client.get("/healthz", headers={"X-Request-Id": "trace-1.a:b_c"})
+    assert mine.headers["x-request-id"] == "trace-1.a:b_c"
+    for bad in ("", "with space", "x" * 129, "new\tline"):
+        made = client.get("/nowhere", headers={"X-Request-Id": bad}).headers["x-request-id"]
+        assert made != bad and len(made) == 32
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(JsonLines())
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    root, handler = logging.getLogger(), Lines()
+    root.addHandler(handler)
+    logging.getLogger("memshare").setLevel(logging.INFO)
+    yield handler.lines
+    logging.getLogger("memshare").setLevel(logging.NOTSET)
+    root.removeHandler(handler)
+
+
+def test_log_tells_who_did_what_but_no_text_and_no_key(
+    gated: TestClient, run_dir: Path, lines: list[str]
+) -> None:
+    ann = Caller(gated, run_dir, "ann", keep="read write")
+    headers = {"X-Request-Id": "r-1"}
+    words = {"prompt": "PLANTED", "answer": "PLANTED", "metadata": {"a": "PLANTED"}}
+    body = {"items": [{"pool": "keep", **words}]}
+    (result,) = ann("POST", "/v1/memories", json=body, headers=headers).json()["results"]
+    ann.search("keep", "PLANTED")
+    ann("GET", "/v1/memories?pool=PLANTED")
+    ann("POST", f"/v1/memories/{result['id']}/feedback", json={"value": 2, "comment": "PLANTED"})
+    chat = {"messages": [{"role": "user", "content": "PLANTED " * 2000}]}
+    assert ann("POST", "/v1/chat/completions", json=chat).status_code == 400
+    entries = [json.loads(line) for line in lines]
+    first = next(entry for entry in entries if entry.get("request_id") == "r-1")
+    assert (first["principal"], first["key"], first["status"]) == ("ann", ann.key.id, 201)
+    assert (first["route"], first["method"]) == ("/v1/memories", "POST")
+    assert first["seconds"] > 0
+    assert len([entry for entry in entries if entry["message"] == "request"]) == 5
+    text = "\n".join(lines)
+    assert "PLANTED" not in text and ann.secret not in text
+    assert ann.secret.removeprefix("ms-") not in text
+
+
+def test_a_fault_is_logged_by_type_and_place(
+    gated: TestClient, run_dir: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("PLANTED")
+
+    root = Caller(gated, run_dir, "root", every="admin")
+    gateway = gated.app.state.gateway  # type: ignore[attr-defined]
+    monkeypatch.setattr(gateway.shared, "retrieve", broken)
+    reply = root.search("keep", "PLANTED")
+    assert reply.status_code == 500 and reply.json()["error"]["code"] == "internal_error"
+    text = "\n".join(lines)
+    assert reply.headers["x-request-id"] in text
+    assert "KeyError at" in text and "test_access.py" in text and "PLANTED" not in text
+
+
+def test_a_full_disk_is_named_but_not_what_was_to_be_written(
+    tmp_path: Path, models: Path, lines: list[str]
+) -> None:
+    def full(_: object, cursor: Any, *__: object) -> None:
+        cursor.execute("PRAGMA max_page_count = 1")  # as large as it is: no more
+
+    with running(tmp_path, models) as client:
+        engine = client.app.state.gateway.shared.store.database.engine  # type: ignore[attr-defined]
+        event.listen(engine, "before_cursor_execute", full)
+        item = {"pool": "keep", "prompt": "PLANTED " * 4000, "answer": "PLANTED"}
+        reply = client.post("/v1/memories", json={"items": [item]})
+        event.remove(engine, "before_cursor_execute", full)
+    assert reply.status_code == 503 and reply.json()["error"]["code"] == "pool_unavailable"
+    text = "\n".join(lines)
+    assert "disk is full" in text and "PLANTED" not in text and "PLANTED" not in reply.text

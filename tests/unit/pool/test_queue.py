@@ -1,0 +1,125 @@
+"""The durable queue: each pair is decided once, whoever dies or dawdles meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from memshare.pool import PoolError, PoolStore, UnknownPool
+from memshare.pool.ids import new_id
+from memshare.pool.queue import ClaimLost, Job, PairQueue
+from memshare.records import Pair
+
+
+def pair(number: int) -> Pair:
+    return Pair("main", f"question {number}", "yes", "stop", "ann", "m", {"n": number})
+
+
+@pytest.fixture
+def store(url: str) -> PoolStore:
+    store = PoolStore.open(url)
+    store.create_pool("main")
+    return store
+
+
+def decide(store: PoolStore, job: Job) -> None:
+    with store.database.write() as connection:
+        store.record_in(connection, "main", "stored", "h", None, None, None)
+        PairQueue.finish(connection, job)
+
+
+def test_what_is_put_is_claimed_once_in_order_and_whole(store: PoolStore) -> None:
+    queue = PairQueue(store.database)
+    queue.put([pair(0), pair(1)])
+    queue.put([pair(2)])
+    first = queue.claim(2, 60)
+    assert [job.pair for job in first] == [pair(0), pair(1)]
+    assert [job.pair for job in queue.claim(5, 60)] == [pair(2)]
+    assert queue.claim(5, 60) == [] and queue.count() == 3
+    for job in first:
+        decide(store, job)
+    assert queue.count() == 1
+    with pytest.raises(ClaimLost):
+        decide(store, first[0])
+    assert store.decisions("main") == {"stored": 2}  # the third one was undone
+    store.close()
+
+
+def test_a_claim_that_ran_out_goes_to_another_and_the_late_one_is_undone(store: PoolStore) -> None:
+    queue = PairQueue(store.database)
+    queue.put([pair(0)])
+    (late,) = queue.claim(1, 0.05)
+    time.sleep(0.1)
+    (job,) = queue.claim(1, 60)
+    assert (job.id, job.attempts) == (late.id, 2)
+    queue.renew([late.claim], 60)  # holds nothing any more
+    queue.release([late])
+    with pytest.raises(ClaimLost):
+        decide(store, late)
+    decide(store, job)
+    assert store.decisions("main") == {"stored": 1}
+    store.close()
+
+
+def test_a_renewed_claim_holds_and_a_released_pair_is_free_at_once(store: PoolStore) -> None:
+    queue = PairQueue(store.database)
+    queue.put([pair(0)])
+    (job,) = queue.claim(1, 0.2)
+    queue.renew([job.claim], 60)
+    time.sleep(0.3)
+    assert queue.claim(1, 60) == []
+    queue.release([job])
+    (again,) = queue.claim(1, 60)
+    assert again.attempts == 1  # that was no attempt
+    store.close()
+
+
+def test_a_stopping_gateway_claims_only_what_was_there(store: PoolStore) -> None:
+    queue = PairQueue(store.database)
+    queue.put([pair(0)])
+    last = new_id()
+    queue.put([pair(1)])
+    assert [job.pair for job in queue.claim(5, 60, last)] == [pair(0)]
+    assert queue.claim(5, 60, last) == []
+    store.close()
+
+
+def test_a_pair_for_no_pool_takes_the_others_with_it(store: PoolStore) -> None:
+    queue = PairQueue(store.database)
+    with pytest.raises(UnknownPool):
+        queue.put([pair(0), Pair("nowhere", "q", "a")])
+    assert queue.count() == 0
+    store.close()
+
+
+def test_many_claimers_share_the_queue_and_decide_each_pair_once(store: PoolStore) -> None:
+    queue = PairQueue(store.database)
+    queue.put([pair(number) for number in range(60)])
+    seen: list[str] = []
+    failures: list[PoolError] = []
+
+    def work() -> None:
+        try:
+            while jobs := queue.claim(3, 60):
+                for job in jobs:
+                    decide(store, job)
+                    seen.append(job.id)
+        except PoolError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # On PostgreSQL a claimer may find all that is left locked by others, and end early.
+    while jobs := queue.claim(100, 60):
+        for job in jobs:
+            decide(store, job)
+            seen.append(job.id)
+    assert not failures
+    assert len(seen) == len(set(seen)) == 60
+    assert store.decisions("main") == {"stored": 60} and queue.count() == 0
+    store.close()

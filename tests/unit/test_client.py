@@ -1,0 +1,183 @@
+"""What the client does without a gateway: light imports, errors, retries, reading streams."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+import memshare
+from memshare.client import (
+    AsyncClient,
+    AuthenticationError,
+    Client,
+    ConnectionFailed,
+    GatewayError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
+
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+def connected(handler: Handler, **options: Any) -> Client:
+    """A client whose replies ``handler`` makes: no gateway can be had to misbehave so."""
+    client = Client("http://gateway", **options)
+    client._http = httpx.Client(
+        base_url="http://gateway", headers=client._http.headers, transport=_mock(handler)
+    )
+    return client
+
+
+def _mock(handler: Handler) -> httpx.MockTransport:
+    return httpx.MockTransport(handler)
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    naps: list[float] = []
+    monkeypatch.setattr(time, "sleep", naps.append)
+    yield naps
+
+
+def refusal(status: int, code: str, **headers: str) -> httpx.Response:
+    error = {"message": "no", "type": "t", "param": "p", "code": code}
+    return httpx.Response(status, json={"error": error}, headers=headers)
+
+
+def test_importing_memshare_and_its_client_is_light() -> None:
+    code = "import sys, memshare\nprint(*sys.modules)\nmemshare.Client\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    bare, client = (set(line.split()) for line in done.stdout.splitlines())
+    assert "httpx" not in bare and "memshare.client" not in bare
+    heavy = {"torch", "faiss", "transformers", "sqlalchemy", "fastapi", "numpy", "pydantic", "mcp"}
+    assert "httpx" in client and not client & heavy
+    assert (memshare.Client, memshare.AsyncClient) == (Client, AsyncClient)
+    with pytest.raises(AttributeError, match="Klient"):
+        memshare.Klient  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, InvalidRequest), (401, AuthenticationError), (404, NotFound), (422, InvalidRequest),
+     (500, GatewayError), (418, GatewayError)],
+)  # fmt: skip
+def test_refusals_are_exceptions_that_say_it_all(status: int, kind: type[GatewayError]) -> None:
+    client = connected(lambda _: refusal(status, "why", **{"X-Request-Id": "r-1"}))
+    with pytest.raises(kind) as caught:
+        client.get("x")
+    error = caught.value
+    assert (error.status, error.code, error.param, error.type) == (status, "why", "p", "t")
+    assert error.request_id == "r-1" and str(error) == f"{status}: no"
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"error": "text"}', b'{"error": {}}'])
+def test_what_another_server_answers_is_still_a_gateway_error(body: bytes) -> None:
+    with pytest.raises(GatewayError) as caught:
+        connected(lambda _: httpx.Response(502, content=body)).get("x")
+    assert caught.value.status == 502 and caught.value.code is None
+
+
+def test_what_passes_is_tried_again_as_the_gateway_says(slept: list[float]) -> None:
+    replies = [
+        refusal(429, "rate_limited", **{"Retry-After": "7"}),
+        refusal(503, "llm_unavailable"),
+        httpx.Response(200, json={"id": "x", "deleted": True}),
+    ]
+    connected(lambda _: replies.pop(0)).delete("x")
+    assert slept == [7.0, 1.0]
+    with pytest.raises(Overloaded) as caught:
+        connected(lambda _: refusal(429, "busy", **{"Retry-After": "31"})).delete("x")
+    assert caught.value.retry_after == 31  # too long to sleep without a word
+    with pytest.raises(Unavailable):
+        connected(lambda _: refusal(503, "busy"), retries=0).delete("x")
+    assert slept == [7.0, 1.0]
+
+
+def test_only_a_connection_that_was_never_made_is_tried_again(slept: list[float]) -> None:
+    tried: list[str] = []
+
+    def broken(kind: type[httpx.TransportError]) -> Handler:
+        def handler(request: httpx.Request) -> httpx.Response:
+            tried.append(kind.__name__)
+            raise kind("gone")
+
+        return handler
+
+    for kind in (httpx.ConnectError, httpx.ReadError):
+        with pytest.raises(ConnectionFailed, match="gone"):
+            connected(broken(kind)).add("p", "q", "a")
+    assert tried == ["ConnectError"] * 3 + ["ReadError"]
+
+
+def test_key_and_url_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMSHARE_KEY", "ms-env")
+    monkeypatch.setenv("MEMSHARE_URL", "http://from-env/")
+    with Client() as client:
+        assert client._http.headers["authorization"] == "Bearer ms-env"
+        assert str(client._http.base_url).rstrip("/") == "http://from-env"
+    with Client("http://here", "ms-mine") as client:
+        assert client._http.headers["authorization"] == "Bearer ms-mine"
+
+
+def test_ids_can_not_leave_their_place_in_the_path() -> None:
+    seen: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request.url.raw_path.decode())
+        return refusal(404, "unknown_memory")
+
+    with pytest.raises(NotFound):
+        connected(handler).delete("../retrievers?x=1")
+    assert seen == ["/v1/memories/..%2Fretrievers%3Fx%3D1"]
+
+
+def stream(*events: object, done: bool = True) -> httpx.Response:
+    lines = [f"data: {json.dumps(event)}\n\n" for event in events]
+    return httpx.Response(200, text="".join(lines) + ("data: [DONE]\n\n" if done else ""))
+
+
+def test_a_stream_that_breaks_off_raises() -> None:
+    delta = {"choices": [{"index": 0, "delta": {"content": "hi"}}], "memshare": {"memories": []}}
+    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    chunks = list(connected(lambda _: stream(delta, last, {"usage": {}})).stream("q"))
+    assert [chunk.text for chunk in chunks] == ["hi", "", ""]
+    assert chunks[0].note == {"memories": []} and chunks[1].finish_reason == "stop"
+    with pytest.raises(ConnectionFailed, match="before it was complete"):
+        list(connected(lambda _: stream(delta, done=False)).stream("q"))
+    error = {"error": {"message": "gone", "code": "llm_unavailable"}}
+    with pytest.raises(GatewayError, match="gone") as caught:
+        list(connected(lambda _: stream(delta, error)).stream("q"))
+    assert caught.value.code == "llm_unavailable"
+
+
+def test_the_async_client_has_the_same_methods_and_retries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    public = {name for name in vars(Client) if not name.startswith("_")} - {"close"}
+    assert public == {n for n in vars(AsyncClient) if not n.startswith("_")} - {"aclose"}
+    naps: list[float] = []
+
+    async def nap(seconds: float) -> None:
+        naps.append(seconds)
+
+    replies = [refusal(503, "x"), httpx.Response(200, json={"id": "x", "standing": 1, "votes": 2})]
+
+    async def body() -> None:
+        async with AsyncClient("http://gateway") as client:
+            transport = _mock(lambda _: replies.pop(0))
+            client._http = httpx.AsyncClient(base_url="http://gateway", transport=transport)
+            assert (await client.feedback("x", "up")).votes == 2
+
+    monkeypatch.setattr(asyncio, "sleep", nap)
+    asyncio.run(body())
+    assert naps == [0.5]
