@@ -20,6 +20,7 @@ COMMANDS = {
     "pool": ("memshare.pool.cli", "create, fill, read and export pools"),
     "bootstrap": ("memshare.bootstrap_cli", "fill a pool from a small seed set"),
     "generations": ("memshare.retrieval.cli", "list, verify, activate, unpin and push generations"),
+    "slurm": ("memshare.slurm.cli", "render and submit jobs for a SLURM cluster"),
 }
 
 
