@@ -7,6 +7,9 @@
 #                     begins with a container's (default: .venv/bin/python of the work tree)
 #   MEMSHARE_LOGS     folder of the logs (default: runs/slurm)
 #   MEMSHARE_GRACE    seconds from the scheduler's warning until what runs is ended (default: 150)
+#   MEMSHARE_PROCESSES, MEMSHARE_ACCELERATE
+#                     of train: processes a node (default: one a GPU, or one), and accelerate's
+#                     configuration (default: the one in configs/accelerate/ that fits)
 
 MEMSHARE_PYTHON=${MEMSHARE_PYTHON:-$MEMSHARE_ROOT/.venv/bin/python}
 read -ra python <<< "$MEMSHARE_PYTHON"
@@ -84,7 +87,7 @@ supervise() {
     child=$!
     while kill -0 "$child" 2> /dev/null; do
         if [[ $warned$cancelled && ! $deadline ]]; then
-            say "${warned:+warned}${cancelled:+cancelled} by SLURM: stopping"
+            say "${cancelled:+cancelled }${warned:+warned }by SLURM: stopping"
             "$ask" "$child"
             deadline=$((SECONDS + ${MEMSHARE_GRACE:-150}))
         elif [[ $deadline ]] && ((SECONDS >= deadline)); then
@@ -112,12 +115,12 @@ requeue() {
 
 # Run serve/up.py with these arguments until it ends or SLURM ends it; does not return.
 serve() {
-    local more=()
-    # Others may serve on this node: a free port, unless one is asked for.
-    [[ $(option --port "$@") ]] || more=(--port "$(free_port)")
+    local port
+    port=$(option --port "$@")
+    [[ $port ]] || port=$(free_port) # others may serve on this node, too
     # shellcheck disable=SC2317,SC2329  # called by supervise
     end() { kill -TERM "$1"; }
-    supervise end "${python[@]}" "$MEMSHARE_ROOT/serve/up.py" "$@" "${more[@]}"
+    supervise end "${python[@]}" "$MEMSHARE_ROOT/serve/up.py" "$@" --port "$port"
     say "serve/up.py ended with code $code"
     interrupted && requeue
     [[ $cancelled ]] && exit 0

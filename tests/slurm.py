@@ -40,7 +40,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
-KillWait=5
+KillWait=30
 SlurmdTimeout=300
 NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2
 PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP

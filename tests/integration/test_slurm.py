@@ -237,6 +237,21 @@ def test_an_array_mines_what_is_missing_and_nothing_twice(slurm: Cluster, tmp_pa
     ]
 
 
+def test_a_cancelled_server_stops_cleanly_and_stays_away(slurm: Cluster, base: Path) -> None:
+    run = base / "serve"
+    config = loop_config_file(run, base / "models", wandb={"mode": "disabled"})
+    site = ["--site", str(base / "site.yaml"), "--config", str(config)]
+    submit = [sys.executable, "-m", "memshare.cli", "slurm", "submit", *site, "serve"]
+    job = slurm.call(*submit, cwd=base).strip()
+    path = base / "logs/memshare-serve" / job / "attempt-0.log"
+    until(lambda: path.exists() and "serving on" in path.read_text(), 90, lambda: str(path))
+    slurm.call("scancel", job)
+    assert slurm.wait(job, 60) == "CANCELLED"
+    log = path.read_text()
+    assert "started continual" not in log and "requeued" not in log
+    assert "cancelled by SLURM" in log and "stopped gateway (exit 0)" in log
+
+
 def test_the_loop_learns_is_requeued_and_falls_with_a_part(slurm: Cluster, base: Path) -> None:
     run = base / "loop"
     config = loop_config_file(
