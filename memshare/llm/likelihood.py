@@ -64,7 +64,9 @@ class LikelihoodCache:
         with self._lock:
             self._db.execute("ATTACH DATABASE ? AS other", (str(other),))
             try:
-                self._db.execute("INSERT OR IGNORE INTO likelihoods SELECT * FROM other.likelihoods")
+                self._db.execute(
+                    "INSERT OR IGNORE INTO likelihoods SELECT * FROM other.likelihoods"
+                )
             finally:
                 self._db.execute("DETACH DATABASE other")
 

@@ -115,7 +115,7 @@ def check(job: str, config: Config, arguments: Sequence[str], nodes: int, tasks:
 def render(
     job: str, site: Site, options: Sequence[str], arguments: Sequence[str], root: Path = ROOT
 ) -> str:
-    """The script of ``job`` with ``site``'s facts, sbatch's ``options`` and the program's arguments.
+    """The script of ``job`` with a site's facts, sbatch's ``options``, the program's arguments.
 
     Raises `ConfigError` where ``root`` is no work tree of memshare, or an option has two lines.
     """

@@ -93,7 +93,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(file: Path | None = None) -> Iterator[StopRequest]:
-    """Turn SIGTERM, SIGUSR1 (a scheduler's warning) and ``file`` into a request, seen between steps.
+    """Turn SIGTERM, SIGUSR1 (a scheduler's warning) and ``file`` into a request, for between steps.
 
     A file, since launchers die of SIGUSR1 instead of passing it on.
     """

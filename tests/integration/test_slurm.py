@@ -139,7 +139,7 @@ def test_two_nodes_train_as_one_process(slurm: Cluster, base: Path, tmp_path: Pa
 def test_an_interrupted_job_ends_as_an_uninterrupted_one(
     slurm: Cluster, base: Path, whole: Path
 ) -> None:
-    """Its time limit, `scontrol requeue`, a lost node: the same weights, bit for bit, and one run."""
+    """Time limit, `scontrol requeue`, a lost node: the same weights, bit for bit, and one run."""
     output = base / "broken"
     job = train(slurm, base, output, "--nodes=2", "--sbatch=--time=1")
     request = base / "logs/memshare-train" / job / "stop-0"
@@ -201,7 +201,7 @@ def test_an_array_mines_what_is_missing_and_nothing_twice(slurm: Cluster, tmp_pa
     with PoolStore.open(f"sqlite:///{array}/pool.db") as store:
         store.create_pool("main", threshold=80.0)
         rows = [
-            NewMemory("main", f"how is {topic} made in place {i}", f"{topic}", metadata={"label": topic})
+            NewMemory("main", f"how is {topic} made in place {i}", topic, metadata={"label": topic})
             for i in range(4) for topic in TOPICS
         ]  # fmt: skip
         store.append(rows)

@@ -14,7 +14,7 @@ from memshare.config import ConfigError, load_config
 from memshare.slurm.render import JOBS, ROOT, Site, check, load_site, render
 
 SCRIPTS = sorted(path for path in (ROOT / "slurm").iterdir() if path.suffix != ".yaml")
-TRAIN = ["--examples", "a folder/000001", "--output", "$(touch /tmp/no) 'x'"]
+TRAIN = ["--examples", "a folder/000001", "--output", "a; b 'c' \"d\" *"]
 
 
 def shellcheck(path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_site_file_is_checked_as_a_whole(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="can't be read"):
         load_site(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="one line"):
-        render("train", Site(sbatch=("--comment=a\nrm -r x",)), [], [])
+        render("train", Site(), ["--comment=a\nrm -r x"], [])
 
 
 def test_the_example_is_a_site(tmp_path: Path) -> None:
