@@ -83,6 +83,12 @@ def log_of(base: Path, job: str, attempt: int, name: str = "memshare-train") -> 
     return (base / "logs" / name / job / f"attempt-{attempt}.log").read_text()
 
 
+def await_attempt(slurm: Cluster, base: Path, job: str, attempt: int) -> None:
+    """Until the one before is gone and ``attempt`` has begun."""
+    log = base / "logs/memshare-train" / job / f"attempt-{attempt}.log"
+    until(log.exists, 90, lambda: f"{slurm.job(job)}\n{log_of(base, job, attempt - 1)}")
+
+
 def ranks(output: Path) -> list[psutil.Process]:
     """The processes that train into ``output``, without their launchers."""
     found = []
@@ -148,7 +154,7 @@ def test_an_interrupted_job_ends_as_an_uninterrupted_one(
     if not request.exists():
         with paused(output, 2):
             until(request.exists, 90, lambda: log_of(base, job, 0))
-    until(lambda: slurm.job(job)["Restarts"] == "1", 60, lambda: log_of(base, job, 0))
+    await_attempt(slurm, base, job, 1)
     log = log_of(base, job, 0)
     assert "warned by SLURM" in log and "training with: stopped" in log and "requeued" in log
     steps, ids = steps_saved(output)[-1], {result(output)["wandb"]["id"]}  # type: ignore[index]
@@ -157,12 +163,13 @@ def test_an_interrupted_job_ends_as_an_uninterrupted_one(
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     with paused(output, 2, after=steps):
         slurm.call("scontrol", "requeue", job)
-    until(lambda: slurm.job(job)["Restarts"] == "2", 60, lambda: log_of(base, job, 1))
+    await_attempt(slurm, base, job, 2)
     steps = steps_saved(output)[-1]
+    assert steps < STEPS
 
     with paused(output, 2, after=steps):
         slurm.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    slurm.call("scontrol", "update", "NodeName=n2", "State=RESUME")
+    await_attempt(slurm, base, job, 3)
     assert slurm.wait(job) == "COMPLETED", slurm.job(job)
     assert "continuing from" in log_of(base, job, 3)
     ids.add(result(output)["wandb"]["id"])  # type: ignore[index]
