@@ -61,11 +61,13 @@ def test_a_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> Non
 
 def test_who_waits_gets_the_lock_when_the_holder_dies(tmp_path: Path) -> None:
     holder = child(HOLD, str(tmp_path), "mining")
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     waiter = child(HOLD.replace("sys.argv[2]", "sys.argv[2], wait=True"), str(tmp_path), "mining")
     try:
-        assert holder.stdout is not None and waiter.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiter.wait(1.0)  # a refused one would have ended
         holder.kill()
+        assert waiter.stdout is not None
         assert waiter.stdout.readline() == "held\n"
         assert (tmp_path / "mining.lock").read_text() == str(waiter.pid)
     finally:
