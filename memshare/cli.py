@@ -22,6 +22,7 @@ COMMANDS = {
     "mcp": ("memshare.client.mcp", "let agents join a pool over MCP"),
     "bootstrap": ("memshare.bootstrap_cli", "fill a pool from a small seed set"),
     "generations": ("memshare.retrieval.cli", "list, verify, activate, unpin and push generations"),
+    "slurm": ("memshare.slurm.cli", "render and submit jobs for a SLURM cluster"),
 }
 
 

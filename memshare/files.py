@@ -11,6 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+# Their locks and shared memory are not what a data base on one machine relies on.
+NETWORK_FILE_SYSTEMS = frozenset(
+    {
+        "afs", "beegfs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.sshfs", "glusterfs",
+        "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3", "wekafs",
+    }
+)  # fmt: skip
+
 
 class RunLocked(RuntimeError):
     """Another process holds this role on the run folder."""
@@ -45,6 +55,13 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
+def file_system(path: Path) -> str:
+    """Kind of the file system that holds ``path``, or will: ext4, nfs4, ...; empty if unknown."""
+    mounts = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
+    where = path.resolve()
+    return next((mounts[folder] for folder in (where, *where.parents) if folder in mounts), "")
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in chunks."""
     with open(path, "rb") as handle:
@@ -52,8 +69,10 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def run_lock(run_dir: Path, role: str) -> Iterator[None]:
+def run_lock(run_dir: Path, role: str, wait: bool = False) -> Iterator[None]:
     """Hold ``role`` (gateway, continual, ...) on a run folder; a second holder gets `RunLocked`.
+
+    Or it shall ``wait`` its turn.
 
     The kernel drops the lock with the process, so a crash leaves nothing to clean up.
     """
@@ -61,7 +80,7 @@ def run_lock(run_dir: Path, role: str) -> Iterator[None]:
     path = run_dir / f"{role}.lock"
     with open(path, "a+") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             handle.seek(0)
             owner = handle.read().strip() or "unknown"

@@ -5,7 +5,8 @@
 One server for each distinct model and URL of ``agent_llm`` and ``scorer_llm`` with backend
 ``vllm``. Prints ``ready`` once all of them answer. Ctrl-C or SIGTERM stops them; one that dies ends
 this program with code 1 and its last log lines. ``--check`` starts nothing: it says whether they
-run and serve the right models. Servers on other hosts are only waited for.
+run and serve the right models; ``--for mining`` takes those alone that train/mine.py asks. Servers
+on other hosts are only waited for.
 """
 
 from __future__ import annotations
@@ -91,13 +92,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_config_arguments(parser)
     parser.add_argument("--check", action="store_true", help="only say whether they run")
+    parser.add_argument("--for", dest="purpose", choices=["mining"], help="only what that needs")
     arguments = parser.parse_args(argv)
     config_path: Path | None = arguments.config
     try:
         config = load_config(config_path, arguments.overrides)
-        plans = plan_servers(config)
+        plans = plan_servers(config, mining=arguments.purpose == "mining")
         if not plans:
-            log("neither agent_llm nor scorer_llm has backend vllm: nothing to start")
+            log("no LLM that is needed has backend vllm: nothing to start")
             return 0
         return check(plans) if arguments.check else run(config, plans)
     except (ConfigError, LLMError) as error:

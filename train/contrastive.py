@@ -5,8 +5,8 @@
 writes ``DIR/encoder`` (a sentence-transformers folder, LoRA merged), ``DIR/result.json`` (how it
 ended: see memshare/training/outcome.py for its ``status`` and the exit codes), ``DIR/log.jsonl``
 and ``DIR/checkpoints``. With ``training.eval_every``, the encoder is the best by the held-out
-examples. Run again, it continues from the last intact checkpoint; on SIGTERM and SIGUSR1 it
-finishes the step, writes a checkpoint and ends.
+examples. Run again, it continues from the last intact checkpoint; on SIGTERM, on SIGUSR1 and once
+``--stop-file`` is there, it finishes the step, writes a checkpoint and ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import yaml
 from accelerate import Accelerator
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
-from memshare.files import RunLocked, run_lock
+from memshare.files import RunLocked
 from memshare.progress import log, track
 from memshare.retrieval.card import base_model
 from memshare.retrieval.encoder import Encoder, EncoderError
@@ -61,6 +60,7 @@ def arguments() -> argparse.ArgumentParser:
         help="continue from a checkpoint where there is one (auto), or fail, or start afresh",
     )  # fmt: skip
     parser.add_argument("--allow-config-change", action="store_true", help="resume all the same")
+    parser.add_argument("--stop-file", type=Path, metavar="FILE", help="stop once it is there")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     return parser
 
@@ -76,9 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return outcome.EXIT_USAGE
     world = World(accelerator.device)
     writes = world.main and not args.dry_run
-    lock = run_lock(args.output, "training") if writes else nullcontext()
     try:
-        with lock, outcome.told(args.output, EXPECTED, writes), outcome.stop_signals() as stop:
+        with outcome.attempt(args.output, EXPECTED, writes, args.stop_file) as stop:
             return train(args, config, accelerator, world, stop)
     except EXPECTED as error:
         log(f"error: {error}")
@@ -103,6 +102,7 @@ def train(
         say("error: no usable example, nothing to train on; the encoder stays as it is")
         if world.main and not args.dry_run:
             outcome.write_result(args.output, "empty", **selection.counts())
+        world.barrier()
         return outcome.EXIT_CODES["empty"]
 
     held_out = read_held_out(config, args.held_out, args.examples, selection.items)
@@ -158,7 +158,7 @@ def train(
         for step in track(todo, "training") if world.main else todo:
             began = time.perf_counter()
             batch = batches.batch(step)
-            result = gradient.backward(batch, step, stop=stop.signal is not None)
+            result = gradient.backward(batch, step, stop=stop.asked)
             lr = settings.lr * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
             norm = update(optimizer, lr, settings.max_grad_norm)
             if not math.isfinite(norm):
@@ -174,7 +174,6 @@ def train(
                 checkpoint.save(root, encoder.model, optimizer, state, validation.weights)
             if last:
                 break
-    world.barrier()  # nobody leaves before the checkpoint stands
 
     # 5. Export.
     done = validation.finished(state)
@@ -190,7 +189,8 @@ def train(
             facts = {"base_model": base_model(model), "training": report}
             export(encoder, args.output / "encoder", facts)
         outcome.write_result(args.output, "trained" if done else "stopped", **report)
-    say(f"{state.step} of {steps} steps done" + ("" if done else "; stopped by a signal"))
+    world.barrier()  # nobody leaves before all of it stands: a launcher ends the rest at once
+    say(f"{state.step} of {steps} steps done" + ("" if done else "; stopped as asked"))
     return outcome.EXIT_CODES["trained" if done else "stopped"]
 
 

@@ -5,6 +5,9 @@
 mines every memory that came since the last round, into ``examples/<round>`` of the run folder. Run
 again after an interruption, it finishes the round that was begun: finished shards are skipped, and
 no likelihood is measured twice. What was deleted meanwhile is erased from all earlier examples.
+
+Several processes mine one round with ``--round N --share I/K`` (I from 0): the first one plans, and
+the one that finishes the round declares it whole.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
@@ -26,7 +30,7 @@ from memshare.progress import log
 from memshare.retrieval.encoder import EncoderError
 from memshare.retrieval.generation import GenerationError
 from memshare.training.examples import ExamplesError, is_whole, read_marker, round_dir
-from memshare.training.labels import open_labeller
+from memshare.training.labels import Share, merge_caches, open_labeller
 from memshare.training.mining import PLAN, mine, plan_round, read_plan, split_memories
 from memshare.training.proposals import open_proposer
 from memshare.training.rounds import Span, erase_deleted, last_begun, last_mined, open_spans
@@ -43,6 +47,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Mine training examples from new memories.")
     add_config_arguments(parser)
     parser.add_argument("--round", type=int, help="default: the unfinished one, or the next")
+    parser.add_argument("--share", type=share_of, metavar="I/K", help="this part of a round")
     for name, what in (("since", "after which"), ("until", "up to which")):
         parser.add_argument(
             f"--{name}-seq", action="append", default=[], metavar="[POOL=]SEQ",
@@ -55,19 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Mine one round; prints its figures as JSON and returns the exit code."""
     args = arguments().parse_args(argv)
     try:
+        if args.share is not None and args.round is None:
+            raise ConfigError("--share needs --round N: all shares must mine the same one")
         config = load_config(args.config, args.overrides)
         since = positions(args.since_seq, config.served_pools)
         until = positions(args.until_seq, config.served_pools)
     except ConfigError as error:
         log(f"error: {error}")
         return 2
+    role = "mining" if args.share is None else f"mining-{args.share.name}"
     try:
-        with run_lock(config.run.dir, "mining"), PoolStore.open(config.url) as store:
-            marker = asyncio.run(run(config, store, args.round, since, until))
+        with run_lock(config.run.dir, role), PoolStore.open(config.url) as store:
+            marker = asyncio.run(run(config, store, args.round, since, until, args.share))
     except EXPECTED as error:
         log(f"error: {error}")
         return 1
-    print(json.dumps(marker, ensure_ascii=False))
+    if marker is not None:
+        print(json.dumps(marker, ensure_ascii=False))
     return 0
 
 
@@ -77,41 +86,62 @@ async def run(
     number: int | None,
     since: Mapping[str, int],
     until: Mapping[str, int],
-) -> dict[str, Any]:
-    """One round of mining, from the change log to its marker."""
+    share: Share | None = None,
+) -> dict[str, Any] | None:
+    """One round of mining, from the change log to its marker; None: other shares are not done."""
     pools, examples = config.served_pools, config.examples_dir
-    for pool in pools:
-        store.create_pool(pool, config.pools[pool].rubric, config.pools[pool].threshold)
+    with ExitStack() as opened, ExitStack() as planning:
+        if share is not None:  # one plans, the others read its plan
+            planning.enter_context(run_lock(config.run.dir, "mining", wait=True))
+        for pool in pools:
+            store.create_pool(pool, config.pools[pool].rubric, config.pools[pool].threshold)
 
-    # 1. What is new: the spans of the change log that no round has covered yet.
-    last, done = last_mined(examples)
-    number = number or max(last_begun(examples), last + 1)
-    folder = round_dir(examples, number)
-    if is_whole(folder):
-        log(f"round {number}: mined already, in {folder}")
-        return read_marker(folder)
-    begun = read_plan(folder) if (folder / PLAN).exists() else None
-    spans = dict(begun.spans) if begun else open_spans(store, done, pools)
-    spans = {
-        pool: Span(since.get(pool, span.since), until.get(pool, span.until))
-        for pool, span in spans.items()
-    }
+        # 1. What is new: the spans of the change log that no round has covered yet.
+        last, done = last_mined(examples)
+        number = number or max(last_begun(examples), last + 1)
+        folder = round_dir(examples, number)
+        if is_whole(folder):
+            log(f"round {number}: mined already, in {folder}")
+            return read_marker(folder)
+        begun = read_plan(folder) if (folder / PLAN).exists() else None
+        spans = dict(begun.spans) if begun else open_spans(store, done, pools)
+        spans = {
+            pool: Span(since.get(pool, span.since), until.get(pool, span.until))
+            for pool, span in spans.items()
+        }
 
-    # 2. Deleted memories leave all earlier examples; every memory learns whether it is held out.
-    rewritten = erase_deleted(store, examples, pools)
-    if rewritten:
-        log(f"deleted memories were erased from {rewritten} shard(s) of earlier examples")
-    fates = split_memories(store, config)
+        # 2. Deleted memories leave all earlier examples; every memory learns whether it is held
+        # out.
+        rewritten = erase_deleted(store, examples, pools)
+        if rewritten:
+            log(f"deleted memories were erased from {rewritten} shard(s) of earlier examples")
+        fates = split_memories(store, config)
 
-    # 3. BM25 and the serving retriever propose, the labeller measures, and each shard is written
-    # when it is complete.
-    with open_proposer(config, begun.proposer if begun else None) as proposer:
+        # 3. BM25 and the serving retriever propose, the labeller measures, and each shard is
+        # written when it is complete.
+        opening = open_proposer(config, begun.proposer if begun else None)
+        proposer = opened.enter_context(opening)
         by = None if proposer is None else proposer.number
         plan = plan_round(store, config, number, spans, fates, folder, by)
-        async with open_labeller(config, store) as labeller:
-            marker = await mine(store, config, plan, fates, labeller, folder, proposer)
+        planning.close()
+        async with open_labeller(config, store, share) as labeller:
+            marker = await mine(store, config, plan, fates, labeller, folder, proposer, share)
+    if marker is None:
+        log(f"round {number}: this share is done, others are not")
+        return None
+    if share is not None:
+        with run_lock(config.run.dir, "mining", wait=True):
+            merge_caches(config)
     log(f"round {number}: {marker['examples']} examples in {folder}; left out: {plan.left_out}")
     return marker
+
+
+def share_of(text: str) -> Share:
+    """``I/K`` as a share."""
+    index, _, of = text.partition("/")
+    if not (index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r}: I/K expected, with I from 0 to K - 1")
+    return Share(int(index), int(of))
 
 
 def positions(items: Sequence[str], pools: Sequence[str]) -> dict[str, int]:

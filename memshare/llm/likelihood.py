@@ -57,6 +57,19 @@ class LikelihoodCache:
                 "INSERT OR IGNORE INTO likelihoods VALUES (?, ?, ?)", (key, value.sum, value.tokens)
             )
 
+    def absorb(self, other: Path) -> None:
+        """Take over what the cache file ``other`` knows; nothing where there is no such file."""
+        if not other.exists():
+            return
+        with self._lock:
+            self._db.execute("ATTACH DATABASE ? AS other", (str(other),))
+            try:
+                self._db.execute(
+                    "INSERT OR IGNORE INTO likelihoods SELECT * FROM other.likelihoods"
+                )
+            finally:
+                self._db.execute("DETACH DATABASE other")
+
     def __len__(self) -> int:
         with self._lock:
             return int(self._db.execute("SELECT count(*) FROM likelihoods").fetchone()[0])

@@ -48,18 +48,22 @@ class ServerPlan:
         return f"{'+'.join(self.roles)}:{self.port}"
 
 
-def plan_servers(config: Config) -> list[ServerPlan]:
+def plan_servers(config: Config, *, mining: bool = False) -> list[ServerPlan]:
     """One server for each distinct model and URL among agent and scorer LLM.
 
+    For ``mining``, only what train/mine.py asks: `memshare.training.labels` says when it asks whom.
     Raises `ConfigError` where two models claim one URL, or one server gets two different settings.
     """
     wanted = [("agent", config.agent_llm), ("scorer", config.scorer_llm)]
+    labels = config.mining.labels
+    if mining and labels != "reward":
+        wanted = wanted[1:] if labels in ("likelihood", "prompted") else []
     plans: dict[str, ServerPlan] = {}
     for role, llm in wanted:
         if llm.backend != "vllm" or (
             role == "scorer"
             and config.scorer.kind == "reference"
-            and config.mining.labels not in ("likelihood", "prompted")
+            and labels not in ("likelihood", "prompted")
         ):
             continue  # fmt: skip
         url = llm.url.rstrip("/").removesuffix("/v1")

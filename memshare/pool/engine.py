@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
+from memshare.files import NETWORK_FILE_SYSTEMS, file_system
 from memshare.pool.errors import PoolError
 from memshare.pool.schema import HEAD
 
@@ -41,6 +42,11 @@ class Database:
                 path = Path(str(parsed.database))
                 if must_exist and not path.exists():
                     raise PoolError(f"{path}: no pool database there; create a pool first")
+                if (kind := file_system(path)) in NETWORK_FILE_SYSTEMS:
+                    raise PoolError(
+                        f"{path}: is on a network file system ({kind}), where SQLite loses data; "
+                        "set database_url to PostgreSQL, or to a file on a local disk"
+                    )
                 path.parent.mkdir(parents=True, exist_ok=True)
             self.engine = sa.create_engine(
                 parsed,

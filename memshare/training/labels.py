@@ -56,9 +56,48 @@ def same_label(query: Memory, candidate: Memory, key: str) -> bool:
     return normalise(query.answer) == normalise(candidate.answer)
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Part ``index`` (0, 1, ...) ``of`` so many of a round, mined by a process of its own."""
+
+    index: int
+    of: int
+
+    @property
+    def name(self) -> str:
+        """For its files and its lock."""
+        return f"{self.index}-of-{self.of}"
+
+
+def open_cache(config: Config, share: Share | None = None) -> LikelihoodCache:
+    """The run's likelihoods. A ``share`` has a copy of its own: SQLite can't be shared by nodes."""
+    folder = config.run.dir / "cache"
+    if share is None:
+        return LikelihoodCache(folder / "likelihood.db")
+    cache = LikelihoodCache(folder / "shares" / f"{share.name}.db")
+    cache.absorb(folder / "likelihood.db")
+    return cache
+
+
+def merge_caches(config: Config) -> None:
+    """Put what all shares measured into the run's likelihoods; none of them may still be mining."""
+    shares = sorted((config.run.dir / "cache" / "shares").glob("*.db"))
+    if shares:
+        with closing(open_cache(config)) as cache:
+            for path in shares:
+                cache.absorb(path)
+        for path in shares:
+            path.unlink()
+
+
 @asynccontextmanager
-async def open_labeller(config: Config, store: PoolStore) -> AsyncIterator[Labeller]:
-    """The labeller of ``config.mining.labels``; its LLMs are open while the block runs."""
+async def open_labeller(
+    config: Config, store: PoolStore, share: Share | None = None
+) -> AsyncIterator[Labeller]:
+    """The labeller of ``config.mining.labels``; its LLMs are open while the block runs.
+
+    A ``share`` of a round keeps what it measures in a cache file of its own.
+    """
     async with AsyncExitStack() as stack:
         labels = config.mining.labels
         if labels == "none":
@@ -68,8 +107,7 @@ async def open_labeller(config: Config, store: PoolStore) -> AsyncIterator[Label
         else:
             scorer = await _open(stack, config.scorer_llm)
             if labels == "likelihood":
-                cache = LikelihoodCache(config.run.dir / "cache" / "likelihood.db")
-                stack.enter_context(closing(cache))
+                cache = stack.enter_context(closing(open_cache(config, share)))
                 likelihood = Likelihood(scorer, cache, config.agent.instruction)
                 measure, _ = _limited(_likelihood(likelihood), config.scorer_llm)
                 yield Labeller(scorer.model, measure, True, lambda: likelihood.measured)

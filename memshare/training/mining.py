@@ -43,7 +43,7 @@ from memshare.training.examples import (
     write_marker,
     write_shard,
 )
-from memshare.training.labels import Labeller
+from memshare.training.labels import Labeller, Share
 from memshare.training.proposals import PoolProposals, Proposal, Proposer
 from memshare.training.relevance import judging
 from memshare.training.rounds import Span, new_ids
@@ -219,9 +219,11 @@ async def mine(
     labeller: Labeller,
     folder: Path,
     proposer: Proposer | None,
-) -> dict[str, Any]:
+    share: Share | None = None,
+) -> dict[str, Any] | None:
     """Write the shards of ``plan`` that are missing, then the round's marker, which is returned.
 
+    With a ``share`` only those of its shards; None while shards of another's are missing.
     ``proposer`` is the one that the plan names. Memories deleted or put on hold meanwhile are
     skipped. An LLM that fails stops the round; what was scored until then stays in the cache.
     """
@@ -237,17 +239,20 @@ async def mine(
     ]
     pools = list(plan.spans)
     work.sort(key=lambda item: pools.index(item[1].pool))  # each pool is read once
-    missing = [item for item in work if not item[0].exists()]
-    done = len(work) - len(missing)
+    own = work if share is None else work[share.index :: share.of]
+    missing = [item for item in own if not item[0].exists()]
+    done = len(own) - len(missing)
     if done:
         log(f"round {plan.round}: {done} shard(s) were done before")
     for index, (path, shard, measuring) in enumerate(missing, done + 1):
         if proposals is None or proposals.pool != shard.pool:
             until = plan.spans[shard.pool].until
             proposals = PoolProposals(store, config, shard.pool, until, fates, proposer)
-        title = f"round {plan.round}: mining shard {index}/{len(work)}"
+        title = f"round {plan.round}: mining shard {index}/{len(own)}"
         examples = await _mine_shard(store, config, plan.round, shard, proposals, measuring, title)
         write_shard(path, examples)
+    if not all(path.exists() for path, _, _ in work):
+        return None
     if plan.held_out:  # before the round's own marker, which makes all of it whole
         write_marker(held_out_dir(folder), {"round": plan.round, "shards": len(plan.held_out)})
     marker = _marker(plan, labeller, folder, time.monotonic() - begun)

@@ -8,7 +8,7 @@ status     code  meaning
 =========  ====  ================================================================
 trained    0     ``DIR/encoder`` is there
 empty      66    no usable example: nothing to train on, the round has no encoder
-stopped    75    a signal came; run the same command again to continue
+stopped    75    it was asked to stop; run the same command again to continue
 failed     1     the message says why; nothing of an earlier encoder was touched
 (none)     2     the command line or the configuration is wrong
 =========  ====  ================================================================
@@ -19,12 +19,12 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from memshare.files import write_json
+from memshare.files import run_lock, write_json
 
 Status = Literal["trained", "empty", "stopped", "failed"]
 EXIT_CODES: dict[Status, int] = {"trained": 0, "empty": 66, "stopped": 75, "failed": 1}
@@ -63,18 +63,41 @@ def told(output: Path, errors: tuple[type[Exception], ...], writes: bool) -> Ite
         raise
 
 
-class StopRequest:
-    """Whether a signal asked this process to stop."""
+@contextmanager
+def attempt(
+    output: Path, errors: tuple[type[Exception], ...], writes: bool, stop_file: Path | None = None
+) -> Iterator[StopRequest]:
+    """One process's part in a run into ``output``: `told`, `stop_requests`, and the folder's lock.
 
-    def __init__(self) -> None:
+    Only the process that ``writes`` takes the lock and looks for ``stop_file``: one asks the file
+    system for all, and a step makes what it saw known to the others. Raises `RunLocked`.
+    """
+    lock = run_lock(output, "training") if writes else nullcontext()
+    with lock, told(output, errors, writes), stop_requests(stop_file if writes else None) as stop:
+        yield stop
+
+
+class StopRequest:
+    """Whether this process was asked to stop: by a signal, or by a file that somebody left."""
+
+    def __init__(self, file: Path | None = None) -> None:
         """Nobody has, yet."""
         self.signal: str | None = None
+        self.file = file
+
+    @property
+    def asked(self) -> bool:
+        """Looks for the file anew each time."""
+        return self.signal is not None or (self.file is not None and self.file.exists())
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGUSR1 (a scheduler's warning) into a request, seen between two steps."""
-    request = StopRequest()
+def stop_requests(file: Path | None = None) -> Iterator[StopRequest]:
+    """Turn SIGTERM, SIGUSR1 (a scheduler's warning) and ``file`` into a request, for between steps.
+
+    A file, since launchers die of SIGUSR1 instead of passing it on.
+    """
+    request = StopRequest(file)
 
     def ask(number: int, frame: FrameType | None) -> None:
         request.signal = signal.Signals(number).name

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from memshare.files import RunLocked, run_lock, sha256_file, write_atomic, write_json
+from memshare.files import (
+    NETWORK_FILE_SYSTEMS,
+    RunLocked,
+    file_system,
+    run_lock,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 
 
 def child(code: str, *arguments: str) -> "subprocess.Popen[str]":
@@ -49,6 +57,29 @@ def test_a_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> Non
     finally:
         holder.kill()
         holder.communicate()
+
+
+def test_who_waits_gets_the_lock_when_the_holder_dies(tmp_path: Path) -> None:
+    holder = child(HOLD, str(tmp_path), "mining")
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    waiter = child(HOLD.replace("sys.argv[2]", "sys.argv[2], wait=True"), str(tmp_path), "mining")
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiter.wait(1.0)  # a refused one would have ended
+        holder.kill()
+        assert waiter.stdout is not None
+        assert waiter.stdout.readline() == "held\n"
+        assert (tmp_path / "mining.lock").read_text() == str(waiter.pid)
+    finally:
+        for process in (holder, waiter):
+            process.kill()
+            process.communicate()
+
+
+def test_the_file_system_is_that_of_the_nearest_mount(tmp_path: Path) -> None:
+    assert file_system(Path("/proc/self/none/there")) == "proc"
+    assert file_system(tmp_path / "not" / "there") == file_system(tmp_path) != ""
+    assert file_system(tmp_path) not in NETWORK_FILE_SYSTEMS
 
 
 def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:

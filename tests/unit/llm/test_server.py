@@ -26,6 +26,8 @@ def test_one_server_for_each_model_and_url(lm_folder: Path) -> None:
     two = plan_servers(_config(lm_folder, scorer={"url": "http://127.0.0.1:8102/v1"}))
     assert [(plan.roles, plan.port) for plan in two] == [(("agent",), 8101), (("scorer",), 8102)]
     assert plan_servers(Config(agent_llm={"model": str(lm_folder)})) == []
+    (scorer,) = plan_servers(_config(lm_folder), mining=True)
+    assert scorer.roles == ("scorer",)
     assert not plan_servers(_config(lm_folder, agent={"url": "http://10.0.0.9:1"}))[0].local
 
 

@@ -3,7 +3,9 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import sqlalchemy as sa
 
@@ -25,6 +27,21 @@ def new(prompt: str, answer: str = "an answer", pool: str = "main", **more: obje
 
 def add(store: PoolStore, *prompts: str, pool: str = "main") -> list[str]:
     return [result.id for result in store.append([new(text, pool=pool) for text in prompts])]
+
+
+def test_sqlite_on_a_network_file_system_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = [
+        SimpleNamespace(mountpoint="/", fstype="ext4"),
+        SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4"),
+        SimpleNamespace(mountpoint=str(tmp_path / "scratch"), fstype="xfs"),
+    ]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    with pytest.raises(PoolError, match=r"network file system \(nfs4\).*PostgreSQL"):
+        PoolStore.open(f"sqlite:///{tmp_path}/run/pool.db")
+    assert not (tmp_path / "run").exists()
+    PoolStore.open(f"sqlite:///{tmp_path}/scratch/pool.db").close()
 
 
 def test_pools_keep_their_settings(store: PoolStore) -> None:

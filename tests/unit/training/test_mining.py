@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from memshare.config import Config, load_config
+from memshare.llm.base import LogLikelihood
 from memshare.llm.likelihood import Likelihood, LikelihoodCache
 from memshare.pool.store import PoolStore
 from memshare.records import Example, Memory, NewMemory, normalise
@@ -33,7 +35,7 @@ from memshare.training.examples import (
     round_dir,
     shard_path,
 )
-from memshare.training.labels import Labeller, open_labeller
+from memshare.training.labels import Labeller, Share, merge_caches, open_cache, open_labeller
 from memshare.training.mining import mine, plan_round, split_memories
 from memshare.training.proposals import open_proposer
 from memshare.training.relevance import HeldOutRelevance, answer_overlap, mined_gains
@@ -202,6 +204,22 @@ def test_held_out_examples_have_a_baseline_whatever_training_does_without(tmp_pa
     assert train and {example.baseline_loglik for example in train} == {None}
     held_out = held_out_examples(config)
     assert held_out and {example.baseline_loglik for example in held_out} == {-2.0}
+
+
+def test_shares_have_caches_of_their_own_that_become_one(tmp_path: Path) -> None:
+    config = load_config(None, [f"run.dir={tmp_path}"])
+    one, two = Share(0, 2), Share(1, 2)
+    with closing(open_cache(config)) as cache:
+        cache.put(b"before", LogLikelihood(-1.0, 1))
+    for share, key in ((one, b"a"), (two, b"b")):
+        with closing(open_cache(config, share)) as cache:
+            assert cache.get(b"before") == LogLikelihood(-1.0, 1) and len(cache) == 1
+            cache.put(key, LogLikelihood(-2.0, 1))
+    for _ in range(2):  # the second time there is nothing left to merge
+        merge_caches(config)
+        with closing(open_cache(config)) as cache:
+            assert len(cache) == 3 and cache.get(b"b") == LogLikelihood(-2.0, 1)
+    assert not list((tmp_path / "cache" / "shares").glob("*.db"))
 
 
 @needs_data

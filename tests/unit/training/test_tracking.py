@@ -14,6 +14,7 @@ from threading import Thread
 import pytest
 
 from memshare.config import WandbConfig
+from memshare.files import RunLocked
 from memshare.training import outcome, tracking
 from memshare.training.tracking import Tracker, new_run_id, wandb_mode
 
@@ -135,11 +136,24 @@ def test_a_failing_wandb_neither_slows_nor_fails_the_run(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_become_requests(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with outcome.stop_signals() as stop:
-        assert stop.signal is None
+    with outcome.stop_requests() as stop:
+        assert not stop.asked
         os.kill(os.getpid(), number)
-        assert stop.signal == number.name
+        assert stop.asked and stop.signal == number.name
     assert signal.getsignal(number) is before
+
+
+def test_a_file_becomes_a_request_of_the_process_that_writes(tmp_path: Path) -> None:
+    file, output = tmp_path / "stop", tmp_path / "out"
+    with (
+        outcome.attempt(output, (), True, file) as main,
+        outcome.attempt(output, (), False, file) as other,  # takes no lock
+    ):
+        assert not main.asked
+        file.touch()
+        assert main.asked and not other.asked
+        with pytest.raises(RunLocked), outcome.attempt(output, (), True, file):
+            pass
 
 
 def test_outcome_is_told_and_forgotten(tmp_path: Path) -> None:

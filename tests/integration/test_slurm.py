@@ -1,0 +1,296 @@
+"""The jobs of slurm/ on a real SLURM of two nodes: whole, warned, cut off, and with parts dying."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from memshare.files import run_lock
+from memshare.pool.store import PoolStore
+from memshare.records import NewMemory
+from memshare.training.examples import is_whole, round_dir
+from tests.loop import loop_config_file
+from tests.slurm import Cluster, cluster, missing, until
+from tests.tiny import tiny_encoder
+from tests.training_data import TOPICS, examples, write_round
+from tests.training_runs import ENV, ROOT, load_program, result, steps_saved
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=f"not installed: {missing()}; see make servers"),
+]
+STEPS = 200
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Cluster]:
+    # Not pytest's folder: munged refuses a folder that others may enter, sockets a long name.
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, cluster(Path(folder)) as made:
+        made.env.update(ENV, SLURM_CONF=made.env["SLURM_CONF"])
+        yield made
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny encoder, a round of examples, a configuration and a site file."""
+    folder = tmp_path_factory.mktemp("base")
+    encoder = tiny_encoder(folder / "encoder")
+    write_round(folder / "round-1", examples(60))
+    training = {"batch_size": 4, "lr": 1e-3, "max_steps": STEPS, "checkpoint_every": 5}
+    tree = {
+        "run": {"dir": str(folder / "run")},
+        "encoder": {"model": str(encoder)},
+        "training": training,
+        "wandb": {"mode": "offline"},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    site = {"python": sys.executable, "logs": str(folder / "logs"), "warning_seconds": 30}
+    (folder / "site.yaml").write_text(yaml.safe_dump(site))
+    return folder
+
+
+def command(base: Path, action: str, *more: str) -> list[str]:
+    """``memshare slurm ACTION`` with the files in ``base``."""
+    site, config = base / "site.yaml", base / "config.yaml"
+    words = ["slurm", action, "--site", str(site), "--config", str(config), *more]
+    return [sys.executable, "-m", "memshare.cli", *words]
+
+
+def train(slurm: Cluster, base: Path, output: Path, *more: str) -> str:
+    """Submit a training; its job number."""
+    words = ["train", "--examples", str(base / "round-1"), "--output", str(output)]
+    return slurm.call(*command(base, "submit", *more, *words), cwd=base).strip()
+
+
+def log_of(base: Path, job: str, attempt: int, name: str = "memshare-train") -> str:
+    return (base / "logs" / name / job / f"attempt-{attempt}.log").read_text()
+
+
+def await_attempt(slurm: Cluster, base: Path, job: str, attempt: int) -> None:
+    """Until the one before is gone and ``attempt`` has begun."""
+    log = base / "logs/memshare-train" / job / f"attempt-{attempt}.log"
+    until(log.exists, 90, lambda: f"{slurm.job(job)}\n{log_of(base, job, attempt - 1)}")
+
+
+def ranks(output: Path) -> list[psutil.Process]:
+    """The processes that train into ``output``, without their launchers."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if str(output) in words and str(ROOT / "train/contrastive.py") in words[:3]:
+            found.append(process)
+    return found
+
+
+@contextmanager
+def paused(output: Path, count: int, after: int = 0) -> Iterator[list[psutil.Process]]:
+    """Hold all ``count`` ranks once they have saved a checkpoint of more than ``after`` steps."""
+    until(lambda: max(steps_saved(output), default=0) > after, 120, lambda: "no checkpoint")
+    found = ranks(output)
+    assert len(found) == count, found
+    for process in found:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        yield found
+    finally:
+        for process in found:
+            if process.is_running():
+                process.send_signal(signal.SIGCONT)
+
+
+def weights(output: Path) -> dict[str, Tensor]:
+    return load_file(output / "encoder" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(slurm: Cluster, base: Path) -> Path:
+    """An uninterrupted training on two nodes."""
+    output = base / "whole"
+    job = train(slurm, base, output, "--nodes=2")
+    assert slurm.wait(job) == "COMPLETED", log_of(base, job, 0)
+    return output
+
+
+def test_two_nodes_train_as_one_process(slurm: Cluster, base: Path, tmp_path: Path) -> None:
+    few = ("--set=training.max_steps=10", "--set=training.dropout=false")
+    job = train(slurm, base, tmp_path / "two", "--nodes=2", *few)
+    arguments = ["--config", str(base / "config.yaml"), *few, "--set=training.batch_size=8"]
+    arguments += ["--examples", str(base / "round-1"), "--output", str(tmp_path / "one")]
+    assert slurm.wait(job) == "COMPLETED", log_of(base, job, 0)
+    assert load_program().main(arguments) == 0
+    assert result(tmp_path / "two")["processes"] == 2
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-5
+    assert "on n[1-2]" in log_of(base, job, 0)
+    assert (base / "logs/memshare-train/latest").read_text() == log_of(base, job, 0)
+
+
+def test_an_interrupted_job_ends_as_an_uninterrupted_one(
+    slurm: Cluster, base: Path, whole: Path
+) -> None:
+    """Time limit, `scontrol requeue`, a lost node: the same weights, bit for bit, and one run."""
+    output = base / "broken"
+    job = train(slurm, base, output, "--nodes=2", "--sbatch=--time=1")
+    request = base / "logs/memshare-train" / job / "stop-0"
+    # SLURM warns by itself, half a minute before the limit or up to another half earlier.
+    until(lambda: request.exists() or bool(steps_saved(output)), 90, lambda: log_of(base, job, 0))
+    if not request.exists():
+        with paused(output, 2):
+            until(request.exists, 90, lambda: log_of(base, job, 0))
+    await_attempt(slurm, base, job, 1)
+    log = log_of(base, job, 0)
+    assert "warned by SLURM" in log and "training with: stopped" in log and "requeued" in log
+    steps, ids = steps_saved(output)[-1], {result(output)["wandb"]["id"]}  # type: ignore[index]
+    assert 1 <= steps < STEPS
+
+    slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    with paused(output, 2, after=steps):
+        slurm.call("scontrol", "requeue", job)
+    await_attempt(slurm, base, job, 2)
+    steps = steps_saved(output)[-1]
+    assert steps < STEPS
+
+    with paused(output, 2, after=steps):
+        slurm.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    await_attempt(slurm, base, job, 3)
+    assert slurm.wait(job) == "COMPLETED", slurm.job(job)
+    assert "continuing from" in log_of(base, job, 3)
+    ids.add(result(output)["wandb"]["id"])  # type: ignore[index]
+    assert len(ids) == 1
+    ours, theirs = weights(output), weights(whole)
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_a_killed_rank_ends_the_job_with_its_reason(slurm: Cluster, base: Path) -> None:
+    output = base / "killed"
+    job = train(slurm, base, output, "--nodes=2")
+    with paused(output, 2) as found:
+        found[1].kill()
+    assert slurm.wait(job, 60) == "FAILED"
+    log = log_of(base, job, 0)
+    assert "SIGKILL" in log and "the training ended without a result" in log
+    assert not ranks(output)
+
+
+def test_a_mistake_is_found_before_anything_is_submitted(slurm: Cluster, base: Path) -> None:
+    told = subprocess.run(
+        command(base, "submit", "train"), env=slurm.env, cwd=ROOT, capture_output=True, text=True
+    )
+    assert told.returncode == 2 and "--examples" in told.stderr and "--output" in told.stderr
+
+
+def test_an_array_mines_what_is_missing_and_nothing_twice(slurm: Cluster, tmp_path: Path) -> None:
+    """Two shares, one of which fails at first: the same bytes as one process mines."""
+    mining = {"labels": "given", "candidates": 4, "dense_candidates": 0, "shard_rows": 6}
+    runs = tmp_path / "array", tmp_path / "alone"
+    for run in runs:
+        run.mkdir()
+        tree = {"run": {"dir": str(run)}, "mining": mining, "split": {"held_out": 0.0}}
+        (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    array, alone = runs
+    with PoolStore.open(f"sqlite:///{array}/pool.db") as store:
+        store.create_pool("main", threshold=80.0)
+        rows = [
+            NewMemory("main", f"how is {topic} made in place {i}", topic, metadata={"label": topic})
+            for i in range(4) for topic in TOPICS
+        ]  # fmt: skip
+        store.append(rows)
+    shutil.copy(array / "pool.db", alone / "pool.db")
+
+    logs = tmp_path / "logs"
+    env = {**slurm.env, "MEMSHARE_PYTHON": sys.executable, "MEMSHARE_LOGS": str(logs)}
+    words = ["sbatch", "--parsable", f"--output={logs}/%A_%a.out", "--array=0-1"]
+    words += ["slurm/mine.sbatch", "--config", f"{array}/config.yaml", "--round", "1"]
+    logs.mkdir()
+
+    def submit() -> list[str]:
+        told = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+        job = told.stdout.strip()
+        return [slurm.wait(f"{job}_{task}") for task in (0, 1)]
+
+    with run_lock(array, "mining-1-of-2"):
+        assert submit() == ["COMPLETED", "FAILED"]
+    folder = round_dir(array / "examples", 1)
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    assert stamps and not is_whole(folder)
+    assert "another mining-1-of-2" in next(logs.glob("memshare-mine/*_1/attempt-0.log")).read_text()
+
+    assert submit() == ["COMPLETED", "COMPLETED"]
+    assert is_whole(folder)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    mine = [sys.executable, str(ROOT / "train/mine.py"), "--config", f"{alone}/config.yaml"]
+    subprocess.run(mine, env=slurm.env, cwd=ROOT, check=True, capture_output=True)
+    shards = sorted(round_dir(alone / "examples", 1).glob("shard-*"))
+    assert len(shards) == 6
+    assert [(folder / path.name).read_bytes() for path in shards] == [
+        path.read_bytes() for path in shards
+    ]
+
+
+def test_a_cancelled_server_stops_cleanly_and_stays_away(slurm: Cluster, base: Path) -> None:
+    run = base / "serve"
+    config = loop_config_file(run, base / "models", wandb={"mode": "disabled"})
+    site = ["--site", str(base / "site.yaml"), "--config", str(config)]
+    submit = [sys.executable, "-m", "memshare.cli", "slurm", "submit", *site, "serve"]
+    job = slurm.call(*submit, cwd=base).strip()
+    path = base / "logs/memshare-serve" / job / "attempt-0.log"
+    until(lambda: path.exists() and "serving on" in path.read_text(), 90, lambda: str(path))
+    slurm.call("scancel", job)
+    assert slurm.wait(job, 60) == "CANCELLED"
+    log = path.read_text()
+    assert "started continual" not in log and "requeued" not in log
+    assert "cancelled by SLURM" in log and "stopped gateway (exit 0)" in log
+
+
+def test_the_loop_learns_is_requeued_and_falls_with_a_part(slurm: Cluster, base: Path) -> None:
+    run = base / "loop"
+    config = loop_config_file(
+        run, base / "models", wandb={"mode": "disabled"}, mining={"labels": "given"},
+        training={"max_steps": 2, "batch_size": 8}, gate={"margin": 1.0, "resamples": 200},
+        continual={"min_new": 24, "poll_seconds": 0.2}, split={"held_out": 0.3},
+    )  # fmt: skip
+    site = ["--site", str(base / "site.yaml"), "--config", str(config)]
+    submit = [sys.executable, "-m", "memshare.cli", "slurm", "submit", *site, "loop"]
+    job = slurm.call(*submit, cwd=base).strip()
+
+    def log(attempt: int) -> str:
+        path = base / "logs/memshare-loop" / job / f"attempt-{attempt}.log"
+        return path.read_text() if path.exists() else str(slurm.job(job))
+
+    until(lambda: "started continual" in log(0), 120, lambda: log(0))  # once the gateway answers
+    url = json.loads((run / "gateway.json").read_text())["url"]
+    items = [
+        {"pool": "keep", "prompt": f"how is {topic} made in place {i}", "answer": topic}
+        for i in range(6) for topic in TOPICS
+    ]  # fmt: skip
+    httpx.post(f"{url}/v1/memories", json={"items": items}, timeout=60).raise_for_status()
+    until(lambda: "status: generation 1" in log(0), 150, lambda: log(0))
+
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    until(lambda: slurm.job(job)["Restarts"] == "1", 90, lambda: log(0))
+    assert log(0).index("stopped continual") < log(0).index("stopped gateway")
+    assert "requeued" in log(0)
+
+    until(lambda: "started continual" in log(1), 120, lambda: log(1))
+    assert "status: generation 1" in log(1) or "serving on" in log(1)
+    (pid,) = re.findall(r"started gateway \(pid (\d+)", log(1))
+    os.kill(int(pid), signal.SIGKILL)
+    assert slurm.wait(job, 90) == "FAILED"
+    assert "gateway ended with exit code -9" in log(1) and "stopped continual" in log(1)
