@@ -19,6 +19,7 @@ from memshare.files import RunLocked
 COMMANDS = {
     "pool": ("memshare.pool.cli", "create, fill, read and export pools"),
     "bootstrap": ("memshare.bootstrap_cli", "fill a pool from a small seed set"),
+    "eval": ("memshare.evaluation.cli", "run the paper's experiments and write their report"),
     "generations": ("memshare.retrieval.cli", "list, verify, activate, unpin and push generations"),
 }
 
