@@ -70,7 +70,7 @@ def _run(names: Sequence[str], args: argparse.Namespace) -> int:
         if args.dry_run:
             print(plan(config, names))
             return 0
-        with run_lock(out, "eval"):
+        with run_lock(config.run.dir, "eval"):
             return asyncio.run(_experiments(names, config, out, args.quick))
     except (LLMError, EncoderError, ExamplesError, RubricError, OSError, ValueError) as error:
         print(f"memshare eval: {error}", file=sys.stderr)

@@ -112,9 +112,12 @@ class Lab:
         self, config: Config, out: Path, cache: ResultCache, llms: Mapping[str, LLM],
         scorer_llm: LLM,
     ) -> None:  # fmt: skip
-        """``llms``: the agents' models by name; ``out``: where all is written."""
+        """``llms``: the agents' models by name; ``out``: where reports go.
+
+        What is worth keeping from run to run (cache, encoders) goes to ``work``, the run folder.
+        """
         self.seed = config.run.seed
-        self.out = out
+        self.out, self.work = out, config.run.dir
         self.cache = cache
         self.uncached, self.uncached_scorer = llms, scorer_llm
         self.agents = {n: Agent(CachedLLM(llm, cache), config.agent) for n, llm in llms.items()}
@@ -125,7 +128,7 @@ class Lab:
         if config.evaluation.world is not None:
             self.domains[WORLD] = world_domain(self.seed, config.evaluation.world)
         # Every problem has a known answer: that is what a scorer of kind `reference` grades by.
-        known = out / "references.jsonl"
+        known = self.work / "references.jsonl"
         write_references(known, [pair for d in self.domains.values() for pair in d.pairs])
         references = {"references": (*config.scorer.references, known)}
         self.config = config.model_copy(
@@ -177,7 +180,7 @@ class Lab:
             for name, values in sections.items()
         }
         config = self.config.model_copy(update=changed)
-        return await learn(config, pools, self.out / "learned", iterations)
+        return await learn(config, pools, self.work / "learned", iterations)
 
     def dense(self, memories: Sequence[Memory], encoder: Encoder) -> Ranker:
         """A ranker by ``encoder``, which encodes no memory twice."""
@@ -264,12 +267,12 @@ def relevant_ids(
 
 @asynccontextmanager
 async def open_lab(config: Config, out: Path) -> AsyncIterator[Lab]:
-    """The lab of ``config``, everything under ``out``; models and cache are closed at the end.
+    """The lab of ``config``, its reports in ``out``; models and cache are closed at the end.
 
     Raises `LLMError`, `EncoderError` and FileNotFoundError, each saying what is missing.
     """
     async with AsyncExitStack() as stack:
-        cache = stack.enter_context(closing(ResultCache(out / "cache" / "results.db")))
+        cache = stack.enter_context(closing(ResultCache(config.run.dir / "cache" / "results.db")))
         opened: dict[str, LLM] = {}
 
         async def llm(settings: LLMConfig) -> LLM:

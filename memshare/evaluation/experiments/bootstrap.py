@@ -75,7 +75,7 @@ async def written(
                 for name in ("bootstrap", "agent", "encoder")]  # fmt: skip
     name = content_hash(agent.llm.model, lab.scorer_llm.model, kind, sections, pool, texts,
                         config.run.seed)[:16]  # fmt: skip
-    home = lab.out / "bootstrap" / name
+    home = lab.work / "bootstrap" / name
     report = home / "report.json"
     if report.exists():
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))

@@ -110,7 +110,7 @@ async def turn(lab: Lab, label: str, name: str) -> tuple[list[Stage], int, int]:
         for (problem, c), grade in zip(answers, grades, strict=True)
         if grade.value is not None and grade.value >= threshold and c.finish_reason != "length"
     ]
-    home = lab.out / "cost"
+    home = lab.work / "cost"
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir()
     with PoolStore.open(f"sqlite:///{home / 'pool.db'}") as store:
