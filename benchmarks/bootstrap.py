@@ -30,8 +30,10 @@ from pipeline import Work, build_pocket_lm, run_program
 from served import serve, vllm_llm
 
 from memshare.config import Config
-from memshare.evaluation.arms import Arm, RememberingAgent, answer_arm
+from memshare.evaluation.arms import Arm, answer_arm
+from memshare.evaluation.cache import cached
 from memshare.evaluation.data import Pair
+from memshare.llm.agent import Agent
 from memshare.llm.factory import make_llm
 from memshare.metrics.bertscore import BertScorer
 from memshare.metrics.stats import paired_bootstrap
@@ -69,9 +71,9 @@ async def answers(config: Config, bert: BertScorer, work: Work, tests: Sequence[
     questions = [task.prompt for task in tests]
     found = await asyncio.to_thread(search, work, questions)
     shots = [[by_id[id_] for id_ in row] for row in found]
-    llm = make_llm(config.agent_llm)
+    llm = cached(make_llm(config.agent_llm))
     try:
-        agent = RememberingAgent(llm, config.agent)
+        agent = Agent(llm, config.agent)
         pairs = [Pair(task.prompt, task.answer) for task in tests]
         return await answer_arm(agent, bert, pairs, shots)
     finally:

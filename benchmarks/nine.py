@@ -40,8 +40,9 @@ from common import parser, write_claims
 from pipeline import Work, build_pocket_lm
 from served import serve, vllm_llm
 
-from memshare.evaluation.arms import SHOT_NAMES, Arm, RememberingAgent, answer_arm
-from memshare.evaluation.data import CHINESE, SINGLE, Domain, Pair, load_nine
+from memshare.evaluation.arms import SHOT_NAMES, Arm, answer_arm
+from memshare.evaluation.cache import cached
+from memshare.evaluation.data import SINGLE, Domain, Pair, by_characters, load_nine
 from memshare.evaluation.decontaminate import decontaminate, leak_report
 from memshare.evaluation.rankers import random_ranker
 from memshare.llm.agent import Agent
@@ -97,8 +98,7 @@ class Run:
 
 def learn_pool(work: Work, split: str, domain: Domain, seed: int) -> Run:
     """Fill one pool, train on it, and find the shots of every arm for all of its tests."""
-    pairs = [*domain.pool, *domain.problems]
-    whole = [pair for pair in pairs if pair.answer.strip()]
+    whole = domain.pairs
     memories = work.fill({domain.name: whole})[domain.name]
     questions = [test.prompt for tests in domain.tests.values() for test in tests]
     by_id = {memory.id: memory for memory in memories}
@@ -117,7 +117,8 @@ def learn_pool(work: Work, split: str, domain: Domain, seed: int) -> Run:
         if split == "published":
             arms["three_shot_copies"] = found(search(domain.name, questions, 3, copies=True))
     arms |= {name: [row[:n] for row in best] for n, name in enumerate(SHOT_NAMES)}
-    return Run(split, domain, len(memories), len(pairs) - len(whole), arms, report)
+    without = len(domain.pool) + len(domain.problems) - len(whole)
+    return Run(split, domain, len(memories), without, arms, report)
 
 
 async def answer_pools(agent: Agent, scorer: BertScorer, runs: Sequence[Run], seed: int) -> None:
@@ -137,13 +138,14 @@ async def answer_pool(agent: Agent, scorer: BertScorer, run: Run, seed: int) -> 
     names = [dataset for dataset, group in groups.items() for _ in group]
     tests = [test for group in groups.values() for test in group]
     at = {dataset: [i for i, n in enumerate(names) if n == dataset] for dataset in groups}
+    chinese = {dataset for dataset, group in groups.items() if by_characters(group)}
     for name, shots in run.shots.items():
         arm = await answer_arm(agent, scorer, tests, shots)
-        run.english[name] = arm.part([i for i, n in enumerate(names) if n not in CHINESE])
+        run.english[name] = arm.part([i for i, n in enumerate(names) if n not in chinese])
         for dataset, places in at.items():
             row: Row = {"split": run.split, "pool": run.domain.name, "dataset": dataset,
                         "arm": name}  # fmt: skip
-            if dataset in CHINESE:
+            if dataset in chinese:
                 values = [chrf(arm.answers[i] or "", tests[i].answer) for i in places]
                 row |= {"chrf": bootstrap_mean(values, seed=seed)._asdict(), "n": len(places),
                         "failed": arm.part(places).failed}  # fmt: skip
@@ -193,7 +195,7 @@ def main() -> None:
         llm = {} if args.quick else vllm_llm()
         work = Work(folder / "agent", {"agent_llm": llm, "agent": SETTINGS["agent"]})
         scorer = BertScorer(resolve_encoder(SETTINGS["encoder"]["model"]))
-        agent = RememberingAgent(make_llm(work.config.agent_llm), work.config.agent)
+        agent = Agent(cached(make_llm(work.config.agent_llm)), work.config.agent)
         with nullcontext() if args.quick else serve(work):
             asyncio.run(answer_pools(agent, scorer, runs, seed))
     claimed: dict[str, list[float]] = {}

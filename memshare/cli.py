@@ -21,6 +21,7 @@ COMMANDS = {
     "keys": ("memshare.pool.keys_cli", "create, list and revoke the gateway's keys"),
     "mcp": ("memshare.client.mcp", "let agents join a pool over MCP"),
     "bootstrap": ("memshare.bootstrap_cli", "fill a pool from a small seed set"),
+    "eval": ("memshare.evaluation.cli", "run the paper's experiments and write their report"),
     "generations": ("memshare.retrieval.cli", "list, verify, activate, unpin and push generations"),
     "slurm": ("memshare.slurm.cli", "render and submit jobs for a SLURM cluster"),
 }

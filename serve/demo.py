@@ -26,9 +26,9 @@ import httpx
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.evaluation import demo
-from memshare.evaluation.report import print_tables, write_report
+from memshare.evaluation.report import Section, print_tables, write_report
 from memshare.evaluation.traffic import Stream, Traffic
-from memshare.files import RunLocked, run_lock
+from memshare.files import RunLocked, run_lock, write_json
 from memshare.gateway.supervisor import Supervisor
 from memshare.pocket.world import Splits, World, write_references
 from memshare.pool.store import PoolStore
@@ -73,7 +73,8 @@ def fresh(run_dir: Path) -> None:
 
 def fill(config: Config, pool: str, splits: Splits) -> None:
     """Create the pool and put the seed memories in; write the known answers for the scorer."""
-    write_references(config.scorer.references[0], [*splits.seed, *splits.problems])
+    known = [(task.prompt, task.answer) for task in (*splits.seed, *splits.problems)]
+    write_references(config.scorer.references[0], known)
     settings = config.pools[pool]
     with PoolStore.open(config.url) as store:
         store.create_pool(pool, settings.rubric, settings.threshold)
@@ -171,10 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DemoFailed, RunLocked) as error:
         log(f"demo: {error}")
         return 1
+    write_json(config.run.dir / "report.json", report)
     tables = demo.tables(report)
-    page = write_report(
-        config.run.dir, "memshare demo", demo.summary(report), report, tables, demo.plots(report)
-    )
+    section = Section("", "", tables, demo.plots(report))
+    page = write_report(config.run.dir, "memshare demo", demo.summary(report), [section])
     print_tables(tables)
     log(f"report: {page} and report.json beside it")
     return 0 if report["requests"]["failed"] == 0 else 1

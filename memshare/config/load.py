@@ -22,6 +22,7 @@ from memshare.config.sections import (
     BootstrapConfig,
     ContinualConfig,
     EncoderConfig,
+    EvaluationConfig,
     GateConfig,
     GatewayConfig,
     LLMConfig,
@@ -64,6 +65,7 @@ class Config(BaseSettings):
     continual: ContinualConfig = ContinualConfig()
     gateway: GatewayConfig = GatewayConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     wandb: WandbConfig = WandbConfig()
 
     @field_validator("pools")

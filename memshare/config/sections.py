@@ -86,12 +86,17 @@ class VLLMServerConfig(Section):
 
 
 class LLMConfig(Section):
-    """One LLM. ``model``: a folder, a hub name, or ``pocket`` (the small one trained here)."""
+    """One LLM. ``model``: a folder, a hub name, or ``pocket`` (the small one trained here).
 
-    backend: Literal["transformers", "vllm"] = "transformers"
+    ``openai``: any OpenAI-compatible endpoint, by its own name for the model; it gives no
+    likelihoods, and ``context_length`` says how much fits, since it can't be asked.
+    """
+
+    backend: Literal["transformers", "vllm", "openai"] = "transformers"
     model: str = "pocket"
     url: str = "http://127.0.0.1:8001"
     api_key_env: str = "MEMSHARE_LLM_API_KEY"
+    context_length: PositiveInt = 8192
     timeout_seconds: PositiveFloat = 120.0
     retries: NonNegativeInt = 4
     max_concurrency: PositiveInt = 32
@@ -285,6 +290,30 @@ class BootstrapConfig(Section):
     min_chars: PositiveInt = 12
     near_duplicate: Fraction = 0.9
     temperature: Annotated[float, Field(ge=0.0)] = 0.8
+
+
+class EvaluationConfig(Section):
+    """`memshare eval`: what is asked, of whom, and how answers are measured.
+
+    ``data``: a folder of domains (docs/experiments.md); None: the nine datasets under
+    ``MEMSHARE_DATA``. ``agents``: the LLMs that answer, by name; none: `Config.agent_llm` alone.
+    ``memories``: at most so many seed memories, and so many problems, a domain (None: all).
+    ``questions``: at most so many test questions a dataset in the experiments about shots and pools
+    (None: all), ``sample``: in all others. ``world``: seed memories, problems and test questions of
+    the pocket world, which is asked beside the data; None: it is left out. ``problems``: at most so
+    many problems a domain where the agents answer them themselves. ``labelled``: memories of one
+    domain in the experiment about labels, most of whose labels cost an answer each.
+    """
+
+    data: Path | None = None
+    agents: dict[str, LLMConfig] = Field(default_factory=dict)
+    memories: PositiveInt | None = None
+    questions: PositiveInt | None = None
+    sample: PositiveInt = 12
+    world: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    problems: PositiveInt | None = None
+    labelled: PositiveInt = 100
+    bertscore_model: str = "all-MiniLM-L6-v2"
 
 
 class WandbConfig(Section):

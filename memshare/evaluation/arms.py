@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memshare.config import AgentConfig
 from memshare.evaluation.data import Pair
 from memshare.evaluation.rankers import Ranker
-from memshare.llm.agent import Agent, AgentAnswer
-from memshare.llm.base import LLM, LLMError
+from memshare.llm.agent import Agent
+from memshare.llm.base import Completion, LLMError
 from memshare.metrics.bertscore import BertScore, BertScorer
 from memshare.metrics.ir import ir_metrics
 from memshare.metrics.stats import bootstrap_mean
@@ -59,47 +58,28 @@ class Arm:
         }
 
 
-class RememberingAgent(Agent):
-    """An agent that is not asked twice what it answers greedily; for arms that share prompts."""
+async def answer_all(
+    agent: Agent, tests: Sequence[Pair], shots: Sequence[Sequence[Memory]]
+) -> list[Completion | None]:
+    """Each test answered with its own shots (best first); None where the LLM failed."""
 
-    def __init__(self, llm: LLM, config: AgentConfig) -> None:
-        """Raises ValueError for a temperature other than 0: there a repeat is another answer."""
-        if config.temperature != 0.0:
-            raise ValueError(f"only greedy answers can be kept, not at {config.temperature}")
-        super().__init__(llm, config)
-        self._kept: dict[tuple[Any, ...], AgentAnswer] = {}
+    async def one(test: Pair, memories: Sequence[Memory]) -> Completion | None:
+        try:
+            return (await agent.answer(test.prompt, memories)).completion
+        except LLMError:
+            return None  # counted and shown, never dropped
 
-    async def answer(
-        self,
-        question: str,
-        memories: Sequence[Memory],
-        seed: int | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> AgentAnswer:
-        """As `Agent.answer`, kept by the texts of question and memories."""
-        if extra:
-            return await super().answer(question, memories, seed, extra)
-        key = (question, *((memory.prompt, memory.answer) for memory in memories))
-        if key not in self._kept:
-            self._kept[key] = await super().answer(question, memories, seed)
-        return self._kept[key]
+    return await asyncio.gather(*(one(t, m) for t, m in zip(tests, shots, strict=True)))
 
 
 async def answer_arm(
     agent: Agent, scorer: BertScorer, tests: Sequence[Pair], shots: Sequence[Sequence[Memory]]
 ) -> Arm:
     """Answer each test with its own shots (best first) and score against the reference."""
-
-    async def one(test: Pair, memories: Sequence[Memory]) -> str | None:
-        try:
-            return (await agent.answer(test.prompt, memories)).completion.text
-        except LLMError:
-            return None  # counted and shown, never dropped
-
-    answers = await asyncio.gather(*(one(t, m) for t, m in zip(tests, shots, strict=True)))
-    texts = [answer or "" for answer in answers]
+    answers = await answer_all(agent, tests, shots)
+    texts = [answer.text if answer else "" for answer in answers]
     scores = await asyncio.to_thread(scorer.score, texts, [test.answer for test in tests])
-    return Arm(scores, answers)
+    return Arm(scores, [answer.text if answer else None for answer in answers])
 
 
 async def shot_arms(

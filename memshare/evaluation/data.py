@@ -10,17 +10,14 @@ from __future__ import annotations
 import csv
 import json
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-DOMAINS: dict[str, tuple[str, ...]] = {
-    "literary": ("limerick", "lvshi", "sonnet"),
-    "logic": ("puns", "puzzle", "riddles"),
-    "plan": ("fitness", "study", "travel"),
-}
-CHINESE = frozenset({"lvshi"})  # no English model may average over these
 SINGLE = "single"
+_IDEOGRAPHS = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 
 
 class Pair(NamedTuple):
@@ -32,12 +29,31 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Domain:
-    """One pool's material: seed memories, the questions that grow it, and its tests by dataset."""
+    """One pool's material: seed memories, the questions that grow it, and its tests by dataset.
+
+    ``keys``: prompt -> group, where it is known which memories are relevant to which question:
+    those of the same group.
+    """
 
     name: str
     pool: tuple[Pair, ...]
     problems: tuple[Pair, ...]
     tests: dict[str, tuple[Pair, ...]]
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Seed memories and problems that have an answer, in their order."""
+        return tuple(pair for pair in (*self.pool, *self.problems) if pair.answer.strip())
+
+
+def by_characters(tests: Sequence[Pair]) -> bool:
+    """Whether a dataset is in Chinese, so that English models can't read it and words mean nothing.
+
+    That is: whether a third of its reference answers' characters are ideographs.
+    """
+    text = "".join("".join(test.answer.split()) for test in tests)
+    return 3 * len(_IDEOGRAPHS.findall(text)) >= len(text) > 0
 
 
 def data_root() -> Path:
@@ -63,25 +79,38 @@ def read_chat(path: Path) -> tuple[Pair, ...]:
     return tuple(pairs)
 
 
+def load_domains(folder: Path) -> dict[str, Domain]:
+    """The domains in ``folder``, one sub-folder each, by name.
+
+    A domain has ``pool.jsonl``, ``problems.jsonl`` if there are any, and ``test_<dataset>.jsonl``.
+    One without tests is a mixed pool and gets the tests of all others. Raises FileNotFoundError or
+    ValueError saying what is missing.
+    """
+    domains = {}
+    for home in sorted(path for path in folder.iterdir() if path.is_dir()):
+        problems = home / "problems.jsonl"
+        domains[home.name] = Domain(
+            home.name,
+            read_chat(home / "pool.jsonl"),
+            read_chat(problems) if problems.exists() else (),
+            {
+                path.stem.removeprefix("test_"): read_chat(path)
+                for path in sorted(home.glob("test_*.jsonl"))
+            },
+        )
+    names = [dataset for domain in domains.values() for dataset in domain.tests]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{folder}: test_<dataset>.jsonl files with names of their own are needed")
+    every = {name: pairs for domain in domains.values() for name, pairs in domain.tests.items()}
+    return {
+        name: domain if domain.tests else replace(domain, tests=every)
+        for name, domain in domains.items()
+    }
+
+
 def load_nine(root: Path | None = None) -> dict[str, Domain]:
     """The three domains, and ``single`` with the mixed pool and the tests of all nine datasets."""
-    base = (root or data_root()) / "nine"
-    domains = {
-        name: Domain(
-            name,
-            read_chat(base / name / "pool.jsonl"),
-            read_chat(base / name / "problems.jsonl"),
-            {dataset: read_chat(base / name / f"test_{dataset}.jsonl") for dataset in datasets},
-        )
-        for name, datasets in DOMAINS.items()
-    }
-    domains[SINGLE] = Domain(
-        SINGLE,
-        read_chat(base / SINGLE / "pool.jsonl"),
-        read_chat(base / SINGLE / "problems.jsonl"),
-        {dataset: pairs for domain in domains.values() for dataset, pairs in domain.tests.items()},
-    )
-    return domains
+    return load_domains((root or data_root()) / "nine")
 
 
 def load_banking77(root: Path | None = None) -> tuple[list[Pair], list[Pair]]:

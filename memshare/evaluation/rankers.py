@@ -17,6 +17,8 @@ from memshare.retrieval.bm25 import BM25
 from memshare.retrieval.encoder import Encoder, memory_text
 from memshare.retrieval.index import FlatIndex
 
+_FUSION = 60  # the paper's constant: how little the very first ranks are favoured
+
 
 class Ranker(Protocol):
     """Ranks memories for questions."""
@@ -58,6 +60,22 @@ def bm25_ranker(memories: Sequence[Memory], config: BM25Config | None = None) ->
     def rank(questions: Sequence[str], k: int) -> list[list[str]]:
         found = index.top(questions, k, exclude=[copies(question) for question in questions])
         return [[id_ for id_, _ in row] for row in found]
+
+    return rank
+
+
+def fused_ranker(rankers: Sequence[Ranker], depth: int = 100) -> Ranker:
+    """Reciprocal rank fusion (Cormack et al. 2009) of the first ``depth`` of each ranker."""
+
+    def rank(questions: Sequence[str], k: int) -> list[list[str]]:
+        fused = []
+        for rows in zip(*(ranker(questions, max(k, depth)) for ranker in rankers), strict=True):
+            scores: dict[str, float] = {}
+            for row in rows:
+                for place, id_ in enumerate(row, 1):
+                    scores[id_] = scores.get(id_, 0.0) + 1.0 / (_FUSION + place)
+            fused.append(sorted(scores, key=lambda id_: -scores[id_])[:k])
+        return fused
 
     return rank
 

@@ -1,6 +1,6 @@
-"""Write a report: report.json, report.html and one PNG a plot, from plain tables and series.
+"""Write a report: report.html and two PNGs a plot (light and dark), from plain tables and series.
 
-What a report says is decided by the experiment; this file only knows how tables and plots look.
+What a report says is decided by the experiment; this file only knows how it looks.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,9 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from memshare.files import write_atomic, write_json
+from memshare.files import write_atomic
 
-_COLOURS = ("#2f6db3", "#d9822b", "#3c9a5f", "#a14a76", "#6b6b6b")
+# Told apart in both themes, and by eyes that don't see red and green apart (after Okabe & Ito).
+_COLOURS = ("#2f7fc1", "#e08a1e", "#2a9d74", "#c45f9a", "#8a8f98", "#b8a021", "#7a6fd0", "#d2553f")
+_PAGE_WIDTH = 200
+_THEMES = {"": ("#1c2128", "#ffffff"), "-dark": ("#e3e7ec", "#16191d")}  # as in report.html
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,25 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot of series over shared ticks."""
+    """A plot of series over shared ticks; ``rows``: bars that lie, with the ticks beside them."""
 
     name: str  # file name without ending
     title: str
-    kind: Literal["bars", "lines"]
+    kind: Literal["bars", "lines", "rows"]
     ticks: Sequence[str]
     series: Sequence[Series]
     x_label: str
     y_label: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under a heading of its own: a few words, tables, plots."""
+
+    title: str
+    text: str
+    tables: Sequence[Table]
+    plots: Sequence[Plot]
 
 
 def machine() -> dict[str, Any]:
@@ -90,29 +104,23 @@ def _output(*command: str) -> str:
 
 
 def write_report(
-    folder: Path,
-    title: str,
-    summary: Mapping[str, Any],
-    record: Mapping[str, Any],
-    tables: Sequence[Table],
-    plots: Sequence[Plot],
+    folder: Path, title: str, summary: Mapping[str, Any], sections: Sequence[Section]
 ) -> Path:
-    """Write the three forms into ``folder``; ``record`` becomes report.json as it stands.
+    """Write the page and its plots into ``folder``; returns the path of report.html.
 
-    ``summary`` are the facts at the head of the page. Returns the path of report.html.
+    ``summary`` are the facts at the head of the page.
     """
     from jinja2 import Environment
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "report.json", record)
-    for plot in plots:
-        draw(plot, folder / f"{plot.name}.png")
+    for section in sections:
+        for plot in section.plots:
+            for suffix in _THEMES:
+                draw(plot, folder / f"{plot.name}{suffix}.png", suffix)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = _cell
     source = resources.files("memshare.evaluation").joinpath("report.html").read_text("utf-8")
-    page = environment.from_string(source).render(
-        title=title, summary=summary, tables=tables, plots=plots
-    )
+    page = environment.from_string(source).render(title=title, summary=summary, sections=sections)
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
 
@@ -122,7 +130,8 @@ def print_tables(tables: Sequence[Table]) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    console = Console()
+    # A file or a pipe has no width: there, nothing is cut off.
+    console = Console(width=None if sys.stdout.isatty() else _PAGE_WIDTH)
     for table in tables:
         shown = RichTable(title=table.title, title_justify="left", caption=table.note or None)
         for number, column in enumerate(table.columns):
@@ -138,38 +147,69 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def draw(plot: Plot, path: Path) -> None:
-    """Write ``plot`` to ``path`` as a picture (PNG)."""
+def draw(plot: Plot, path: Path, theme: str = "") -> None:
+    """Write ``plot`` to ``path`` as a picture (PNG); ``theme`` "" is light, "-dark" dark."""
     # The object interface: no global backend is chosen, no state is left behind.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
+    ink, paper = _THEMES[theme]
+    figure = Figure(figsize=_size(plot), dpi=150, layout="constrained", facecolor=paper)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    positions = range(len(plot.ticks))
-    width = 0.8 / len(plot.series)
+    axes = figure.add_subplot(facecolor=paper)
     for number, series in enumerate(plot.series):
-        colour = _COLOURS[number % len(_COLOURS)]
-        errors = None
-        if series.low is not None and series.high is not None:
-            errors = [
-                [v - low for v, low in zip(series.values, series.low, strict=True)],
-                [high - v for v, high in zip(series.values, series.high, strict=True)],
-            ]
-        if plot.kind == "bars":
-            at = [p + (number - (len(plot.series) - 1) / 2) * width for p in positions]
-            axes.bar(at, series.values, width * 0.92, yerr=errors, capsize=2, label=series.label,
-                     color=colour, error_kw={"elinewidth": 1})  # fmt: skip
-        else:
-            axes.errorbar(positions, series.values, yerr=errors, marker="o", capsize=3,
-                          label=series.label, color=colour)  # fmt: skip
-    axes.set_xticks(list(positions), plot.ticks)
-    axes.set_xlabel(plot.x_label)
-    axes.set_ylabel(plot.y_label)
-    axes.set_title(plot.title, fontsize=11)
-    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+        _draw_series(axes, plot, series, number)
+    positions = list(range(len(plot.ticks)))
+    if plot.kind == "rows":
+        axes.set_yticks(positions, plot.ticks)
+        axes.invert_yaxis()  # the first on top
+        axes.set_xlabel(plot.y_label)
+        axes.set_ylabel(plot.x_label)
+        axes.grid(axis="x", linewidth=0.4, alpha=0.5)
+    else:
+        axes.set_xticks(positions, plot.ticks)
+        axes.set_xlabel(plot.x_label)
+        axes.set_ylabel(plot.y_label)
+        axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    axes.set_axisbelow(True)
+    axes.set_title(plot.title, fontsize=11, color=ink)
+    axes.tick_params(colors=ink)
+    axes.xaxis.label.set_color(ink)
+    axes.yaxis.label.set_color(ink)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(ink)
     if len(plot.series) > 1:
-        figure.legend(loc="outside lower center", ncols=min(4, len(plot.series)), frameon=False)
+        columns = len(plot.series) if len(plot.series) <= 4 else 3
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, labelcolor=ink)
     figure.savefig(path)
+
+
+def _size(plot: Plot) -> tuple[float, float]:
+    """Inches, so that every bar is wide enough to be seen."""
+    bars = len(plot.ticks) * (len(plot.series) + 1)
+    if plot.kind == "rows":
+        return 7.2, max(2.6, 0.16 * bars + 1.4)
+    return max(6.4, 0.16 * bars + 1.5 if plot.kind == "bars" else 0.0), 3.8
+
+
+def _draw_series(axes: Any, plot: Plot, series: Series, number: int) -> None:
+    colour = _COLOURS[number % len(_COLOURS)]
+    errors = None
+    if series.low is not None and series.high is not None:
+        errors = [
+            [v - low for v, low in zip(series.values, series.low, strict=True)],
+            [high - v for v, high in zip(series.values, series.high, strict=True)],
+        ]
+    # Lines stand a little beside each other, so that their intervals can be told apart.
+    width = (0.2 if plot.kind == "lines" else 0.8) / len(plot.series)
+    at = [p + (number - (len(plot.series) - 1) / 2) * width for p in range(len(plot.ticks))]
+    if plot.kind == "lines":
+        axes.errorbar(at, series.values, yerr=errors, marker="o", markersize=5, capsize=3,
+                      elinewidth=1, label=series.label, color=colour)  # fmt: skip
+        return
+    kwargs = {"capsize": 2, "label": series.label, "color": colour, "ecolor": "#808891",
+              "error_kw": {"elinewidth": 1}}  # fmt: skip
+    if plot.kind == "rows":
+        axes.barh(at, series.values, width * 0.92, xerr=errors, **kwargs)
+    else:
+        axes.bar(at, series.values, width * 0.92, yerr=errors, **kwargs)

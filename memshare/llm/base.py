@@ -43,6 +43,19 @@ class Completion:
     completion_tokens: int
     raw: Mapping[str, Any] = field(default_factory=dict)  # the backend's whole reply, if it has one
 
+    @classmethod
+    def of(cls, reply: Mapping[str, Any]) -> Completion:
+        """What ``/v1/chat/completions`` replied; an odd reply raises as subscripts do."""
+        choice = reply["choices"][0]
+        usage = reply.get("usage") or {}
+        return cls(
+            text=choice["message"].get("content") or "",
+            finish_reason=str(choice.get("finish_reason") or "stop"),
+            prompt_tokens=int(usage.get("prompt_tokens", 0)),
+            completion_tokens=int(usage.get("completion_tokens", 0)),
+            raw=reply,
+        )
+
 
 class LogLikelihood(NamedTuple):
     """Sum of a continuation's token log-likelihoods (nats) and how many tokens it has."""

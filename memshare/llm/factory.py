@@ -21,6 +21,10 @@ def make_llm(config: LLMConfig) -> LLM:
 
     A vLLM server need not run yet: it is first asked when it is first used, or by ``ready()``.
     """
+    if config.backend == "openai":
+        from memshare.llm.endpoint import EndpointBackend
+
+        return EndpointBackend(config.model, config)
     model = resolve_model(config.model)
     if config.backend == "vllm":
         from memshare.llm.vllm import VLLMBackend
@@ -51,6 +55,13 @@ def resolve_model(name: str) -> str:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise LLMError(f"{name}: no such model folder")
     return name
+
+
+def llm_identity(config: LLMConfig) -> str:
+    """What identifies a configured LLM's weights, as far as that can be known from here."""
+    if config.backend == "openai":
+        return f"{config.model}@{config.url}"
+    return model_identity(resolve_model(config.model))
 
 
 def model_identity(model: str) -> str:

@@ -7,7 +7,6 @@ scored twice: results are kept by model and content, and equal requests in fligh
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import sqlite3
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from memshare.llm.base import LLM, LogLikelihood
+from memshare.llm.inflight import InFlight
 from memshare.llm.prompts import few_shot
 
 _VERSION = 1  # part of every key: raise it when the prompt around the texts changes
@@ -93,7 +93,7 @@ class Likelihood:
         self.cache = cache
         self.instruction = instruction
         self.measured = 0
-        self._flying: dict[bytes, asyncio.Task[LogLikelihood]] = {}
+        self._flying = InFlight[LogLikelihood]()
 
     async def score(
         self, query_prompt: str, answer: str, shots: Sequence[tuple[str, str]] = ()
@@ -115,13 +115,9 @@ class Likelihood:
         key = self._key(query_prompt, answer, shots)
         if self.cache is not None and (known := self.cache.get(key)) is not None:
             return known
-        task = self._flying.get(key)
-        if task is None or task.get_loop() is not asyncio.get_running_loop():
-            task = asyncio.create_task(self._measure(key, query_prompt, answer, shots))
-            self._flying[key] = task
-            task.add_done_callback(lambda done: self._landed(key, done))
-        # Shielded: one caller that gives up must not cancel the others.
-        return await asyncio.shield(task)
+        return await self._flying.share(
+            key, lambda: self._measure(key, query_prompt, answer, shots)
+        )
 
     async def _measure(
         self, key: bytes, query_prompt: str, answer: str, shots: Sequence[tuple[str, str]]
@@ -132,12 +128,6 @@ class Likelihood:
         if self.cache is not None:
             self.cache.put(key, value)
         return value
-
-    def _landed(self, key: bytes, task: asyncio.Task[LogLikelihood]) -> None:
-        if self._flying.get(key) is task:
-            del self._flying[key]
-        if not task.cancelled():
-            task.exception()  # marks it as seen where every caller has given up
 
     def _key(self, query_prompt: str, answer: str, shots: Sequence[tuple[str, str]]) -> bytes:
         parts = [_VERSION, self.llm.model, self.instruction, list(shots), query_prompt, answer]

@@ -118,15 +118,7 @@ class VLLMBackend:
             body["structured_outputs"] = {"json": dict(json_schema)}
         reply = await self._http.post("/v1/chat/completions", body)
         try:
-            choice = reply["choices"][0]
-            usage = reply.get("usage") or {}
-            return Completion(
-                text=choice["message"].get("content") or "",
-                finish_reason=str(choice.get("finish_reason") or "stop"),
-                prompt_tokens=int(usage.get("prompt_tokens", 0)),
-                completion_tokens=int(usage.get("completion_tokens", 0)),
-                raw=reply,
-            )
+            return Completion.of(reply)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise self._unexpected(reply) from error
 

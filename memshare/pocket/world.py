@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,10 +196,10 @@ def _taught(task: Task) -> Task:
     )
 
 
-def write_references(path: Path, tasks: Sequence[Task]) -> None:
+def write_references(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
     """Write the known answers as JSONL of ``{"prompt", "answer"}``, for the reference scorer."""
     rows = (
-        json.dumps({"prompt": task.prompt, "answer": task.answer}, ensure_ascii=False)
-        for task in tasks
+        json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False)
+        for prompt, answer in pairs
     )
     write_atomic(path, "".join(row + "\n" for row in rows))

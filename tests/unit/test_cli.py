@@ -93,3 +93,12 @@ def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
     err = export.stderr.read()
     assert export.wait(timeout=60) == 141
     assert err == ""
+
+
+def test_every_experiment_is_a_command() -> None:
+    from memshare.evaluation import cli
+    from memshare.evaluation.experiment import EXPERIMENTS, load_experiment
+
+    assert tuple(cli.SUMMARIES) == EXPERIMENTS
+    for name in EXPERIMENTS:
+        assert load_experiment(name).name == name

@@ -1,40 +1,41 @@
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from matplotlib.image import imread
 
-from memshare.evaluation.report import Plot, Series, Table, machine, write_report
+from memshare.evaluation.report import Plot, Section, Series, Table, draw, machine, write_report
+
+PLOT = Plot(
+    "f1", "F1", "lines", ["0", "3"], [Series("f1", [0.1, 0.5], [0, 0.4], [0.2, 0.6])], "x", "y"
+)
 
 
 def test_report_has_every_table_and_plot_and_escapes_text(tmp_path: Path) -> None:
-    page = write_report(
-        tmp_path,
-        "Demo",
-        {"model": "pocket"},
-        {"bertscore": {"f1": 0.5}},
-        [Table("Scores <by> shots", ["shots", "F1"], [["zero", 0.12345], ["three", None]])],
-        [
-            Plot(
-                "f1",
-                "F1",
-                "lines",
-                ["0", "3"],
-                [Series("f1", [0.1, 0.5], [0, 0.4], [0.2, 0.6])],
-                "x",
-                "y",
-            )
-        ],
-    )
+    table = Table("Scores <by> shots", ["shots", "F1"], [["zero", 0.12345], ["three", None]])
+    sections = [
+        Section("First & last", "What it asks.", [table], [PLOT]),
+        Section("Other", "", [], []),
+    ]
+    page = write_report(tmp_path, "Demo", {"model": "pocket"}, sections)
     html = page.read_text()
     assert "Scores &lt;by&gt; shots" in html and "0.123" in html and "–" in html
-    assert json.loads((tmp_path / "report.json").read_text()) == {"bertscore": {"f1": 0.5}}
-    assert (tmp_path / "f1.png").read_bytes().startswith(b"\x89PNG")
-    assert 'src="f1.png"' in html
+    assert "First &amp; last" in html and "What it asks." in html
+    for name in ("f1.png", "f1-dark.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and f'"{name}"' in html
 
 
-def test_a_figure_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        write_report(tmp_path, "Demo", {}, {"f1": float("nan")}, [], [])
+@pytest.mark.parametrize("kind", ["bars", "lines", "rows"])
+def test_a_plot_is_light_and_dark(tmp_path: Path, kind: Literal["bars", "lines", "rows"]) -> None:
+    plot = Plot(
+        "p", "P", kind, ["a", "b"], [Series("s", [1.0, 2.0]), Series("t", [2.0, 1.0])], "x", "y"
+    )
+    corners = []
+    for theme in ("", "-dark"):
+        draw(plot, tmp_path / f"p{theme}.png", theme)
+        corners.append(float(imread(tmp_path / f"p{theme}.png")[0, 0, :3].mean()))
+    assert corners[0] > 0.95 and corners[1] < 0.2
 
 
 def test_machine_facts_are_json() -> None:

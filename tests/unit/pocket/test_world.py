@@ -111,7 +111,7 @@ def test_splits_larger_than_the_world_are_refused() -> None:
 
 def test_references_are_the_scorers_jsonl(tmp_path: Path) -> None:
     tasks = World(0).tasks()[:5]
-    write_references(tmp_path / "references.jsonl", tasks)
+    write_references(tmp_path / "references.jsonl", [(t.prompt, t.answer) for t in tasks])
     lines = (tmp_path / "references.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [
         {"prompt": task.prompt, "answer": task.answer} for task in tasks

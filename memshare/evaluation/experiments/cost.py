@@ -1,0 +1,135 @@
+"""What it costs: tokens, seconds and GPU seconds, by stage of the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from memshare.evaluation.arms import answer_all, ranked_memories
+from memshare.evaluation.experiment import Experiment
+from memshare.evaluation.grow import SHOTS, pool_settings
+from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.report import machine
+from memshare.evaluation.rows import Key, Row, count_row
+from memshare.llm.agent import Agent
+from memshare.llm.base import Completion
+from memshare.llm.scorer import make_scorer
+from memshare.pool.store import PoolStore
+from memshare.records import NewMemory
+
+SECONDS, GPU_SECONDS, TOKENS = "seconds", "GPU seconds", "tokens"
+ANSWERED, ACCEPTED, MEMORY = "per answered question", "per accepted memory", "per memory"
+FIGURES = tuple(
+    f"{what} {per}" for per in (ANSWERED, ACCEPTED, MEMORY)
+    for what in (SECONDS, GPU_SECONDS, TOKENS)
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage took for a batch of questions."""
+
+    name: str
+    seconds: float
+    tokens: int | None = None
+
+
+async def rows(lab: Lab) -> AsyncIterator[Row]:
+    """The stages of a turn for ``evaluation.sample`` problems of each domain at once, measured anew
+    in each run (nothing comes from the cache), and mining and training from the lab's first one.
+
+    Seconds are wall time of the whole batch by its size; GPU seconds are that times the machine's
+    GPUs, which are reserved whether they work or wait. Tokens: prompt and answer together.
+    """
+    gpus = len(machine()["gpus"])
+    for label in lab.agents:
+        for name in lab.own_pools:
+            stages, answered, accepted = await turn(lab, label, name)
+            for stage in stages:
+                for count, per in ((answered, ANSWERED), (accepted, ACCEPTED)):
+                    if count:
+                        for row in told(lab, stage, name, label, per, count, gpus):
+                            yield row
+    domains = lab.own_pools
+    learned = await lab.learn({name: as_memories(name, d.pairs) for name, d in domains.items()})
+    memories = sum(len(as_memories(name, domain.pairs)) for name, domain in domains.items())
+    for step in ("mine", "train"):
+        stage = Stage(step, learned.report[step]["seconds"])
+        for row in told(lab, stage, "all pools", "", MEMORY, memories, gpus):
+            yield row
+
+
+def told(
+    lab: Lab, stage: Stage, dataset: str, model: str, per: str, count: int, gpus: int
+) -> list[Row]:
+    """A stage's cost for each of ``count`` things, as rows."""
+    figures = {SECONDS: stage.seconds, GPU_SECONDS: stage.seconds * gpus}
+    if stage.tokens is not None:
+        figures[TOKENS] = stage.tokens
+    return [
+        count_row(
+            Key(stage.name, "", dataset, f"{what} {per}", model, "decontaminated"),
+            value / count, count, lab.seed,
+        )
+        for what, value in figures.items()
+    ]  # fmt: skip
+
+
+async def turn(lab: Lab, label: str, name: str) -> tuple[list[Stage], int, int]:
+    """One turn of the loop for a batch of problems; also how many were answered and accepted."""
+    domain = lab.own_pools[name]
+    agent = Agent(lab.uncached[label], lab.config.agent)
+    scorer = make_scorer(lab.config.scorer, lab.uncached_scorer)
+    seeds = as_memories(name, domain.pool)
+    problems = domain.problems[: lab.config.evaluation.sample]
+    ranker = lab.dense(seeds, lab.encoder)
+    rubric, threshold = pool_settings(lab, name)
+    stages: list[Stage] = []
+
+    began = time.perf_counter()
+    by_id = {memory.id: memory for memory in seeds}
+    shots = ranked_memories(ranker, by_id, [problem.prompt for problem in problems], SHOTS)
+    stages.append(Stage("retrieve", time.perf_counter() - began))
+
+    began = time.perf_counter()
+    completions = await answer_all(agent, problems, shots)
+    answers = [(p, c) for p, c in zip(problems, completions, strict=True) if c is not None]
+    stages.append(Stage("answer", time.perf_counter() - began, sum(tokens(c) for _, c in answers)))
+
+    began = time.perf_counter()
+    grades = await asyncio.gather(
+        *(scorer.grade(problem.prompt, c.text.strip(), rubric) for problem, c in answers)
+    )
+    stages.append(Stage("grade", time.perf_counter() - began))
+
+    kept = [
+        NewMemory(name, problem.prompt, c.text.strip(), score=grade.value)
+        for (problem, c), grade in zip(answers, grades, strict=True)
+        if grade.value is not None and grade.value >= threshold and c.finish_reason != "length"
+    ]
+    home = lab.work / "cost"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir()
+    with PoolStore.open(f"sqlite:///{home / 'pool.db'}") as store:
+        store.create_pool(name, "general", threshold)
+        began = time.perf_counter()
+        store.append(kept)
+        stages.append(Stage("store", time.perf_counter() - began))
+    return stages, len(answers), len(kept)
+
+
+def tokens(completion: Completion) -> int:
+    """Of prompt and answer."""
+    return completion.prompt_tokens + completion.completion_tokens
+
+
+EXPERIMENT = Experiment(
+    "cost",
+    "What does an answered question, and what an accepted memory, cost at each stage of the loop?",
+    rows,
+    shown=FIGURES,
+    tested=(),
+)

@@ -1,0 +1,82 @@
+"""Zero to three shots on every dataset: do memories help, and is it retrieval that helps?"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from memshare.evaluation.decontaminate import leak_report
+from memshare.evaluation.experiment import Experiment, View
+from memshare.evaluation.grow import grow
+from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.measures import CHRF, F1, QUALITY
+from memshare.evaluation.rows import DECONTAMINATED, PUBLISHED, WORLD, Key, Row, count_row
+
+COUNTS = (1, 2, 3)
+LEAKS = ("unique_tests", "exact_questions", "exact_answers", "near_questions")
+
+
+async def rows(lab: Lab) -> AsyncIterator[Row]:
+    """Every dataset, decontaminated and as published.
+
+    ``retrieved`` and ``random``: pools of seed memories and problems with their reference answers;
+    ``own answers`` and ``own answers, random``: seed memories and what the agents answered to the
+    problems themselves and the scorer accepted. ``none``: no memory shown.
+    """
+    limit = lab.config.evaluation.questions
+    clean = lab.own_pools
+    published = {name: lab.published[name] for name in clean if name != WORLD}
+    for split, chosen in ((DECONTAMINATED, clean), (PUBLISHED, published)):
+        domains = {name: lab.few(domain, limit) for name, domain in chosen.items()}
+        pools = {name: as_memories(name, domain.pairs) for name, domain in domains.items()}
+        encoder = (await lab.learn(pools)).encoder
+        for name, domain in domains.items():
+            filled = {"": pools[name]}
+            if split == DECONTAMINATED:
+                grown = await grow(lab, list(lab.agents.values()), domain)
+                filled["own answers"] = grown.memories
+                ends = {"problems": len(grown.attempts), **grown.ends}
+                for what, count in ends.items():
+                    key = Key("own answers", "", name, f"count: {what}", _all(lab), split)
+                    yield count_row(key, count, len(grown.attempts), lab.seed)
+            for row in await lab.answers({"none": None}, domain, [], at="0", split=split):
+                yield row
+            for content, memories in filled.items():
+                arms = {
+                    content or "retrieved": lab.dense(memories, encoder),
+                    f"{content}, random" if content else "random": lab.random(memories),
+                }
+                for count in COUNTS if not content else COUNTS[-1:]:
+                    for row in await lab.answers(
+                        arms, domain, memories, shots=count, at=str(count), split=split
+                    ):
+                        yield row
+    for domain in published.values():
+        for leaks in leak_report(domain):
+            for what in LEAKS:
+                key = Key("leaks", "", leaks.dataset, f"count: {what}", "", PUBLISHED)
+                yield count_row(key, getattr(leaks, what), leaks.tests, lab.seed)
+
+
+def _all(lab: Lab) -> str:
+    return ", ".join(lab.agents)
+
+
+EXPERIMENT = Experiment(
+    "shots",
+    "Do one to three memories of the pool help an agent to answer, and do retrieved ones help more "
+    "than random ones, which any examples would?",
+    rows,
+    contrasts=(
+        ("retrieved", "none@0"), ("retrieved", "random"), ("own answers", "none@0"),
+        ("own answers", "own answers, random"), ("own answers", "retrieved"),
+    ),
+    shown=QUALITY,
+    tested=(F1, CHRF),
+    views=(
+        View("Answer quality by number of shots", "lines", "memories shown"),
+        View(
+            "Three shots, dataset by dataset", "bars", "dataset",
+            arms=("none@0", "random@3", "retrieved@3", "own answers@3"),
+        ),
+    ),
+)  # fmt: skip

@@ -1,0 +1,134 @@
+"""A pool that grows by the agents' own answers: the loop's steps 1 to 4 over a list of problems.
+
+Problems come in their order, some at a time, as from agents that work side by side: those of one
+batch don't see each other's answers. What the scorer accepts is a memory for the batches after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from memshare.evaluation.arms import answer_all, ranked_memories
+from memshare.evaluation.data import Domain, Pair
+from memshare.evaluation.lab import Lab, as_memories
+from memshare.llm.agent import Agent
+from memshare.llm.base import Completion, LLMError, LLMUnavailable
+from memshare.llm.rubric import load_rubric
+from memshare.llm.scorer import Scorer
+from memshare.progress import log
+from memshare.records import Grade, Memory
+from memshare.sharing import turn as ends
+
+BATCH = 32
+SHOTS = 3
+FAILED = "failed"  # the LLM gave no answer
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One problem with the agent's own answer (None: it failed) and the scorer's grade."""
+
+    problem: Pair
+    completion: Completion | None
+    grade: Grade
+
+    @property
+    def pair(self) -> Pair:
+        """The problem with what the agent answered."""
+        return Pair(self.problem.prompt, self.completion.text.strip() if self.completion else "")
+
+
+@dataclass
+class Grown:
+    """The pool afterwards, seed memories first, and how each problem ended."""
+
+    memories: list[Memory]
+    attempts: list[Attempt] = field(default_factory=list)
+    ends: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def accepted(self) -> int:
+        """How many answers became memories."""
+        return self.ends[ends.STORED]
+
+
+def pool_settings(lab: Lab, pool: str) -> tuple[str, float]:
+    """Rubric text and threshold of a pool; one that is not configured is as the first that is."""
+    settings = lab.config.pools.get(pool, next(iter(lab.config.pools.values())))
+    return load_rubric(settings.rubric), settings.threshold
+
+
+async def attempt(
+    lab: Lab, agents: Sequence[Agent], scorer: Scorer, pool: str, problems: Sequence[Pair],
+    memories: Sequence[Memory],
+) -> list[Attempt]:  # fmt: skip
+    """Every problem answered from ``memories`` (the agents take turns), and graded."""
+    shots = await _shots(lab, problems, memories)
+    rubric, _ = pool_settings(lab, pool)
+    completions: list[Completion | None] = [None] * len(problems)
+    for number, agent in enumerate(agents):
+        at = range(number, len(problems), len(agents))
+        found = await answer_all(agent, [problems[i] for i in at], [shots[i] for i in at])
+        for i, completion in zip(at, found, strict=True):
+            completions[i] = completion
+
+    async def grade(problem: Pair, completion: Completion | None) -> Grade:
+        if completion is None:
+            return Grade(None, FAILED)
+        if completion.finish_reason == "length":
+            return Grade(None, ends.CUT_OFF)
+        try:
+            return await scorer.grade(problem.prompt, completion.text.strip(), rubric)
+        except LLMUnavailable:
+            raise
+        except LLMError as error:  # this pair can't be graded; asking again won't help
+            log(f"not graded: {error}")
+            return Grade(None, ends.REFUSED)
+
+    grades = await asyncio.gather(*map(grade, problems, completions))
+    return [Attempt(*row) for row in zip(problems, completions, grades, strict=True)]
+
+
+async def _shots(
+    lab: Lab, problems: Sequence[Pair], memories: Sequence[Memory]
+) -> Sequence[Sequence[Memory]]:
+    if not memories:
+        return [()] * len(problems)
+    ranker = lab.dense(memories, lab.encoder)
+    prompts = [problem.prompt for problem in problems]
+    return ranked_memories(ranker, {memory.id: memory for memory in memories}, prompts, SHOTS)
+
+
+async def grow(
+    lab: Lab, agents: Sequence[Agent], domain: Domain, scorer: Scorer | None = None
+) -> Grown:
+    """``domain``'s seed memories, and what its problems add by ``scorer`` (the configured one).
+
+    Retrieval is by the encoder as it comes. Raises `LLMUnavailable`; what was answered is kept.
+    """
+    scorer = scorer or lab.scorer()
+    _, threshold = pool_settings(lab, domain.name)
+    problems = domain.problems[: lab.config.evaluation.problems]
+    grown = Grown(as_memories(domain.name, domain.pool))
+    pairs = [Pair(memory.prompt, memory.answer) for memory in grown.memories]
+    for start in range(0, len(problems), BATCH):
+        batch = problems[start : start + BATCH]
+        tried = await attempt(lab, agents, scorer, domain.name, batch, grown.memories)
+        for item in tried:
+            reason = _end(item, threshold)
+            grown.ends[reason] += 1
+            if reason == ends.STORED:
+                pairs.append(item.pair)
+        grown.attempts += tried
+        grown.memories = as_memories(domain.name, pairs)
+    return grown
+
+
+def _end(item: Attempt, threshold: float) -> str:
+    if item.grade.value is None:
+        known = (FAILED, ends.CUT_OFF, ends.REFUSED)
+        return item.grade.reason if item.grade.reason in known else ends.UNREADABLE_GRADE
+    return ends.STORED if item.grade.value >= threshold else ends.BELOW_THRESHOLD

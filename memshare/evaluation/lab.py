@@ -1,0 +1,292 @@
+"""What an experiment works with: data, models, measures and a cache of everything asked.
+
+The test questions of the data are answered from pools out of which everything that gives one of
+them away was taken (`decontaminate`); the data as published stands beside it. The pocket world, if
+the configuration wants it, is one domain more. A question never sees its own copy (`rankers`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from memshare.config import Config, LLMConfig
+from memshare.evaluation.arms import answer_all, ranked_memories
+from memshare.evaluation.cache import CachedLLM, ResultCache
+from memshare.evaluation.data import Domain, Pair, data_root, load_domains
+from memshare.evaluation.decontaminate import decontaminate
+from memshare.evaluation.learn import Learned, Pools, learn
+from memshare.evaluation.measures import Measures
+from memshare.evaluation.rankers import Ranker, dense_ranker, random_ranker
+from memshare.evaluation.rows import (
+    DECONTAMINATED,
+    WORLD,
+    Key,
+    Row,
+    mean_row,
+    question_keys,
+)
+from memshare.llm.agent import Agent
+from memshare.llm.base import LLM
+from memshare.llm.factory import make_llm
+from memshare.llm.scorer import Scorer, make_scorer
+from memshare.pocket.world import World, write_references
+from memshare.records import Memory, content_key, normalise
+from memshare.retrieval.encoder import Encoder
+
+QUICK: dict[str, dict[str, Any]] = {
+    "evaluation": {
+        "memories": 8,
+        "questions": 2,
+        "sample": 1,
+        "world": (8, 8, 3),
+        "problems": 2,
+        "labelled": 8,
+    },
+    "training": {"max_steps": 2, "eval_every": None, "patience": None},
+    "mining": {"candidates": 2, "dense_candidates": 1},
+    "bootstrap": {"questions": 4, "rounds": 1},
+    "agent": {"max_tokens": 24},
+}
+_WORLD_LEAST = (60, 280)
+ScorerKind = Literal["rubric", "likelihood", "reference"]
+
+
+def shrink(config: Config) -> Config:
+    """The same configuration with a few of everything: for a look at all of it within minutes."""
+    sections = {}
+    for name, values in QUICK.items():
+        section = getattr(config, name)
+        if name == "evaluation" and section.world is None:
+            values = {key: value for key, value in values.items() if key != "world"}
+        sections[name] = section.model_copy(update=values)
+    return config.model_copy(update=sections)
+
+
+def as_memories(pool: str, pairs: Iterable[Pair], agent: str | None = None) -> list[Memory]:
+    """``pairs`` as a pool's memories in their order; copies count once, as in a store."""
+    found: dict[str, Memory] = {}
+    for pair in pairs:
+        key = content_key(pool, *pair)
+        if pair.answer.strip() and key not in found:
+            found[key] = Memory(
+                key[:24], pool, *pair, None, agent, None, "1970-01-01T00:00:00+00:00", {},
+                len(found) + 1,
+            )  # fmt: skip
+    return list(found.values())
+
+
+def load_data(config: Config) -> dict[str, Domain]:
+    """The configured domains as they were published, by name. Raises FileNotFoundError."""
+    most = config.evaluation.memories
+    return {
+        name: replace(domain, pool=domain.pool[:most], problems=domain.problems[:most])
+        for name, domain in load_domains(config.evaluation.data or data_root() / "nine").items()
+    }
+
+
+def world_domain(seed: int, sizes: tuple[int, int, int]) -> Domain:
+    """The pocket world as a domain: ``sizes`` seed memories, problems and test questions."""
+    # Cut as if for a larger pool where it is small: a test's names must occur in what goes before.
+    wide = max(sizes[0], _WORLD_LEAST[0]), max(sizes[1], _WORLD_LEAST[1]), sizes[2]
+    splits = World(seed).splits(*wide)
+    parts = [
+        [Pair(task.prompt, task.answer) for task in tasks[:size]]
+        for tasks, size in zip((splits.seed, splits.problems, splits.test), sizes, strict=True)
+    ]
+    keys = {t.prompt: t.key for t in (*splits.seed, *splits.problems, *splits.test)}
+    return Domain(WORLD, tuple(parts[0]), tuple(parts[1]), {WORLD: tuple(parts[2])}, keys)
+
+
+class Lab:
+    """The parts, opened by `open_lab`."""
+
+    def __init__(
+        self, config: Config, out: Path, cache: ResultCache, llms: Mapping[str, LLM],
+        scorer_llm: LLM,
+    ) -> None:  # fmt: skip
+        """``llms``: the agents' models by name; ``out``: where reports go.
+
+        What is worth keeping from run to run (cache, encoders) goes to ``work``, the run folder.
+        """
+        self.seed = config.run.seed
+        self.out, self.work = out, config.run.dir
+        self.cache = cache
+        self.uncached, self.uncached_scorer = llms, scorer_llm
+        self.agents = {n: Agent(CachedLLM(llm, cache), config.agent) for n, llm in llms.items()}
+        self.scorer_llm = CachedLLM(scorer_llm, cache)
+        self.measures = Measures(config.evaluation.bertscore_model, cache)
+        self.published = load_data(config)
+        self.domains = {name: decontaminate(domain) for name, domain in self.published.items()}
+        if config.evaluation.world is not None:
+            self.domains[WORLD] = world_domain(self.seed, config.evaluation.world)
+        # Every problem has a known answer: that is what a scorer of kind `reference` grades by.
+        known = self.work / "references.jsonl"
+        write_references(known, [pair for d in self.domains.values() for pair in d.pairs])
+        references = {"references": (*config.scorer.references, known)}
+        self.config = config.model_copy(
+            update={"scorer": config.scorer.model_copy(update=references)}
+        )
+        self._encoder: Encoder | None = None
+        self._vectors: dict[tuple[str, str], np.ndarray] = {}
+
+    @property
+    def own_pools(self) -> dict[str, Domain]:
+        """The domains that have tests of their own: all but a mixed pool, decontaminated."""
+        seen: set[str] = set()
+        found = {}
+        for name, domain in sorted(self.domains.items(), key=lambda item: len(item[1].tests)):
+            if not set(domain.tests) <= seen:
+                found[name] = domain
+                seen |= set(domain.tests)
+        return found
+
+    @property
+    def encoder(self) -> Encoder:
+        """The configured encoder, untrained."""
+        if self._encoder is None:
+            self._encoder = Encoder.load(self.config.encoder)
+        return self._encoder
+
+    def few(self, domain: Domain, most: int | None) -> Domain:
+        """``domain`` with at most ``most`` questions a dataset, drawn by the seed."""
+        if most is None:
+            return domain
+        tests = {
+            name: tuple(random.Random(f"{self.seed}/{name}").sample(group, min(most, len(group))))
+            for name, group in domain.tests.items()
+        }
+        return replace(domain, tests=tests)
+
+    def sampled(self) -> dict[str, Domain]:
+        """`own_pools` with ``evaluation.sample`` questions a dataset.
+
+        The pocket world keeps all of its own, whose number the configuration says already.
+        """
+        most = self.config.evaluation.sample
+        return {n: d if n == WORLD else self.few(d, most) for n, d in self.own_pools.items()}
+
+    async def learn(self, pools: Pools, iterations: int = 1, **sections: Any) -> Learned:
+        """`learn` with the lab's configuration, ``sections`` of it changed: ``training={...}``."""
+        changed = {
+            name: getattr(self.config, name).model_copy(update=values)
+            for name, values in sections.items()
+        }
+        config = self.config.model_copy(update=changed)
+        return await learn(config, pools, self.work / "learned", iterations)
+
+    def dense(self, memories: Sequence[Memory], encoder: Encoder) -> Ranker:
+        """A ranker by ``encoder``, which encodes no memory twice."""
+        name = encoder.memory_fingerprint()
+        missing = [m for m in memories if (name, m.id) not in self._vectors]
+        made = encoder.encode_memories([(m.prompt, m.answer) for m in missing])
+        self._vectors.update(((name, m.id), row) for m, row in zip(missing, made, strict=True))
+        rows = [self._vectors[name, memory.id] for memory in memories]
+        return dense_ranker(memories, encoder, np.stack(rows))
+
+    def scorer(self, kind: ScorerKind | None = None) -> Scorer:
+        """The configured scorer, or one of another kind (a rubric is then graded by labels)."""
+        settings = self.config.scorer
+        if kind is not None and kind != settings.kind:
+            settings = settings.model_copy(update={"kind": kind, "grading": "labels"})
+        return make_scorer(settings, self.scorer_llm)
+
+    async def answers(
+        self,
+        arms: Mapping[str, Ranker | None],
+        domain: Domain,
+        memories: Sequence[Memory],
+        *,
+        shots: int = 3,
+        at: str = "",
+        split: str = DECONTAMINATED,
+        agents: Sequence[str] = (),
+    ) -> list[Row]:
+        """The rows of some arms: each test of ``domain`` answered with its ranker's best memories.
+
+        ``agents``: which of them answer (default: all). A question that fails scores 0 and counts
+        in ``failed``. All is asked at once: the backends bound and batch what they do together.
+        """
+        by_id = {memory.id: memory for memory in memories}
+        work = []
+        for arm, ranker in arms.items():
+            for dataset, tests in domain.tests.items():
+                prompts = [test.prompt for test in tests]
+                best: Sequence[Sequence[Memory]] = [()] * len(tests)
+                if ranker is not None and shots:
+                    best = ranked_memories(ranker, by_id, prompts, shots)
+                work += [
+                    self.measured(
+                        Key(arm, at, dataset, "", name, split), self.agents[name], tests, best
+                    )
+                    for name in agents or self.agents
+                ]
+        return [row for rows in await asyncio.gather(*work) for row in rows]
+
+    async def measured(
+        self, key: Key, agent: Agent, tests: Sequence[Pair], shots: Sequence[Sequence[Memory]]
+    ) -> list[Row]:
+        """One dataset answered and scored: a row a metric."""
+        completions = await answer_all(agent, tests, shots)
+        texts = [completion.text if completion else "" for completion in completions]
+        scores = await self.measures.dataset(tests, texts)
+        names = question_keys(test.prompt for test in tests)
+        failed = completions.count(None)
+        return [
+            mean_row(
+                key._replace(metric=metric),
+                {name: row[metric] for name, row in zip(names, scores, strict=True)},
+                self.seed,
+                failed,
+            )
+            for metric in (scores[0] if scores else ())
+        ]
+
+    def random(self, memories: Sequence[Memory]) -> Ranker:
+        """Random memories: the arm that tells retrieval from any examples at all."""
+        return random_ranker(memories, self.seed)
+
+
+def relevant_ids(
+    domain: Domain, memories: Sequence[Memory], tests: Sequence[Pair]
+) -> list[set[str]]:
+    """For each test the memories of its group, by `Domain.keys`."""
+    keys = {normalise(prompt): key for prompt, key in domain.keys.items()}
+    groups: dict[str, set[str]] = {}
+    for memory in memories:
+        groups.setdefault(keys[normalise(memory.prompt)], set()).add(memory.id)
+    return [groups.get(keys[normalise(test.prompt)], set()) for test in tests]
+
+
+@asynccontextmanager
+async def open_lab(config: Config, out: Path) -> AsyncIterator[Lab]:
+    """The lab of ``config``, its reports in ``out``; models and cache are closed at the end.
+
+    Raises `LLMError`, `EncoderError` and FileNotFoundError, each saying what is missing.
+    """
+    async with AsyncExitStack() as stack:
+        cache = stack.enter_context(closing(ResultCache(config.run.dir / "cache" / "results.db")))
+        opened: dict[str, LLM] = {}
+
+        async def llm(settings: LLMConfig) -> LLM:
+            name = settings.model_dump_json()
+            if name not in opened:  # equal settings share one model
+                opened[name] = make_llm(settings)
+                stack.push_async_callback(opened[name].aclose)
+                await opened[name].ready()
+            return opened[name]
+
+        agents = config.evaluation.agents or {_label(config.agent_llm): config.agent_llm}
+        llms = {name: await llm(settings) for name, settings in agents.items()}
+        yield Lab(config, out, cache, llms, await llm(config.scorer_llm))
+
+
+def _label(config: LLMConfig) -> str:
+    return config.model.rstrip("/").rsplit("/", 1)[-1]

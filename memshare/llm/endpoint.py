@@ -1,0 +1,142 @@
+"""Any OpenAI-compatible endpoint: an agent whose tokenizer and weights are somebody else's.
+
+It chats, streams and judges by labels. It can't say how likely a given text is, which chat
+completions do not offer, so a scorer LLM that labels by likelihood is vLLM's or in process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+from urllib.parse import urlsplit
+
+from memshare.config import LLMConfig
+from memshare.llm.base import Completion, LLMError, LogLikelihood, Message
+from memshare.llm.transport import Transport
+
+_BYTES_PER_TOKEN = 3  # on the safe side: English has about four, and most scripts more tokens
+_TURN_TOKENS = 8  # what a template puts around a message
+_TOP_LOGPROBS = 20  # as many as the protocol gives
+
+
+class EndpointBackend:
+    """An LLM behind ``/v1/chat/completions``. Follows `memshare.llm.base.LLM`.
+
+    ``model`` is the endpoint's own name for it. Tokens are estimated from bytes; what the endpoint
+    then finds too long, it refuses (`LLMError`). Text goes out as it is: to keep control tokens in
+    it from being read as such is the endpoint's affair, and hosted ones do.
+    """
+
+    def __init__(self, model: str, config: LLMConfig, backoff_seconds: float = 0.5) -> None:
+        self.config = config
+        self._name = model
+        self._http = Transport(
+            config.url,
+            model,
+            timeout=config.timeout_seconds,
+            retries=config.retries,
+            concurrency=config.max_concurrency,
+            api_key=os.environ.get(config.api_key_env),
+            backoff=backoff_seconds,
+        )
+        self.model = f"{model}@{urlsplit(self._http.url).netloc}"
+
+    @property
+    def context_length(self) -> int:
+        """As configured: an endpoint can't be asked."""
+        return self.config.context_length
+
+    async def ready(self) -> None:
+        """Nothing is asked before the first call: not every endpoint lists its models."""
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """An upper estimate of the tokens of the rendered prompt."""
+        sizes = [len(message["content"].encode(errors="replace")) for message in messages]
+        return sum(math.ceil(size / _BYTES_PER_TOKEN) + _TURN_TOKENS for size in sizes)
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """Answer ``messages``; ``extra`` holds further fields of the request, unchanged."""
+        body = self._body(messages, max_tokens, temperature, seed, extra)
+        if json_schema is not None:
+            schema = {"name": "reply", "schema": dict(json_schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return await self._ask(body)
+
+    async def stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[Mapping[str, Any]]:
+        """Yield the endpoint's ``chat.completion.chunk`` objects as they come."""
+        body = self._body(messages, max_tokens, temperature, seed, extra) | {"stream": True}
+        async with aclosing(self._http.events("/v1/chat/completions", body)) as events:
+            async for event in events:
+                yield event
+
+    async def loglikelihood(self, context: Sequence[Message], continuation: str) -> LogLikelihood:
+        """Raises `LLMError`: this protocol does not tell."""
+        raise LLMError(
+            f"{self.model}: chat completions give no likelihood of a given text; set scorer_llm to "
+            "a vLLM server or a model in this process, or mining.labels to reward or prompted"
+        )
+
+    async def label_probabilities(
+        self, context: Sequence[Message], labels: Sequence[str]
+    ) -> list[float]:
+        """Probability of each label as the reply's first token, renormalised over ``labels``.
+
+        A label that is not among the likeliest tokens has none; raises `LLMError` if all are so.
+        """
+        extra = {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}
+        reply = (await self._ask(self._body(context, 1, 0.0, None, extra))).raw
+        try:
+            top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            found = [(str(item["token"]).strip(), math.exp(item["logprob"])) for item in top]
+        except (KeyError, IndexError, TypeError) as error:
+            raise LLMError(f"{self.model} gives no log probabilities: {reply!s:.300}") from error
+        weights = [math.fsum(p for token, p in found if token == label) for label in labels]
+        total = math.fsum(weights)
+        if total == 0.0:
+            raise LLMError(f"{self.model}: none of {list(labels)} is among its likeliest tokens")
+        return [weight / total for weight in weights]
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def _ask(self, body: Mapping[str, Any]) -> Completion:
+        reply = await self._http.post("/v1/chat/completions", body)
+        try:
+            return Completion.of(reply)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise LLMError(f"{self.model}: unexpected reply {reply!s:.300}") from error
+
+    def _body(
+        self,
+        messages: Sequence[Message],
+        max_tokens: int,
+        temperature: float,
+        seed: int | None,
+        extra: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            **(extra or {}), "model": self._name, "messages": list(messages),
+            "max_tokens": max_tokens, "temperature": temperature,
+        }  # fmt: skip
+        return body if seed is None else body | {"seed": seed}

@@ -1,0 +1,144 @@
+"""memshare eval on tiny models and data of one's own: end to end, killed, resumed, compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from memshare.cli import main
+from memshare.llm.hf import TransformersBackend
+from tests.loop import loop_settings
+from tests.unit.evaluation.test_data import write_domain
+
+THINGS = ("teapot", "harbour", "violin", "orchard", "lantern", "engine", "compass", "market")
+
+
+class Killed(BaseException):
+    """The end of the process, as far as the program can tell."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for domain, verb in (("songs", "sing of"), ("plans", "plan for")):
+        pairs = [(f"{verb} the {thing} at {n}", f"the {thing} it is, {verb} {n}")
+                 for n, thing in enumerate(THINGS)]  # fmt: skip
+        tests = [(f"what do we {verb} when the {t} is old?", f"an old {t}") for t in THINGS[:3]]
+        files = {"pool": pairs[:5], "problems": pairs[5:], f"test_{domain}": tests}
+        write_domain(folder / domain, {**files, "test_hanzi": [("诗", "昔闻洞庭水")]}
+                     if domain == "songs" else files)  # fmt: skip
+    return folder
+
+
+def options(tmp_path: Path, models: Path, data: Path, **evaluation: Any) -> list[str]:
+    tree = loop_settings(tmp_path / "run", models)
+    tree |= {
+        "pools": {"keep": {"threshold": 0}},
+        "training": {"max_steps": 2, "batch_size": 4},
+        "mining": {"candidates": 2, "dense_candidates": 1},
+        "evaluation": {
+            "data": str(data), "bertscore_model": str(models / "encoder"), "sample": 2,
+            **evaluation,
+        },
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return ["--config", str(path), "--out", str(tmp_path / "out")]
+
+
+def report(tmp_path: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    return found
+
+
+def test_an_experiment_killed_and_resumed_gives_the_same_rows_and_asks_nothing_twice(
+    tmp_path: Path, models: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    limit = 10**9
+    chat = TransformersBackend.chat
+
+    async def counted(self: Any, messages: Any, **settings: Any) -> Any:
+        if len(asked) >= limit:
+            raise Killed
+        asked.append(json.dumps(messages))
+        return await chat(self, messages, **settings)
+
+    monkeypatch.setattr(TransformersBackend, "chat", counted)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    assert main(["eval", "pools", *options(whole, models, data)]) == 0
+    needed = len(asked)
+    assert needed == len(set(asked)) > 12
+
+    asked.clear()
+    limit = needed // 2
+    with pytest.raises(Killed):
+        main(["eval", "pools", *options(broken, models, data)])
+    assert not (broken / "out" / "pools.json").exists()
+    limit = 10**9
+    assert main(["eval", "pools", *options(broken, models, data)]) == 0
+    # What was in flight when it was killed is all that may be asked again.
+    assert needed <= len(asked) < 2 * needed and len(set(asked)) == needed
+    ours, theirs = report(broken, "pools"), report(whole, "pools")
+    assert ours["rows"] == theirs["rows"] and ours["paired"] == theirs["paired"]
+
+    datasets = {row["dataset"] for row in ours["rows"]}
+    assert datasets == {"songs", "plans", "hanzi", "average"}
+    assert {row["metric"] for row in ours["rows"] if row["dataset"] == "hanzi"} == {"chrf"}
+    (average,) = (row for row in ours["rows"] if row["arm"] == "domain"
+                  and row["dataset"] == "average" and row["metric"] == "bertscore_f1")  # fmt: skip
+    assert average["n"] == 6 and average["low"] <= average["value"] <= average["high"]
+    page = (whole / "out" / "report.html").read_text()
+    assert "pools-1.png" in page and (whole / "out" / "pools-1-dark.png").exists()
+
+    before = len(asked)
+    assert main(["eval", "compare", str(whole / "out"), str(broken / "out")]) == 0
+    assert main(["eval", "pools", *options(broken, models, data)]) == 0
+    assert len(asked) == before  # a finished run asks nothing
+
+
+def test_a_failed_question_is_counted_and_shown(
+    tmp_path: Path, models: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tiny LM's context takes no answer of this length, so every question fails."""
+    settings = ["--set", "agent.max_tokens=600"]
+    assert main(["eval", "pools", *options(tmp_path, models, data), *settings]) == 0
+    found = report(tmp_path, "pools")
+    answered = [row for row in found["rows"] if row["metric"] == "bertscore_f1"]
+    assert answered and all(row["value"] == 0.0 and row["failed"] == row["n"] for row in answered)
+    assert found["failed"] > 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{found['failed']} question(s) failed" in page
+
+
+def test_a_dry_run_asks_nobody_and_shows_what_leaks(
+    tmp_path: Path, models: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["eval", "all", *options(tmp_path, models, data), "--dry-run"]
+    assert main([*arguments, "--set", "agent_llm.model=/no/such/model"]) == 0
+    plan = yaml.safe_load(capsys.readouterr().out)
+    assert plan["data"]["songs"]["tests"] == {"hanzi": 1, "songs": 3}
+    assert plan["data"]["songs"]["leaks"][1]["exact_questions"] == 0
+    assert "shots" in plan["experiments"] and plan["config"]["run"]["seed"] == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_can_not_start_says_why(
+    tmp_path: Path, models: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "shots", *options(tmp_path, models, tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    missing = ["--set", "agent_llm.model=/no/such/model"]
+    assert main(["eval", "shots", *options(tmp_path, models, data), *missing]) == 2
+    assert "/no/such/model" in capsys.readouterr().err

@@ -1,0 +1,51 @@
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from memshare.evaluation.data import Pair, by_characters, load_domains
+
+Rows = Sequence[tuple[str, str]]
+
+
+def write_domain(folder: Path, files: Mapping[str, Rows]) -> None:
+    folder.mkdir(parents=True)
+    for name, rows in files.items():
+        turns = [
+            [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in rows
+        ]
+        lines = [json.dumps({"messages": two}, ensure_ascii=False) + "\n" for two in turns]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def test_ones_own_domains_are_read(tmp_path: Path) -> None:
+    write_domain(tmp_path / "law", {"pool": [("q", "a")], "problems": [("p", "b"), ("empty", " ")],
+                                    "test_torts": [("t", "r")]})  # fmt: skip
+    write_domain(tmp_path / "both", {"pool": [("x", "y")]})
+    found = load_domains(tmp_path)
+    assert found["law"].pairs == (Pair("q", "a"), Pair("p", "b"))
+    assert found["both"].tests == {"torts": (Pair("t", "r"),)} and not found["both"].problems
+
+
+def test_two_datasets_of_one_name_or_none_are_refused(tmp_path: Path) -> None:
+    write_domain(tmp_path / "a", {"pool": [("q", "a")]})
+    with pytest.raises(ValueError, match="test_<dataset>"):
+        load_domains(tmp_path)
+    for name in ("b", "c"):
+        write_domain(tmp_path / name, {"pool": [("q", "a")], "test_t": [("t", "r")]})
+    with pytest.raises(ValueError, match="names of their own"):
+        load_domains(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("昔闻洞庭水，今上岳阳楼。", True),
+        ("A poem: 昔", False),
+        ("plain words", False),
+        ("", False),
+    ],
+)
+def test_chinese_is_measured_by_characters(answer: str, expected: bool) -> None:
+    assert by_characters([Pair("q", answer)]) is expected

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+import pytest
+
+from memshare.config import LLMConfig
+from memshare.llm.base import LLMError, Message
+from memshare.llm.endpoint import EndpointBackend
+from memshare.llm.factory import make_llm
+from tests.unit.llm.test_transport import Flaky, reply
+
+ASK: list[Message] = [{"role": "user", "content": "why?"}]
+
+
+@pytest.fixture
+def server() -> Iterator[Flaky]:
+    made = Flaky()
+    yield made
+    made.server.shutdown()
+
+
+def llm(server: Flaky, **settings: Any) -> EndpointBackend:
+    config = LLMConfig(backend="openai", model="big-model", url=server.url, retries=0, **settings)
+    made = make_llm(config)
+    assert isinstance(made, EndpointBackend)
+    return made
+
+
+def choice(text: str, **more: Any) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text}
+    usage = {"prompt_tokens": 7, "completion_tokens": 3}
+    return {"choices": [{"message": message, "finish_reason": "length", **more}], "usage": usage}
+
+
+def test_chat_is_the_plain_protocol(server: Flaky, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "secret")
+    heard: list[str] = []
+
+    def behave(handler: BaseHTTPRequestHandler, _: int) -> None:
+        heard.append(f"{handler.path} {handler.headers['authorization']}")
+        reply(handler, 200, choice("because"))
+
+    server.behave = behave
+    made = llm(server, api_key_env="MY_KEY")
+    schema = {"type": "object"}
+    found = asyncio.run(
+        made.chat(ASK, max_tokens=9, temperature=0.5, seed=3, json_schema=schema, extra={"n": 1})
+    )
+    assert (found.text, found.finish_reason) == ("because", "length")
+    assert (found.prompt_tokens, found.completion_tokens) == (7, 3)
+    assert heard == ["/v1/chat/completions Bearer secret"]
+    form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema}}
+    assert server.bodies == [
+        {"model": "big-model", "messages": ASK, "max_tokens": 9, "temperature": 0.5, "seed": 3,
+         "n": 1, "response_format": form},
+    ]  # fmt: skip
+    assert made.model == "big-model@" + server.url.removeprefix("http://")
+
+
+def test_labels_are_read_from_the_likeliest_tokens(server: Flaky) -> None:
+    top = [{"token": token, "logprob": math.log(p)}
+           for token, p in (("1", 0.4), (" 1", 0.1), ("no", 0.3), ("2", 0.1))]  # fmt: skip
+    said = choice("1", logprobs={"content": [{"token": "1", "top_logprobs": top}]})
+    server.behave = lambda handler, _: reply(handler, 200, said)
+    made = llm(server)
+    found = asyncio.run(made.label_probabilities(ASK, ["0", "1", "2"]))
+    assert found == pytest.approx([0.0, 5 / 6, 1 / 6])
+    with pytest.raises(LLMError, match="likeliest"):
+        asyncio.run(made.label_probabilities(ASK, ["7", "8"]))
+    server.behave = lambda handler, _: reply(handler, 200, choice("1"))
+    with pytest.raises(LLMError, match="no log probabilities"):
+        asyncio.run(made.label_probabilities(ASK, ["0", "1"]))
+
+
+def test_likelihoods_are_refused_with_what_to_do(server: Flaky) -> None:
+    with pytest.raises(LLMError, match="scorer_llm"):
+        asyncio.run(llm(server).loglikelihood(ASK, "because"))
+    assert not server.bodies
+
+
+def test_an_odd_reply_is_an_error_and_tokens_are_not_underestimated(server: Flaky) -> None:
+    server.behave = lambda handler, _: reply(handler, 200, {"choices": []})
+    made = llm(server, context_length=100)
+    with pytest.raises(LLMError, match="unexpected reply"):
+        asyncio.run(made.chat(ASK, max_tokens=1))
+    assert made.context_length == 100
+    chinese: list[Message] = [{"role": "user", "content": "昔闻洞庭水"}]
+    assert made.count_tokens(chinese) >= 5 and made.count_tokens(ASK) >= 2
