@@ -120,7 +120,9 @@ async def _mine(
         by = None if found is None else found.number
         plan = plan_round(store, config, number, spans, fates, folder, by)
         async with open_labeller(config, store) as labeller:
-            return await mine(store, config, plan, fates, labeller, folder, found)
+            marker = await mine(store, config, plan, fates, labeller, folder, found)
+            assert marker is not None  # it is so for a share of a round alone
+            return marker
 
 
 def _train(config: Config, examples: Path, output: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def spearman(ours: Sequence[float], theirs: Sequence[float]) -> float:
     ranks = np.stack([_mean_ranks(ours), _mean_ranks(theirs)])
     if (np.ptp(ranks, axis=1) == 0.0).any():
         return 0.0
-    return float(np.corrcoef(ranks)[0, 1])
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])
 
 
 def _mean_ranks(values: Sequence[float]) -> npt.NDArray[np.float64]:

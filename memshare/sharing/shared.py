@@ -79,8 +79,9 @@ class SharedMemory:
         A failure is named by its type: its message may quote a memory, and traces go far.
         """
         started = time.perf_counter()
-        quiet = {"record_exception": False, "set_status_on_exception": False}
-        with _tracer.start_as_current_span(name, **quiet) as span:
+        with _tracer.start_as_current_span(
+            name, record_exception=False, set_status_on_exception=False
+        ) as span:
             try:
                 yield
             except BaseException as error:
