@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,11 +33,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-def launch(program: str, config: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / program), "--config", str(config), *more]
-    return subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
+class Program(subprocess.Popen[str]):
+    """A program whose log is read while it runs: a pipe that fills up would stop it."""
+
+    def __init__(self, command: list[str]) -> None:
+        super().__init__(
+            command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=lambda: self._lines.extend(self.stderr or ()))
+        self._reader.start()
+
+    def communicate(
+        self, input: str | None = None, timeout: float | None = None
+    ) -> tuple[str, str]:
+        self.wait(timeout)
+        self._reader.join()
+        return "", "".join(self._lines)
+
+
+def launch(program: str, config: Path, *more: str) -> Program:
+    return Program([sys.executable, str(ROOT / program), "--config", str(config), *more])
 
 
 def wait_ready(process: subprocess.Popen[str], run_dir: Path) -> str:

@@ -36,7 +36,7 @@ async def models(gateway: ReadyGateway, _: Caller) -> JSONResponse:
     "/v1/chat/completions",
     response_model=ChatReply,
     responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: {"content": {"text/event-stream": {}}},
         403: {"model": ErrorReply, "description": "no right on the pool"},
         404: {"model": ErrorReply, "description": "no such pool"},
     },

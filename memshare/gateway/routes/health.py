@@ -19,10 +19,14 @@ router = APIRouter(tags=["health"])  # open to all: load balancers have no keys
 keyed = APIRouter(route_class=StrictRoute, tags=["health"])
 
 
-@router.get("/healthz", response_class=PlainTextResponse)
-async def healthz() -> str:
+# `response_class` would be the form of the errors, too.
+_PLAIN: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
+
+
+@router.get("/healthz", response_class=Response, responses=_PLAIN)
+async def healthz() -> Response:
     """The process is alive and its event loop turns."""
-    return "ok"
+    return PlainTextResponse("ok")
 
 
 @router.get("/readyz", responses={503: {"description": "not ready yet"}})
@@ -41,7 +45,7 @@ async def readyz(gateway: AnyGateway) -> JSONResponse:
     return JSONResponse(body, status_code=200 if gateway.ready else 503)
 
 
-@keyed.get("/metrics", response_class=PlainTextResponse, responses={403: {"model": ErrorReply}})
+@keyed.get("/metrics", response_class=Response, responses={**_PLAIN, 403: {"model": ErrorReply}})
 async def metrics(gateway: AnyGateway, caller: Caller) -> Response:
     """Prometheus' exposition format. It names every pool: a key needs to read all of them."""
     need(caller, "read", EVERY_POOL, "")

@@ -18,6 +18,8 @@ def told(client: TestClient) -> dict[str, set[str]]:
     """Every sample name that /metrics may show, with its labels."""
     names: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(client.get("/metrics").text):
+        if family.name.endswith("_created"):  # when a counter began: nothing to draw
+            continue
         suffixes = {"counter": ["_total"], "histogram": ["_bucket"]}.get(family.type, [""])
         for suffix in suffixes:
             labels = names.setdefault(family.name + suffix, set())
