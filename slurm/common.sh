@@ -95,7 +95,7 @@ supervise() {
             kill -TERM "$child" || true
             deadline=$((SECONDS + 10))
         fi
-        sleep 1 # a trap runs when it is over
+        sleep 1 || true # a trap runs when it is over; cancelling ends it, too
     done
     # shellcheck disable=SC2034  # for the caller
     wait "$child" && code=0 || code=$?

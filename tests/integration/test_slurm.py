@@ -254,6 +254,7 @@ def test_a_cancelled_server_stops_cleanly_and_stays_away(slurm: Cluster, base: P
     until(lambda: path.exists() and "serving on" in path.read_text(), 90, lambda: str(path))
     slurm.call("scancel", job)
     assert slurm.wait(job, 60) == "CANCELLED"
+    until(lambda: "serve/up.py ended" in path.read_text(), 60, path.read_text)
     log = path.read_text()
     assert "started continual" not in log and "requeued" not in log
     assert "cancelled by SLURM" in log and "stopped gateway (exit 0)" in log
