@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -135,6 +136,7 @@ class Lab:
             update={"scorer": config.scorer.model_copy(update=references)}
         )
         self._encoder: Encoder | None = None
+        self._fingerprints = WeakKeyDictionary[Encoder, str]()
         self._vectors: dict[tuple[str, str], np.ndarray] = {}
 
     @property
@@ -184,7 +186,8 @@ class Lab:
 
     def dense(self, memories: Sequence[Memory], encoder: Encoder) -> Ranker:
         """A ranker by ``encoder``, which encodes no memory twice."""
-        name = encoder.memory_fingerprint()
+        name = self._fingerprints.get(encoder) or encoder.memory_fingerprint()
+        self._fingerprints[encoder] = name  # the weights are hashed for it: once is enough
         missing = [m for m in memories if (name, m.id) not in self._vectors]
         made = encoder.encode_memories([(m.prompt, m.answer) for m in missing])
         self._vectors.update(((name, m.id), row) for m, row in zip(missing, made, strict=True))
@@ -215,39 +218,31 @@ class Lab:
         in ``failed``. All is asked at once: the backends bound and batch what they do together.
         """
         by_id = {memory.id: memory for memory in memories}
-        work = []
+        asked: list[tuple[Key, Sequence[Pair], Sequence[Sequence[Memory]]]] = []
         for arm, ranker in arms.items():
             for dataset, tests in domain.tests.items():
-                prompts = [test.prompt for test in tests]
                 best: Sequence[Sequence[Memory]] = [()] * len(tests)
-                if ranker is not None and shots:
-                    best = ranked_memories(ranker, by_id, prompts, shots)
-                work += [
-                    self.measured(
-                        Key(arm, at, dataset, "", name, split), self.agents[name], tests, best
-                    )
+                if ranker is not None:
+                    best = ranked_memories(ranker, by_id, [test.prompt for test in tests], shots)
+                asked += [
+                    (Key(arm, at, dataset, "", name, split), tests, best)
                     for name in agents or self.agents
                 ]
-        return [row for rows in await asyncio.gather(*work) for row in rows]
-
-    async def measured(
-        self, key: Key, agent: Agent, tests: Sequence[Pair], shots: Sequence[Sequence[Memory]]
-    ) -> list[Row]:
-        """One dataset answered and scored: a row a metric."""
-        completions = await answer_all(agent, tests, shots)
-        texts = [completion.text if completion else "" for completion in completions]
-        scores = await self.measures.dataset(tests, texts)
-        names = question_keys(test.prompt for test in tests)
-        failed = completions.count(None)
-        return [
-            mean_row(
-                key._replace(metric=metric),
-                {name: row[metric] for name, row in zip(names, scores, strict=True)},
-                self.seed,
-                failed,
-            )
-            for metric in (scores[0] if scores else ())
-        ]
+        answered = await asyncio.gather(
+            *(answer_all(self.agents[key.model], tests, best) for key, tests, best in asked)
+        )
+        texts = [[answer.text if answer else "" for answer in answers] for answers in answered]
+        scores = await self.measures.datasets(
+            [(tests, row) for (_, tests, _), row in zip(asked, texts, strict=True)]
+        )
+        rows: list[Row] = []
+        for (key, group, _), answers, scored in zip(asked, answered, scores, strict=True):
+            names = question_keys(test.prompt for test in group)
+            failed = answers.count(None)
+            for metric in scored[0] if scored else ():
+                questions = {n: row[metric] for n, row in zip(names, scored, strict=True)}
+                rows.append(mean_row(key._replace(metric=metric), questions, self.seed, failed))
+        return rows
 
     def random(self, memories: Sequence[Memory]) -> Ranker:
         """Random memories: the arm that tells retrieval from any examples at all."""

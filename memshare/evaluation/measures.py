@@ -42,19 +42,29 @@ class Measures:
             self._scorer = BertScorer(self._source)
         return self._scorer
 
-    async def dataset(self, tests: Sequence[Pair], answers: Sequence[str]) -> list[Scores]:
-        """The scores of each of one dataset's answers; an empty answer scores 0."""
-        if by_characters(tests):
-            return [
-                {CHRF: chrf(answer, test.answer)}
-                for answer, test in zip(answers, tests, strict=True)
-            ]
-        return await self.english(list(zip(answers, (t.answer for t in tests), strict=True)))
+    async def datasets(
+        self, answered: Sequence[tuple[Sequence[Pair], Sequence[str]]]
+    ) -> list[list[Scores]]:
+        """The scores of each answer to each of some datasets' tests; an empty answer scores 0.
 
-    async def english(self, pairs: Sequence[tuple[str, str]]) -> list[Scores]:
-        """BERTScore and ROUGE-L of (candidate, reference) pairs."""
+        What BERTScore measures is measured together, in full batches.
+        """
+        english = [not by_characters(tests) for tests, _ in answered]
+        pairs = [
+            (answer, test.answer)
+            for (tests, answers), wanted in zip(answered, english, strict=True)
+            if wanted
+            for test, answer in zip(tests, answers, strict=True)
+        ]
         async with self._lock:
-            return await asyncio.to_thread(self._english, pairs)
+            scored = iter(await asyncio.to_thread(self._english, pairs))
+        return [
+            [
+                next(scored) if wanted else {CHRF: chrf(answer, test.answer)}
+                for test, answer in zip(tests, answers, strict=True)
+            ]
+            for (tests, answers), wanted in zip(answered, english, strict=True)
+        ]
 
     def _english(self, pairs: Sequence[tuple[str, str]]) -> list[Scores]:
         bert = self.bert

@@ -91,10 +91,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def spearman(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Rank correlation (Spearman 1904), ties at their mean rank; 0 where either is constant."""
-    ranks = np.stack([_mean_ranks(ours), _mean_ranks(theirs)])
-    if (np.ptp(ranks, axis=1) == 0.0).any():
-        return 0.0
-    return float(np.asarray(np.corrcoef(ranks))[0, 1])
+    left, right = (ranks - ranks.mean() for ranks in (_mean_ranks(ours), _mean_ranks(theirs)))
+    spread = float(np.sqrt((left @ left) * (right @ right)))
+    return float(left @ right) / spread if spread else 0.0
 
 
 def _mean_ranks(values: Sequence[float]) -> npt.NDArray[np.float64]:
