@@ -59,6 +59,10 @@ class Feeder:
             self._unpaused.set()
 
     def _loop(self) -> None:
+        with self._store.listening(self.wake):
+            self._follow()
+
+    def _follow(self) -> None:
         wait = self._poll
         while not self._stop.is_set():
             self._woken.wait(wait)
