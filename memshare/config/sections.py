@@ -21,9 +21,14 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    """Where a run keeps its files, and the seed of everything random in it."""
+    """Where a run keeps its files, and the seed of everything random in it.
+
+    ``generations``: a folder that several gateways, each with a ``dir`` of its own, may share with
+    the trainer; None means within ``dir``.
+    """
 
     dir: Path = Path("runs/default")
+    generations: Path | None = None
     seed: int = 0
 
 

@@ -15,21 +15,21 @@ from memshare.pool.errors import PoolError
 from memshare.pool.schema import HEAD
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-POOLS_LOCK, IDS_LOCK = 2, 3  # see `Backend.lock`
+POOLS_LOCK, IDS_LOCK, USES_LOCK = 2, 3, 4  # see `Backend.lock`
 
 
 class Backend(Protocol):
     """What differs between the databases; all SQL but this is one code path.
 
-    ``reading``: execution options that make a transaction one snapshot. ``writers`` admits this
-    process's writers.
+    ``writers`` admits this process's writers.
     """
 
-    @property
-    def reading(self) -> Mapping[str, Any]: ...  # noqa: D102
-
-    writers: AbstractContextManager[Any]
     engine: sa.Engine
+    writers: AbstractContextManager[Any]
+
+    @property
+    def reading(self) -> Mapping[str, Any]:
+        """Execution options that make a transaction one snapshot."""
 
     def lock(self, connection: sa.Connection, number: int) -> None:
         """Take lock ``number`` until the transaction ends; one writer at a time has it."""
@@ -111,7 +111,7 @@ class Database:
 def _backend(url: sa.URL, must_exist: bool) -> Backend:
     serialise = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
     # Each is imported where it is used: the other's driver need not be there.
-    if url.drivername == "sqlite":
+    if url.drivername in ("sqlite", "sqlite+pysqlite"):
         from memshare.pool.sqlite import SQLite
 
         return SQLite(url, must_exist, serialise)

@@ -154,12 +154,14 @@ def _listen(engine: sa.Engine, wake: Callable[[], None], stop: threading.Event) 
         try:
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 driver = _driver(connection)
-                connection.detach()  # closed in the end: it must not go back to the pool listening
-                driver.execute(f"LISTEN {CHANNEL}")
-                if failed:
-                    log("told of the pools' changes again")
-                failed = False
-                _pass_on(driver, wake, stop)
+                try:
+                    driver.execute(f"LISTEN {CHANNEL}")
+                    if failed:
+                        log("told of the pools' changes again")
+                    failed = False
+                    _pass_on(driver, wake, stop)
+                finally:
+                    connection.invalidate()  # closed: it must not go back to the pool listening
         except (SQLAlchemyError, psycopg.Error, PoolError) as error:
             if not failed:
                 log(f"not told of the pools' changes, only polling for them: {error}")
