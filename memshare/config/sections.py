@@ -33,10 +33,19 @@ class RunConfig(Section):
 
 
 class PoolSettings(Section):
-    """One pool: a rubric (name of a shipped one, or a file) and the score that admits a memory."""
+    """One pool: a rubric (name of a shipped one, or a file) and the score that admits a memory.
+
+    ``near_duplicate``: the cosine from which a written memory counts as one that is there already
+    (None: never). Then the new one is dropped, or they are merged: the better graded one stays.
+    ``max_memories``: a cap that the continual loop holds, pruning by the policy ``prune_by``.
+    """
 
     rubric: str = "general"
     threshold: Score = 80.0
+    near_duplicate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    near_duplicate_action: Literal["drop", "merge"] = "drop"
+    max_memories: PositiveInt | None = None
+    prune_by: str = "near-duplicates"
 
 
 class EncoderConfig(Section):

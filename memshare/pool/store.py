@@ -28,7 +28,7 @@ from memshare.pool.rows import (
     pool_info,
     read_cursor,
 )
-from memshare.pool.schema import changes, decisions, feedback, memories, pools
+from memshare.pool.schema import changes, decisions, feedback, memories, pools, uses
 from memshare.pool.stats import PoolStats
 from memshare.pool.validate import (
     MAX_TEXT_CHARS,
@@ -217,6 +217,7 @@ class PoolStore:
                 return False
             if kind == "delete":  # comments may quote the text
                 connection.execute(sa.delete(feedback).where(feedback.c.memory_id == id))
+                connection.execute(sa.delete(uses).where(uses.c.memory_id == id))
             seq = connection.execute(
                 sa.update(pools)
                 .where(pools.c.name == pool)
