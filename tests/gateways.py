@@ -32,7 +32,9 @@ def wait_ready(process: subprocess.Popen[str], run_dir: Path) -> str:
     """The gateway's URL once it is ready."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        assert process.poll() is None, f"exit {process.returncode}"
+        if process.poll() is not None:
+            log = process.communicate()[1] if process.stderr else "its log is below"
+            raise AssertionError(f"exit {process.returncode}: {log}")
         try:
             url = str(json.loads((run_dir / "gateway.json").read_text())["url"])
             if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
@@ -41,6 +43,14 @@ def wait_ready(process: subprocess.Popen[str], run_dir: Path) -> str:
             pass
         time.sleep(0.1)
     raise AssertionError("not ready in time")
+
+
+def stop(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code after SIGTERM, and the log of one started with a pipe."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=60)
+    return process.returncode, log
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memshare.config import Config
+from memshare.pool.feedback import Feedback
 from memshare.pool.store import PoolStore
 from memshare.pool.uses import UseCounts
 from memshare.retrieval.build import MemoryVectors
@@ -51,6 +52,12 @@ class Evidence:
     def uses(self) -> Mapping[str, int]:
         """How often each memory was found; those that never were are left out."""
         return UseCounts(self._store.database).of_pool(self.pool)
+
+    @cached_property
+    def standings(self) -> Mapping[str, float]:
+        """What principals think of each memory, -1 to 1; without feedback it is left out."""
+        found = Feedback(self._store.database).of_pool(self.pool)
+        return {id: standing.value for id, standing in found.items()}
 
     @cached_property
     def gains(self) -> Mapping[str, tuple[float, int]]:

@@ -65,6 +65,12 @@ def by_usefulness(evidence: Evidence) -> list[str]:
     return [entry.id for entry in sorted(evidence.entries, key=lambda e: (gain(e), e.seq))]
 
 
+def by_feedback(evidence: Evidence) -> list[str]:
+    """The lowest standing with the principals first (see `pool.feedback`), of equals the oldest."""
+    standing = evidence.standings
+    return [e.id for e in sorted(evidence.entries, key=lambda e: (standing.get(e.id, 0.0), e.seq))]
+
+
 def by_near_duplicates(evidence: Evidence) -> list[str]:
     """What is most nearly said by another memory first: of the nearest pair left, the worse graded.
 
@@ -90,6 +96,7 @@ POLICIES: dict[str, Policy] = {
     "score": by_score,
     "age": by_age,
     "use": by_use,
+    "feedback": by_feedback,
     "near-duplicates": by_near_duplicates,
     "usefulness": by_usefulness,
 }

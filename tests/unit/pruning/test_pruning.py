@@ -15,6 +15,7 @@ from memshare.cli import main
 from memshare.config import Config
 from memshare.pool import PoolStore
 from memshare.pool.errors import UnknownPool
+from memshare.pool.feedback import Feedback
 from memshare.pool.uses import UseCounts
 from memshare.pruning import PruneError, check_caps, hold_caps, policies, prune
 from memshare.records import Candidate, Example, NewMemory
@@ -84,6 +85,16 @@ def test_use_takes_the_least_found_and_gives_new_ones_a_chance(
     assert counts.of_pool("p") == {often: 5400}
 
 
+def test_feedback_takes_what_principals_think_least_of(store: PoolStore, config: Config) -> None:
+    a, b, c, d = add(store, "a", "b", "c", "d")
+    feedback = Feedback(store.database)
+    for principal in ("ann", "bob"):
+        feedback.give(a, principal, 1.0)
+        feedback.give(c, principal, -1.0)
+    feedback.give(d, "ann", -1.0)
+    assert prune(store, config, "p", "feedback", 0, dry_run=True).ids == (c, d, b, a)
+
+
 def example(query: str, baseline: float | None, **logliks: float | None) -> Example:
     candidates = tuple(
         Candidate(id, id, rank, loglik, id) for rank, (id, loglik) in enumerate(logliks.items())
@@ -150,7 +161,9 @@ def test_a_dry_run_tells_what_would_go_and_changes_nothing(
 
 def test_what_can_not_be_done_is_refused(store: PoolStore, config: Config) -> None:
     add(store, "a", "b")
-    with pytest.raises(PruneError, match=r"no pruning policy 'luck' \(there: age, near-dup"):
+    with pytest.raises(
+        PruneError, match=r"no pruning policy 'luck' \(there: age, feedback, near-dup"
+    ):
         prune(store, config, "p", "luck", 1)
     with pytest.raises(PruneError, match="negative"):
         prune(store, config, "p", "age", -1)
