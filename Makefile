@@ -32,7 +32,7 @@ lint: setup
 
 # Real servers: vLLM on the pocket LM, PostgreSQL, SLURM.
 integration: setup vllm servers
-	$(SHARED) $(BIN)/python -m pytest tests/integration -m server
+	$(SHARED) $(BIN)/python -m pytest tests -m server
 
 vllm: $(VLLM_VENV)/.ready
 

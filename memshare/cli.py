@@ -20,6 +20,7 @@ COMMANDS = {
     "pool": ("memshare.pool.cli", "create, fill, read and export pools"),
     "keys": ("memshare.pool.keys_cli", "create, list and revoke the gateway's keys"),
     "mcp": ("memshare.client.mcp", "let agents join a pool over MCP"),
+    "prune": ("memshare.pruning.cli", "make a pool smaller, by score, age, use, ..."),
     "bootstrap": ("memshare.bootstrap_cli", "fill a pool from a small seed set"),
     "eval": ("memshare.evaluation.cli", "run the paper's experiments and write their report"),
     "generations": ("memshare.retrieval.cli", "list, verify, activate, unpin and push generations"),

@@ -26,6 +26,7 @@ from memshare.files import RunLocked, run_lock
 from memshare.pool.errors import PoolError
 from memshare.pool.store import PoolStore
 from memshare.progress import log
+from memshare.pruning import PruneError, check_caps, hold_caps
 from memshare.retrieval.generation import current
 from memshare.retrieval.manifest import folder_name
 from memshare.training.child import (
@@ -51,7 +52,7 @@ from memshare.training.rounds import (
 )
 
 HERE = Path(__file__).resolve().parent
-EXPECTED = (ChildFailed, ExamplesError, JournalError, PoolError, RunLocked)
+EXPECTED = (ChildFailed, ExamplesError, JournalError, PoolError, PruneError, RunLocked)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +98,7 @@ class Loop:
         """Rounds, one after the other."""
         for pool, settings in self.config.pools.items():
             self.store.create_pool(pool, settings.rubric, settings.threshold)
+        check_caps(self.config)
         journal = Journal.load(self.path)
         if stop_orphan(self.child):
             log("the step that an earlier, killed loop had left running was stopped")
@@ -105,6 +107,7 @@ class Loop:
             if journal.open_round is None:
                 if limit is not None and len(journal.rounds) >= limit:
                     return
+                hold_caps(self.store, self.config)
                 due = self.config.continual.min_new
                 if count_new(self.store, self.covered(journal), self.pools, due) < due:
                     self.stop.wait(self.config.continual.poll_seconds)

@@ -92,7 +92,7 @@ class Config(BaseSettings):
     @property
     def generations_dir(self) -> Path:
         """Folder of this run's generations, one sub-folder a retriever."""
-        return self.run.dir / "generations"
+        return self.run.generations or self.run.dir / "generations"
 
     @property
     def examples_dir(self) -> Path:

@@ -21,17 +21,31 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    """Where a run keeps its files, and the seed of everything random in it."""
+    """Where a run keeps its files, and the seed of everything random in it.
+
+    ``generations``: a folder that several gateways, each with a ``dir`` of its own, may share with
+    the trainer; None means within ``dir``.
+    """
 
     dir: Path = Path("runs/default")
+    generations: Path | None = None
     seed: int = 0
 
 
 class PoolSettings(Section):
-    """One pool: a rubric (name of a shipped one, or a file) and the score that admits a memory."""
+    """One pool: a rubric (name of a shipped one, or a file) and the score that admits a memory.
+
+    ``near_duplicate``: the cosine from which a written memory counts as one that is there already
+    (None: never). Then the new one is dropped, or they are merged: the better graded one stays.
+    ``max_memories``: a cap that the continual loop holds, pruning by the policy ``prune_by``.
+    """
 
     rubric: str = "general"
     threshold: Score = 80.0
+    near_duplicate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    near_duplicate_action: Literal["drop", "merge"] = "drop"
+    max_memories: PositiveInt | None = None
+    prune_by: str = "near-duplicates"
 
 
 class EncoderConfig(Section):

@@ -1,78 +1,75 @@
-"""Opening the pool's database: connection settings, transactions and migrations."""
+"""Opening the pool's database: which kind it is, transactions and migrations."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
-from sqlalchemy import event
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from memshare.files import NETWORK_FILE_SYSTEMS, file_system
 from memshare.pool.errors import PoolError
 from memshare.pool.schema import HEAD
 
-BUSY_SECONDS = 30.0
 MIGRATIONS = Path(__file__).parent / "migrations"
+POOLS_LOCK, IDS_LOCK, USES_LOCK = 2, 3, 4  # see `Backend.lock`
+
+
+class Backend(Protocol):
+    """What differs between the databases; all SQL but this is one code path.
+
+    ``writers`` admits this process's writers.
+    """
+
+    engine: sa.Engine
+    writers: AbstractContextManager[Any]
+
+    @property
+    def reading(self) -> Mapping[str, Any]:
+        """Execution options that make a transaction one snapshot."""
+
+    def lock(self, connection: sa.Connection, number: int) -> None:
+        """Take lock ``number`` until the transaction ends; one writer at a time has it."""
+
+    def begin_migration(self, connection: sa.Connection) -> None:
+        """Keep other processes from migrating, in a transaction that may take long."""
+
+    def announce(self, connection: sa.Connection, pool: str) -> None:
+        """Have every process that listens told, after the commit, that ``pool`` changed."""
+
+    def listening(self, wake: Callable[[], None]) -> AbstractContextManager[None]:
+        """While open, ``wake`` may be called from another thread soon after any change."""
 
 
 class Database:
-    """An engine with read and write transactions; every database error becomes `PoolError`.
-
-    On SQLite a writer takes the write lock when it begins (``BEGIN IMMEDIATE``) and waits up to
-    `BUSY_SECONDS` for it: a transaction that read first and wrote later could not wait, it would
-    fail with "database is locked".
-    """
+    """An engine with read and write transactions; every database error becomes `PoolError`."""
 
     def __init__(self, url: str, must_exist: bool = False) -> None:
         """Connect nothing yet; raises `PoolError` for a URL that can't work."""
         try:
             parsed = sa.make_url(url)
-            self.name = parsed.render_as_string(hide_password=True)
-            self.is_sqlite = parsed.get_backend_name() == "sqlite"
-            if self.is_sqlite:
-                if parsed.database in (None, "", ":memory:"):
-                    raise PoolError(f"{self.name}: a pool needs a file: sqlite:///PATH")
-                path = Path(str(parsed.database))
-                if must_exist and not path.exists():
-                    raise PoolError(f"{path}: no pool database there; create a pool first")
-                if (kind := file_system(path)) in NETWORK_FILE_SYSTEMS:
-                    raise PoolError(
-                        f"{path}: is on a network file system ({kind}), where SQLite loses data; "
-                        "set database_url to PostgreSQL, or to a file on a local disk"
-                    )
-                path.parent.mkdir(parents=True, exist_ok=True)
-            self.engine = sa.create_engine(
-                parsed,
-                json_serializer=json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode,
-                connect_args={"timeout": BUSY_SECONDS} if self.is_sqlite else {},
-            )
-        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        except ArgumentError as error:
             raise PoolError(f"database URL can't be used: {error}") from error
-        except OSError as error:
-            raise PoolError(f"{url}: its folder can't be made: {error}") from error
-        # Threads of this process hand the writer's place on directly; SQLite's own wait sleeps.
-        self._writers = Lock() if self.is_sqlite else nullcontext()
-        if self.is_sqlite:
-            event.listen(self.engine, "connect", _prepare_sqlite)
-            event.listen(self.engine, "begin", _begin_sqlite)
+        self.name = parsed.render_as_string(hide_password=True)
+        self.is_sqlite = parsed.get_backend_name() == "sqlite"
+        self.backend = _backend(parsed, must_exist)
+        self.engine = self.backend.engine
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """One snapshot."""
-        with self._errors(), self.engine.connect() as connection, connection.begin():
-            yield connection
+        with self._errors(), self.engine.connect() as connection:
+            connection = connection.execution_options(**self.backend.reading)
+            with connection.begin():
+                yield connection
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
         """One transaction, durable when the block has ended without an exception."""
-        with self._errors(), self._writers, self.engine.connect() as connection:
+        with self._errors(), self.backend.writers, self.engine.connect() as connection:
             connection = connection.execution_options(memshare_write=True)
             with connection.begin():
                 yield connection
@@ -99,6 +96,7 @@ class Database:
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
         known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
         with self.write() as connection:
+            self.backend.begin_migration(connection)
             version = _version(connection)  # again: another process may have migrated meanwhile
             if version is not None and version not in known:
                 raise PoolError(
@@ -110,30 +108,25 @@ class Database:
                 command.upgrade(config, HEAD)
 
 
+def _backend(url: sa.URL, must_exist: bool) -> Backend:
+    serialise = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    # Each is imported where it is used: the other's driver need not be there.
+    if url.drivername in ("sqlite", "sqlite+pysqlite"):
+        from memshare.pool.sqlite import SQLite
+
+        return SQLite(url, must_exist, serialise)
+    if url.drivername in ("postgresql", "postgresql+psycopg", "postgres"):
+        from memshare.pool.postgres import PostgreSQL
+
+        return PostgreSQL(url, serialise)
+    raise PoolError(
+        f"{url.render_as_string(hide_password=True)}: database URL can't be used; sqlite:///PATH "
+        "or postgresql://USER@HOST/DATABASE expected"
+    )
+
+
 def _version(connection: sa.Connection) -> str | None:
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
     version = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
     return None if version is None else str(version)
-
-
-def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # the driver begins nothing itself; _begin_sqlite does
-    deadline = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            break
-        except connection.OperationalError as error:
-            # Two processes that create one file: this switch does not wait for the other's lock.
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA secure_delete = ON")  # deleted text is overwritten, not unlinked
-
-
-def _begin_sqlite(connection: sa.Connection) -> None:
-    write = connection.get_execution_options().get("memshare_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

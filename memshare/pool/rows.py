@@ -18,8 +18,10 @@ ALIVE = memories.c.deleted_at.is_(None)
 def find_pool(connection: sa.Connection, name: str, lock: bool = False) -> PoolInfo | None:
     """The pool or None; ``lock`` keeps other writers off it until the transaction ends."""
     query = sa.select(pools).where(pools.c.name == name)
-    # SQLite has no row locks and needs none: its writers are alone.
-    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+    # SQLite has no row locks and needs none: its writers are alone. The weaker kind of lock keeps
+    # off writers alone, not those who put a decision about the pool on record.
+    query = query.with_for_update(key_share=True) if lock else query
+    row = connection.execute(query).one_or_none()
     return None if row is None else pool_info(row)
 
 

@@ -1,4 +1,4 @@
-"""The pool's tables. Portable SQL only: SQLite today, PostgreSQL by the same code.
+"""The pool's tables. Portable SQL only: one code path for SQLite and PostgreSQL.
 
 A change here needs a migration in ``migrations/versions`` and a new `HEAD`; a test compares them.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-HEAD = "0002"
+HEAD = "0003"
 
 metadata = sa.MetaData(
     naming_convention={
@@ -114,4 +114,12 @@ feedback = sa.Table(
     sa.Column("value", sa.Double, nullable=False),  # -1 to 1
     sa.Column("comment", sa.Text),
     sa.Column("given_at", sa.String(32), nullable=False),
+)
+
+# How often searches found a memory; a row lives as long as the memory's text.
+uses = sa.Table(
+    "uses",
+    metadata,
+    sa.Column("memory_id", sa.ForeignKey("memories.id"), primary_key=True),
+    sa.Column("count", sa.BigInteger, nullable=False),
 )

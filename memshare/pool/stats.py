@@ -74,6 +74,6 @@ def decision_counts(connection: sa.Connection, pool: str) -> dict[str, int]:
         sa.select(decisions.c.reason, count)
         .where(decisions.c.pool == pool)
         .group_by(decisions.c.reason)
-        .order_by(count.desc(), decisions.c.reason)
     )
-    return {reason: number for reason, number in rows}
+    found: list[tuple[str, int]] = [(reason, number) for reason, number in rows]
+    return dict(sorted(found, key=lambda item: (-item[1], item[0])))

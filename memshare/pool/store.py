@@ -7,7 +7,8 @@ finds a new row there later. Appends, deletes, holds and releases share one sequ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 
 from memshare.pool import stats as figures
 from memshare.pool.append import append_to_pool
-from memshare.pool.engine import Database
+from memshare.pool.engine import IDS_LOCK, POOLS_LOCK, Database
 from memshare.pool.errors import InvalidMemory, PoolError
 from memshare.pool.rows import (
     ALIVE,
@@ -27,7 +28,7 @@ from memshare.pool.rows import (
     pool_info,
     read_cursor,
 )
-from memshare.pool.schema import changes, decisions, feedback, memories, pools
+from memshare.pool.schema import changes, decisions, feedback, memories, pools, uses
 from memshare.pool.stats import PoolStats
 from memshare.pool.validate import (
     MAX_TEXT_CHARS,
@@ -57,10 +58,11 @@ class PoolStore:
     def open(
         cls, url: str, max_text_chars: int = MAX_TEXT_CHARS, must_exist: bool = False
     ) -> PoolStore:
-        """Open ``url`` (such as ``sqlite:///runs/demo/pool.db``), creating or migrating it.
+        """Open ``url``, creating or migrating its tables.
 
-        ``must_exist`` refuses to create an SQLite file. Raises `PoolError`: a URL that can't be
-        used, or a database newer than this code.
+        Such as ``sqlite:///runs/demo/pool.db``, or ``postgresql://user@host/name``, a database that
+        must be there. ``must_exist`` refuses to create an SQLite file. Raises `PoolError`: a URL
+        that can't be used, or a database newer than this code.
         """
         store = cls(url, max_text_chars, must_exist)
         try:
@@ -99,6 +101,7 @@ class PoolStore:
         check_pool_name(name)
         _check_settings(rubric, threshold)
         with self._db.write() as connection:
+            self._db.backend.lock(connection, POOLS_LOCK)
             if find_pool(connection, name) is None:
                 connection.execute(
                     sa.insert(pools).values(
@@ -131,7 +134,8 @@ class PoolStore:
     def pools(self) -> list[PoolInfo]:
         """Every pool, by name."""
         with self._db.read() as connection:
-            return [pool_info(row) for row in connection.execute(sa.select(pools).order_by("name"))]
+            found = [pool_info(row) for row in connection.execute(sa.select(pools))]
+        return sorted(found, key=lambda info: info.name)  # a database's own order may differ
 
     def last_seq(self, pool: str) -> int:
         """The pool's position: the seq of its latest change, 0 for an empty pool."""
@@ -163,6 +167,9 @@ class PoolStore:
     ) -> list[AppendResult]:
         """As `append_checked`, in a write transaction of the caller's."""
         results: list[AppendResult | None] = [None] * len(checked)
+        if any(memory.id is not None for memory in checked):
+            # Whether an id was ever used is a question to all pools, so one import at a time.
+            self._db.backend.lock(connection, IDS_LOCK)
         # Sorted, so that two transactions over the same pools never wait for each other.
         for name in sorted({memory.pool for memory in checked}):
             need_pool(connection, name, lock=True)
@@ -170,6 +177,8 @@ class PoolStore:
             stored = append_to_pool(connection, name, [checked[i] for i in places])
             for i, result in zip(places, stored, strict=True):
                 results[i] = result
+            if any(result.status == "stored" for result in stored):
+                self._db.backend.announce(connection, name)
         return [result for result in results if result is not None]
 
     def delete(self, id: str) -> bool:
@@ -208,6 +217,7 @@ class PoolStore:
                 return False
             if kind == "delete":  # comments may quote the text
                 connection.execute(sa.delete(feedback).where(feedback.c.memory_id == id))
+                connection.execute(sa.delete(uses).where(uses.c.memory_id == id))
             seq = connection.execute(
                 sa.update(pools)
                 .where(pools.c.name == pool)
@@ -217,6 +227,7 @@ class PoolStore:
             connection.execute(
                 sa.insert(changes).values(pool=pool, seq=seq, kind=kind, memory_id=id)
             )
+            self._db.backend.announce(connection, pool)
             return True
 
     # Reading memories
@@ -247,6 +258,14 @@ class PoolStore:
                 .limit(limit)
             )
             return [Change(row.pool, row.seq, row.kind, row.memory_id) for row in rows]
+
+    def listening(self, wake: Callable[[], None]) -> AbstractContextManager[None]:
+        """While open, ``wake`` is called from another thread soon after any process's change.
+
+        On PostgreSQL; an SQLite file tells nobody, and a connection may be lost. So who follows the
+        changes must poll for them too; this only makes it sooner.
+        """
+        return self._db.backend.listening(wake)
 
     def list(
         self, pool: str, cursor: str | None = None, limit: int = 100, include_held: bool = False

@@ -12,6 +12,7 @@ from memshare.retrieval.worker import SearcherClosed, Worker
 
 _STEP = 16  # new memories encoded between two batches: what a search may have to wait for
 MAX_BACKOFF = 30.0
+_RETRY_SECONDS = 2.0  # at most: what was written is searchable so soon after a failure is over
 
 
 class Feeder:
@@ -59,6 +60,10 @@ class Feeder:
             self._unpaused.set()
 
     def _loop(self) -> None:
+        with self._store.listening(self.wake):
+            self._follow()
+
+    def _follow(self) -> None:
         wait = self._poll
         while not self._stop.is_set():
             self._woken.wait(wait)
@@ -72,7 +77,7 @@ class Feeder:
             except Exception as error:  # such as a database that is away: searches go on meanwhile
                 self.error = report("new memories can't be taken in", error, self.error)
                 self._stop.wait(wait)  # not woken early: every writer waits for the same thing
-                wait = min(2 * wait, MAX_BACKOFF)
+                wait = max(self._poll, min(2 * wait, _RETRY_SECONDS))
 
     def _step(self) -> bool:
         """Take in a page of each pool's changes; False if there were none."""

@@ -99,7 +99,19 @@ class Searcher:
         count. Raises `UnknownPool` for a pool that is not served, `SearchTimeout` after ``timeout``
         seconds, `SearcherClosed`, and what the search itself raised.
         """
-        future = self._submit(Query(pool, query, k, filter), timeout)
+        return self._await(Query(pool, query, k, filter), timeout)
+
+    def nearest(
+        self, pool: str, prompt: str, answer: str, k: int, timeout: float = 30.0
+    ) -> SearchAnswer:
+        """The k memories of ``pool`` nearest to a memory, there or not, by the memories' tower.
+
+        Raises as `search`.
+        """
+        return self._await(Query(pool, prompt, k, answer=answer), timeout)
+
+    def _await(self, query: Query, timeout: float) -> SearchAnswer:
+        future = self._submit(query, timeout)
         try:
             return future.result(timeout)
         except TimeoutError:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from memshare.config import Config
 from memshare.pool.store import PoolStore
@@ -33,12 +34,16 @@ def run_here(step: Callable[[], None]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One search: the ``k`` best memories of ``pool`` for the question ``text``."""
+    """One search: the ``k`` best memories of ``pool`` for the question ``text``.
+
+    With an ``answer`` the two are a memory, and those nearest to it are meant.
+    """
 
     pool: str
     text: str
     k: int
     restrict: Filter | None = None
+    answer: str | None = None
 
 
 @dataclass(eq=False)
@@ -165,7 +170,7 @@ class Serving:
         """Search, all queries in one batch of the encoder, all by this generation."""
         if not queries:
             return []
-        vectors = self.encoder.encode_queries([query.text for query in queries])
+        vectors = self._encode(queries)
         groups: dict[tuple[str, Filter | None], list[int]] = defaultdict(list)
         for i, query in enumerate(queries):
             groups[query.pool, query.restrict].append(i)
@@ -177,6 +182,20 @@ class Serving:
             ):
                 answers[i] = SearchAnswer(self.number, hits[: queries[i].k])
         return [answers[i] for i in range(len(queries))]
+
+    def _encode(self, queries: Sequence[Query]) -> npt.NDArray[np.float32]:
+        """Questions by the query tower, memories by theirs; (queries, dim)."""
+        memories = [i for i, query in enumerate(queries) if query.answer is not None]
+        texts = [query.text for query in queries if query.answer is None]
+        if not memories:
+            return self.encoder.encode_queries(texts)
+        vectors = np.empty((len(queries), self.encoder.dim), np.float32)
+        pairs = [(query.text, query.answer) for query in queries if query.answer is not None]
+        vectors[memories] = self.encoder.encode_memories(pairs)
+        if texts:
+            others = np.setdiff1d(np.arange(len(queries)), memories)
+            vectors[others] = self.encoder.encode_queries(texts)
+        return vectors
 
     def _load_columns(self, store: PoolStore) -> None:
         last = {info.name: info.last_seq for info in store.pools()}

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
@@ -25,18 +25,21 @@ from memshare.llm.agent import Agent, AgentAnswer
 from memshare.llm.base import LLM, LLMError, LLMUnavailable
 from memshare.llm.rubric import load_rubric
 from memshare.llm.scorer import Scorer
-from memshare.pool.errors import InvalidMemory
+from memshare.pool.errors import InvalidMemory, PoolError
 from memshare.pool.queue import Job, PairQueue
 from memshare.pool.store import PoolStore
+from memshare.pool.uses import UseCounter, UseCounts
 from memshare.pool.validate import check_memory
 from memshare.progress import log
 from memshare.records import AppendResult, NewMemory, Pair, PoolInfo, normalise
 from memshare.retrieval.searcher import Filter, Searcher, SearchTimeout
 from memshare.sharing import turn as ends
+from memshare.sharing.near import NearDuplicates
 from memshare.sharing.turn import Decision, Retrieved, Turn, prompt_hash
 
 T = TypeVar("T")
 _tracer = trace.get_tracer("memshare")
+_USES_SECONDS = 10.0  # between two additions of use counts in the database
 _PATIENCE_SECONDS = 30.0  # between two lines about a long start
 
 
@@ -71,6 +74,9 @@ class SharedMemory:
         # Apart from the reads: a write also waits until it can be searched for.
         self._writes = ThreadPoolExecutor(threads, thread_name_prefix="shared-write")
         self._rubrics: dict[str, str] = {}
+        self._near = NearDuplicates(store, searcher, config)
+        self._uses = UseCounter(UseCounts(store.database))
+        self._flusher: asyncio.Task[None] | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -109,7 +115,8 @@ class SharedMemory:
         """The ``k`` most useful memories of ``pool``, or all there are if it holds fewer.
 
         ``exclude_copies`` leaves out memories whose normalised prompt equals the question: an
-        evaluation must not show an answer to the very question it asks. Raises `UnknownPool`.
+        evaluation must not show an answer to the very question it asks, and is not counted as a use
+        of what it finds. Raises `UnknownPool`.
         """
         with self.stage("retrieve"):
             return await self._retrieve(pool, question, k, filter, exclude_copies)
@@ -133,6 +140,8 @@ class SharedMemory:
                 break
             wanted *= 2
         memories = tuple(memory for memory, _ in kept)
+        if not exclude_copies:
+            self._uses.count(memory.id for memory in memories)
         return Retrieved(found.generation, memories, tuple(value for _, value in kept))
 
     async def answer(
@@ -178,12 +187,17 @@ class SharedMemory:
         return await self.write(self._settle, pair, decision, job)
 
     def _settle(self, pair: Pair, decision: Decision, job: Job | None) -> Decision:
-        new = []
-        if decision.status == "stored":
-            limit = self.config.gateway.max_text_chars
-            new = [check_memory(self._memory(pair, decision.score), limit)]
-        with self.stage("store") if new else nullcontext():
-            return self._decide(pair, decision, new, job)
+        if decision.status != "stored":
+            return self._decide(pair, decision, [], job)
+        limit = self.config.gateway.max_text_chars
+        memory = check_memory(self._memory(pair, decision.score), limit)
+        with self.stage("store"), self._near.place(memory) as (new, twin):
+            if new is not None:
+                return self._decide(pair, decision, [new], job)
+            assert twin is not None
+            reason = ends.NEAR_DUPLICATE
+            decision = replace(decision, status="duplicate", reason=reason, memory_id=twin.id)
+            return self._decide(pair, decision, [], job)
 
     def _decide(
         self, pair: Pair, decision: Decision, new: list[NewMemory], job: Job | None
@@ -247,12 +261,25 @@ class SharedMemory:
     def append_visible(self, memories: list[NewMemory]) -> list[AppendResult]:
         """Blocking: append, and wait until the memories can be searched for.
 
-        A pool that this retriever doesn't serve is only stored into. Raises `SearchTimeout` with
-        everything stored; appending again is harmless.
+        A pool that this retriever doesn't serve is only stored into. Where a pool's near-duplicates
+        are watched for, memories are stored one by one. Raises `SearchTimeout` with everything
+        stored; appending again is harmless.
         """
         with self.stage("store"):
-            results = self.store.append(memories)
-            self._wait_visible(memories, results)
+            if any(self._near.watches(memory.pool) for memory in memories):
+                return [self._append_placed(memory) for memory in memories]
+            return self._append(memories)
+
+    def _append_placed(self, memory: NewMemory) -> AppendResult:
+        with self._near.place(memory) as (new, twin):
+            if new is not None:
+                return self._append([new])[0]
+            assert twin is not None
+            return AppendResult(twin.id, "duplicate", twin.seq)
+
+    def _append(self, memories: list[NewMemory]) -> list[AppendResult]:
+        results = self.store.append(memories)
+        self._wait_visible(memories, results)
         return results
 
     def _wait_visible(self, memories: list[NewMemory], results: list[AppendResult]) -> None:
@@ -271,14 +298,30 @@ class SharedMemory:
         first.
         """
         self.searcher.start()
+        self._flusher = asyncio.create_task(self._flush_uses())
         while True:
             try:
                 return await self.read(self.searcher.wait_ready, _PATIENCE_SECONDS)
             except SearchTimeout as error:
                 log(f"still loading: {error}")
 
+    async def _flush_uses(self) -> None:
+        while True:
+            await asyncio.sleep(_USES_SECONDS)
+            await self._flush_now()
+
+    async def _flush_now(self) -> None:
+        try:
+            await self.write(self._uses.flush)
+        except PoolError as error:  # searches don't depend on it; the counts are kept
+            log(f"uses of memories can't be counted now: {error}")
+
     async def aclose(self) -> None:
         """Stop searcher and LLMs, let the threads finish, close the store."""
+        if self._flusher is not None:
+            self._flusher.cancel()
+            await asyncio.wait([self._flusher])
+            await self._flush_now()
         await self.read(self.searcher.close)
         for llm in self.llms:
             await llm.aclose()

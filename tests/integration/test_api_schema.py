@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
 
 from memshare.pool.keys import KeyRing
 from memshare.pool.store import PoolStore
-from tests.integration.test_gateway import gateway
+from tests.gateways import gateway
 
 EXAMPLES = 25
 CHECKS: list[Any] = [

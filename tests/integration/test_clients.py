@@ -19,7 +19,7 @@ import memshare
 from memshare.client import InvalidRequest, NotFound, PermissionDenied
 from memshare.pool.keys import KeyRing
 from memshare.pool.store import PoolStore
-from tests.integration.test_gateway import ROOT, gateway
+from tests.gateways import ROOT, gateway
 
 
 @pytest.fixture(scope="module")

@@ -244,3 +244,22 @@ def test_rejected_and_empty_rounds_are_on_record(make_run: Any) -> None:
     assert current(root, name) is None
     (line,) = (root / name / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["gate"]["passed"] is False
+
+
+def test_a_pool_is_kept_under_its_cap(make_run: Any) -> None:
+    run = make_run(
+        pools={"main": {"max_memories": 20, "prune_by": "near-duplicates"}},
+        continual={"min_new": 1000},
+    )
+    run.store.append(banking(0, 4))
+    child = run.start()
+    run.wait(child, lambda: run.store.stats("main").memories == 19)
+    run.store.append(banking(4, 5))
+    run.wait(child, lambda: run.store.stats("main").memories == 19)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=60) == 0
+    assert run.store.stats("main").deleted == 24 + 6 - 19
+    wrong = make_run(pools={"main": {"max_memories": 20, "prune_by": "luck"}})
+    child = wrong.start()
+    assert "pools.main.prune_by: no pruning policy 'luck'" in child.communicate(timeout=60)[1]
+    assert child.returncode == 1

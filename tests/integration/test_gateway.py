@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,75 +15,13 @@ import pytest
 
 from memshare.cli import main
 from memshare.files import RunLocked, run_lock
+from tests.gateways import START_SECONDS, gateway, launch
 from tests.loop import loop_config_file
-
-ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 120
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
-
-
-class Program(subprocess.Popen[str]):
-    """A program whose log is read while it runs: a pipe that fills up would stop it."""
-
-    def __init__(self, command: list[str]) -> None:
-        super().__init__(
-            command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-        self._lines: list[str] = []
-        self._reader = threading.Thread(target=lambda: self._lines.extend(self.stderr or ()))
-        self._reader.start()
-
-    def communicate(
-        self, input: str | None = None, timeout: float | None = None
-    ) -> tuple[str, str]:
-        self.wait(timeout)
-        self._reader.join()
-        return "", "".join(self._lines)
-
-
-def launch(program: str, config: Path, *more: str) -> Program:
-    return Program([sys.executable, str(ROOT / program), "--config", str(config), *more])
-
-
-def wait_ready(process: subprocess.Popen[str], run_dir: Path) -> str:
-    """The gateway's URL once it is ready; fails with its log if it dies."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise AssertionError(f"exit {process.returncode}: {process.communicate()[1]}")
-        try:
-            url = str(json.loads((run_dir / "gateway.json").read_text())["url"])
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
-                return url
-        except (FileNotFoundError, httpx.TransportError):
-            pass
-        time.sleep(0.1)
-    raise AssertionError("not ready in time")
-
-
-def stop(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code after SIGTERM, and the log."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=60)
-    return process.returncode, log
-
-
-@contextmanager
-def gateway(run_dir: Path, models: Path, *more: str, **sections: Any) -> Iterator[str]:
-    config = loop_config_file(run_dir, models, **sections)
-    (run_dir / "gateway.json").unlink(missing_ok=True)
-    process = launch("serve/gateway.py", config, "--port", "0", *more)
-    try:
-        yield wait_ready(process, run_dir)
-    finally:
-        code, log = stop(process)
-    assert code == 0, log
-    assert "Traceback" not in log, log
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from memshare.pool.queue import PairQueue
 from memshare.pool.schema import decisions
 from memshare.pool.store import PoolStore
 from memshare.sharing import prompt_hash
-from tests.integration.test_gateway import gateway, launch, stop, wait_ready
+from tests.gateways import gateway, launch, stop, wait_ready
 from tests.loop import loop_config_file
 
 LEASE = 2.0

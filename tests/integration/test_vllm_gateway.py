@@ -16,8 +16,9 @@ import pytest
 from memshare.cli import main
 from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
+from tests.gateways import gateway
 from tests.integration.conftest import VLLMServer
-from tests.integration.test_gateway import add, gateway
+from tests.integration.test_gateway import add
 from tests.loop import loop_config_file
 
 # The first of these tests waits for the server to start.

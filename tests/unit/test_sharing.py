@@ -17,6 +17,8 @@ from memshare.config import ConfigError
 from memshare.llm.base import LLMError, LLMUnavailable
 from memshare.llm.scorer import Scorer
 from memshare.pool.errors import UnknownPool
+from memshare.pool.store import PoolStore
+from memshare.pool.uses import UseCounts
 from memshare.records import Grade, NewMemory
 from memshare.sharing import Decision, Pair, SharedMemory, assemble, open_shared
 from tests.loop import loop_config
@@ -223,3 +225,17 @@ def test_stages_are_spans_of_the_request_without_any_text(
     assert below[:4] == ["score", "store", "retrieve", "llm"]  # the store's from its own thread
     assert spans[-1].name == "score" and spans[-1].status.description == "LLMUnavailable"
     assert "PLANTED" not in "".join(span.to_json() for span in spans)
+
+
+def test_what_is_found_is_counted_and_an_evaluation_is_not(run: Run, tmp_path: Path) -> None:
+    found: list[str] = []
+
+    async def body(shared: SharedMemory) -> None:
+        shared.append_visible(memories("keep", "red apples", "green pears", "blue plums"))
+        for question in ("red apples", "red apples", "green pears"):
+            found.extend(m.id for m in (await shared.retrieve("keep", question, 1)).memories)
+        await shared.retrieve("keep", "blue plums", 1, exclude_copies=True)
+
+    run(body)
+    with PoolStore.open(f"sqlite:///{tmp_path}/run/pool.db") as store:
+        assert UseCounts(store.database).of_pool("keep") == {found[0]: 2, found[2]: 1}

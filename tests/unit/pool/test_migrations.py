@@ -1,16 +1,17 @@
 """Schema versions: forwards on a filled pool, never backwards, whole or not at all."""
 
 import shutil
-import sqlite3
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from memshare.pool import PoolError, PoolStore, engine
+from memshare.pool.engine import Database
 from memshare.pool.schema import HEAD, metadata
 from memshare.records import NewMemory
 
@@ -38,19 +39,31 @@ def fill(url: str) -> list[str]:
         return [m.id for m in store.iter("main")]
 
 
+def dump(engine: sa.Engine) -> dict[str, list[tuple[object, ...]]]:
+    """Every row of every table."""
+    tables = sa.MetaData()
+    with engine.connect() as connection:
+        tables.reflect(connection)
+        return {
+            table.name: sorted(
+                (tuple(row) for row in connection.execute(sa.select(table))), key=repr
+            )
+            for table in tables.sorted_tables
+        }
+
+
 def test_head_is_the_last_migration() -> None:
     config = Config()
     config.set_main_option("script_location", str(engine.MIGRATIONS))
     assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
 
 
-def test_migrations_make_the_schema_that_the_code_uses(tmp_path: Path) -> None:
-    with PoolStore.open(f"sqlite:///{tmp_path}/pool.db") as store, store._db.read() as connection:
+def test_migrations_make_the_schema_that_the_code_uses(url: str) -> None:
+    with PoolStore.open(url) as store, store._db.read() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
 
 
-def test_reopening_a_filled_pool_changes_nothing(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/pool.db"
+def test_reopening_a_filled_pool_changes_nothing(url: str) -> None:
     ids = fill(url)
     for _ in range(2):
         with PoolStore.open(url) as store:
@@ -58,18 +71,16 @@ def test_reopening_a_filled_pool_changes_nothing(tmp_path: Path) -> None:
             assert store.pool("main").threshold == 70
 
 
-def test_a_newer_database_is_refused_and_untouched(tmp_path: Path) -> None:
-    path = tmp_path / "pool.db"
-    fill(f"sqlite:///{path}")
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
-        before = list(connection.iterdump())
-    connection.close()
+def test_a_newer_database_is_refused_and_untouched(url: str) -> None:
+    fill(url)
+    engine = Database(url).engine
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    before = dump(engine)
     with pytest.raises(PoolError, match=r"9999.*newer.*upgrade memshare"):
-        PoolStore.open(f"sqlite:///{path}")
-    connection = sqlite3.connect(path)
-    assert list(connection.iterdump()) == before
-    connection.close()
+        PoolStore.open(url)
+    assert dump(engine) == before
+    engine.dispose()
 
 
 def next_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
@@ -81,9 +92,8 @@ def next_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) ->
 
 
 def test_a_filled_pool_is_migrated_forwards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = f"sqlite:///{tmp_path}/pool.db"
     ids = fill(url)
     next_version(tmp_path, monkeypatch, "")
     with PoolStore.open(url) as store:
@@ -96,9 +106,8 @@ def test_a_filled_pool_is_migrated_forwards(
 
 
 def test_a_migration_that_fails_leaves_the_old_version_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = f"sqlite:///{tmp_path}/pool.db"
     ids = fill(url)
     with monkeypatch.context() as patch:
         next_version(tmp_path, patch, 'op.execute("INSERT INTO no_such_table VALUES (1)")')
@@ -107,5 +116,5 @@ def test_a_migration_that_fails_leaves_the_old_version_whole(
     with PoolStore.open(url) as store:
         assert [m.id for m in store.iter("main")] == ids
         with store._db.read() as connection:
-            columns = connection.exec_driver_sql("PRAGMA table_info(memories)")
-            assert "standing" not in [row[1] for row in columns]
+            columns = sa.inspect(connection).get_columns("memories")
+            assert "standing" not in [column["name"] for column in columns]

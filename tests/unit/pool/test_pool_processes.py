@@ -32,10 +32,9 @@ def start(url: str, name: str, rounds: int) -> "subprocess.Popen[str]":
     )
 
 
-def test_concurrent_writers_lose_and_double_nothing(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/pool.db"
+def test_concurrent_writers_lose_and_double_nothing(url: str) -> None:
     rounds = 40
-    writers = [start(url, name, rounds) for name in ("a", "b", "c")]  # all make the same new file
+    writers = [start(url, name, rounds) for name in ("a", "b", "c")]  # all make the same tables
     sightings: list[tuple[int, list[int]]] = []
     done = threading.Event()
 
@@ -71,8 +70,7 @@ def test_concurrent_writers_lose_and_double_nothing(tmp_path: Path) -> None:
         assert [seq for seq in seqs if seq <= position] == list(range(1, position + 1))
 
 
-def test_a_killed_writer_loses_nothing_acknowledged(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/pool.db"
+def test_a_killed_writer_loses_nothing_acknowledged(url: str) -> None:
     acknowledged: dict[str, int] = {}
     for attempt in range(4):
         writer = start(url, f"writer {attempt}", 100_000)

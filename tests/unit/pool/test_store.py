@@ -1,4 +1,4 @@
-"""The store's whole interface, on a real database file."""
+"""The store's whole interface, on a real database."""
 
 import threading
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from memshare.records import Change, NewMemory
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[PoolStore]:
-    with PoolStore.open(f"sqlite:///{tmp_path}/pool.db") as opened:
+def store(url: str) -> Iterator[PoolStore]:
+    with PoolStore.open(url) as opened:
         opened.create_pool("main")
         yield opened
 

@@ -14,6 +14,7 @@ from memshare.pool.mapping import parse_mapping
 from memshare.pool.readers import MAX_LINE_BYTES
 from memshare.pool.transfer import BATCH, ImportReport, export_jsonl, import_memories
 from memshare.records import NewMemory, content_key
+from tests.conftest import DATABASES, database_url
 
 ROOT = Path(__file__).parents[3]
 DATA = Path(os.environ.get("MEMSHARE_DATA", ROOT.parent / "shared" / "data"))
@@ -22,8 +23,8 @@ Write = Callable[[str, str | bytes], Path]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[PoolStore]:
-    with PoolStore.open(f"sqlite:///{tmp_path}/pool.db", max_text_chars=5000) as opened:
+def store(url: str) -> Iterator[PoolStore]:
+    with PoolStore.open(url, max_text_chars=5000) as opened:
         opened.create_pool("main")
         yield opened
 
@@ -263,7 +264,10 @@ def test_what_cannot_be_read_is_refused_whole(store: PoolStore, write: Write) ->
         import_memories(store, "main", write("rows.txt", ""))
 
 
-def test_an_export_comes_back_byte_for_byte(store: PoolStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("through", DATABASES)
+def test_an_export_comes_back_byte_for_byte(
+    store: PoolStore, tmp_path: Path, request: pytest.FixtureRequest, through: str
+) -> None:
     results = store.append(
         [
             NewMemory(
@@ -285,7 +289,7 @@ def test_an_export_comes_back_byte_for_byte(store: PoolStore, tmp_path: Path) ->
     store.delete(results[2].id)
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     assert export_jsonl(store, "main", first) == 2
-    with PoolStore.open(f"sqlite:///{tmp_path}/copy.db") as copy:
+    with PoolStore.open(database_url(through, request, tmp_path / "copy.db")) as copy:
         copy.create_pool("main")
         assert counts(import_memories(copy, None, first)) == (2, 0, 0)
         export_jsonl(copy, "main", second)

@@ -1,0 +1,88 @@
+"""What SQLite needs beyond portable SQL: a durable file, and writers that wait for each other."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+
+from memshare.files import NETWORK_FILE_SYSTEMS, file_system
+from memshare.pool.errors import PoolError
+
+BUSY_SECONDS = 30.0
+
+
+class SQLite:
+    """A `Backend` over one file. Its writers are alone, in this process and in all others.
+
+    A writer takes the write lock when it begins (``BEGIN IMMEDIATE``) and waits up to
+    `BUSY_SECONDS` for it: a transaction that read first and wrote later could not wait, it would
+    fail with "database is locked".
+    """
+
+    reading: Mapping[str, Any] = {}
+
+    def __init__(self, url: sa.URL, must_exist: bool, serialise: Callable[[Any], str]) -> None:
+        """Make the file's folder; raises `PoolError` without one, or without a file to be there."""
+        if url.database in (None, "", ":memory:"):
+            raise PoolError(f"{url}: a pool needs a file: sqlite:///PATH")
+        path = Path(str(url.database))
+        if must_exist and not path.exists():
+            raise PoolError(f"{path}: no pool database there; create a pool first")
+        if (kind := file_system(path)) in NETWORK_FILE_SYSTEMS:
+            raise PoolError(
+                f"{path}: is on a network file system ({kind}), where SQLite loses data; "
+                "set database_url to PostgreSQL, or to a file on a local disk"
+            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PoolError(f"{url}: its folder can't be made: {error}") from error
+        # Threads of this process hand the writer's place on directly; SQLite's own wait sleeps.
+        self.writers: AbstractContextManager[Any] = threading.Lock()
+        self.engine = sa.create_engine(
+            url, json_serializer=serialise, connect_args={"timeout": BUSY_SECONDS}
+        )
+        event.listen(self.engine, "connect", _prepare)
+        event.listen(self.engine, "begin", _begin)
+
+    def lock(self, connection: sa.Connection, number: int) -> None:
+        """Nothing to do."""
+
+    def begin_migration(self, connection: sa.Connection) -> None:
+        """Nothing to do."""
+
+    def announce(self, connection: sa.Connection, pool: str) -> None:
+        """Nobody can be told: who reads the file must poll."""
+
+    def listening(self, wake: Callable[[], None]) -> AbstractContextManager[None]:
+        """``wake`` is never called."""
+        return nullcontext()
+
+
+def _prepare(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver begins nothing itself; _begin does
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            break
+        except connection.OperationalError as error:
+            # Two processes that create one file: this switch does not wait for the other's lock.
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA secure_delete = ON")  # deleted text is overwritten, not unlinked
+
+
+def _begin(connection: sa.Connection) -> None:
+    write = connection.get_execution_options().get("memshare_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

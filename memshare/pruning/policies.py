@@ -1,0 +1,140 @@
+"""Policies: in which order memories go. Each is a function; more come in as plug-ins.
+
+A policy takes the `Evidence` about a pool and returns the ids of all its memories, the first to go
+first. Another package adds one by an entry point in the group ``memshare.pruning`` that names such
+a function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import entry_points
+
+import numpy as np
+import numpy.typing as npt
+
+from memshare.pruning.evidence import Entry, Evidence
+from memshare.retrieval.index import FlatIndex
+
+Policy = Callable[[Evidence], Sequence[str]]
+GROUP = "memshare.pruning"
+_NEIGHBOURS = 8
+_QUERIES = 1024  # searched at a time
+
+
+class PruneError(RuntimeError):
+    """Pruning that can't be done as asked."""
+
+
+def by_score(evidence: Evidence) -> list[str]:
+    """The worst graded first, of equals the oldest; one without a grade counts as just admitted."""
+    return [entry.id for entry in sorted(evidence.entries, key=_graded(evidence))]
+
+
+def by_age(evidence: Evidence) -> list[str]:
+    """The oldest in the pool first."""
+    return [entry.id for entry in evidence.entries]
+
+
+def by_use(evidence: Evidence) -> list[str]:
+    """The least found per day first.
+
+    Its first day in the pool counts as one use, so that a new memory has its chance.
+    """
+    now = datetime.now(UTC)
+
+    def rate(entry: Entry) -> float:
+        days = (now - datetime.fromisoformat(entry.created_at)).total_seconds() / 86_400
+        return (evidence.uses.get(entry.id, 0) + 1) / (max(days, 0.0) + 1)
+
+    return [entry.id for entry in sorted(evidence.entries, key=lambda e: (rate(e), e.seq))]
+
+
+def by_usefulness(evidence: Evidence) -> list[str]:
+    """The least measured usefulness first, of equals the oldest.
+
+    The mean gain in likelihood when it was shown, with one measurement of zero added: few
+    measurements say little, and a memory without any goes after the harmful ones.
+    """
+
+    def gain(entry: Entry) -> float:
+        total, number = evidence.gains.get(entry.id, (0.0, 0))
+        return total / (number + 1)
+
+    return [entry.id for entry in sorted(evidence.entries, key=lambda e: (gain(e), e.seq))]
+
+
+def by_feedback(evidence: Evidence) -> list[str]:
+    """The lowest standing with the principals first (see `pool.feedback`), of equals the oldest."""
+    standing = evidence.standings
+    return [e.id for e in sorted(evidence.entries, key=lambda e: (standing.get(e.id, 0.0), e.seq))]
+
+
+def by_near_duplicates(evidence: Evidence) -> list[str]:
+    """What is most nearly said by another memory first: of the nearest pair left, the worse graded.
+
+    Pairs are taken in the order of their cosine among each memory's nearest neighbours. When those
+    are used up, they are looked for again among the memories that are left, until one is.
+    """
+    worth = list(map(_graded(evidence), evidence.entries))
+    vectors = evidence.vectors
+    left = np.arange(len(vectors))
+    order: list[int] = []
+    while len(left) > 1:
+        alive = dict.fromkeys(left.tolist(), True)
+        for one, other in _nearest_pairs(vectors, left):
+            if alive[one] and alive[other]:
+                loser = min(one, other, key=lambda row: worth[row])
+                alive[loser] = False
+                order.append(loser)
+        left = np.array([row for row, living in alive.items() if living])
+    return [evidence.entries[row].id for row in [*order, *left.tolist()]]
+
+
+POLICIES: dict[str, Policy] = {
+    "score": by_score,
+    "age": by_age,
+    "use": by_use,
+    "feedback": by_feedback,
+    "near-duplicates": by_near_duplicates,
+    "usefulness": by_usefulness,
+}
+
+
+def policy_names() -> list[str]:
+    """Every policy there is, plug-ins too."""
+    return sorted({*POLICIES, *(point.name for point in entry_points(group=GROUP))})
+
+
+def find_policy(name: str) -> Policy:
+    """A policy by name; raises `PruneError` naming those that are there."""
+    if name in POLICIES:
+        return POLICIES[name]
+    for point in entry_points(group=GROUP, name=name):
+        policy: Policy = point.load()
+        return policy
+    raise PruneError(f"no pruning policy {name!r} (there: {', '.join(policy_names())})")
+
+
+def _graded(evidence: Evidence) -> Callable[[Entry], tuple[float, int]]:
+    return lambda entry: (
+        evidence.threshold if entry.score is None else entry.score,
+        entry.seq,
+    )
+
+
+def _nearest_pairs(
+    vectors: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]
+) -> list[tuple[int, int]]:
+    """Pairs among ``rows`` and each one's nearest neighbours, by falling cosine."""
+    index = FlatIndex.build(vectors[rows])
+    pairs: dict[tuple[int, int], float] = {}
+    for start in range(0, len(rows), _QUERIES):
+        block = rows[start : start + _QUERIES]
+        values, found = index.search(vectors[block], min(_NEIGHBOURS + 1, len(rows)))
+        for row, cosines, places in zip(block.tolist(), values, found, strict=True):
+            for cosine, other in zip(cosines.tolist(), rows[places].tolist(), strict=True):
+                if other != row:
+                    pairs[min(row, other), max(row, other)] = cosine
+    return sorted(pairs, key=lambda pair: (-pairs[pair], pair))

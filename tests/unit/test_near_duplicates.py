@@ -1,0 +1,172 @@
+"""Near-duplicates on write: dropped or merged by policy, on the path that the gateway takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memshare.pool import PoolError
+from memshare.records import NewMemory
+from memshare.sharing import Pair, SharedMemory, open_shared
+from tests.loop import loop_config
+
+FIRST = "the old lamp in the green tower burns all night"
+NEAR = "the old lamp in the green tower burns all  night!"
+FAR = "seven wolves cross a frozen river"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(tmp_path: Path, models: Path) -> Run:
+    """Run a function with the loop's parts; ``pool``: settings of the pool that is watched."""
+
+    def runner(body: Callable[[SharedMemory], None], **pool: Any) -> None:
+        pools = {"keep": {"threshold": 0, **pool}, "strict": {}, "unserved": dict(pool)}
+
+        async def inside() -> None:
+            config = loop_config(
+                tmp_path / "run", models, pools=pools, retriever={"pools": ["keep", "strict"]}
+            )
+            async with open_shared(config) as shared:
+                await shared.write(body, shared)
+
+        asyncio.run(inside())
+
+    return runner
+
+
+def new(prompt: str, pool: str = "keep", **more: Any) -> NewMemory:
+    return NewMemory(pool, prompt, "an answer", **more)
+
+
+def prompts(shared: SharedMemory, pool: str = "keep") -> list[str]:
+    return [memory.prompt for memory in shared.store.iter(pool)]
+
+
+def test_off_by_default_and_where_nothing_can_be_searched(run: Run) -> None:
+    def body(shared: SharedMemory) -> None:
+        shared.append_visible([new(FIRST), new(NEAR), new(FIRST, "strict"), new(NEAR, "strict")])
+        assert prompts(shared) == prompts(shared, "strict") == [FIRST, NEAR]
+
+    run(body)
+
+
+def test_dropped_and_answered_as_a_duplicate(run: Run) -> None:
+    def body(shared: SharedMemory) -> None:
+        (first,) = shared.append_visible([new(FIRST, score=10)])
+        batch = [new(FAR), new(NEAR, score=99), new(FIRST)]
+        batch += [new(text, pool) for pool in ("strict", "unserved") for text in (FIRST, NEAR)]
+        far, near, same, *others = shared.append_visible(batch)
+        assert far.status == "stored"
+        assert (near.status, near.id, near.seq) == ("duplicate", first.id, first.seq)
+        assert (same.status, same.id) == ("duplicate", first.id)
+        assert {result.status for result in others} == {"stored"}
+        assert prompts(shared) == [FIRST, FAR]
+
+    run(body, near_duplicate=0.9)
+
+
+def test_two_of_one_batch_are_near_duplicates_too(run: Run) -> None:
+    def body(shared: SharedMemory) -> None:
+        first, second = shared.append_visible([new(FIRST), new(NEAR)])
+        assert (second.status, second.id) == ("duplicate", first.id)
+
+    run(body, near_duplicate=0.9)
+
+
+def test_writers_side_by_side_slip_nothing_in(run: Run) -> None:
+    def body(shared: SharedMemory) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            texts = [FIRST + mark for mark in ("", *"!?.,;:-")]
+            results = list(pool.map(lambda text: shared.append_visible([new(text)])[0], texts))
+        assert sorted(result.status for result in results) == ["duplicate"] * 7 + ["stored"]
+        assert len(prompts(shared)) == len({result.id for result in results}) == 1
+
+    run(body, near_duplicate=0.8)
+
+
+@pytest.mark.parametrize(
+    ("old", "score", "kept"), [(50, 60, NEAR), (None, 1, NEAR), (60, 60, FIRST), (50, None, FIRST)]
+)
+def test_merged_the_better_graded_one_stays(
+    run: Run, old: float | None, score: float | None, kept: str
+) -> None:
+    def body(shared: SharedMemory) -> None:
+        shared.append_visible([new(FIRST, score=old, metadata={"a": 1, "b": 1})])
+        (result,) = shared.append_visible([new(NEAR, score=score, metadata={"b": 2})])
+        assert result.status == ("stored" if kept == NEAR else "duplicate")
+        (memory,) = shared.store.iter("keep")
+        assert (memory.id, memory.prompt) == (result.id, kept)
+        assert memory.metadata == ({"a": 1, "b": 2} if kept == NEAR else {"a": 1, "b": 1})
+        found = shared.searcher.search("keep", FIRST, 5)
+        assert {hit.id for hit in found.hits} - {memory.id} <= {first_id(shared)}
+
+    def first_id(shared: SharedMemory) -> str:
+        return shared.store.changes("keep", 0)[0].id  # its mask may come a moment later
+
+    run(body, near_duplicate=0.9, near_duplicate_action="merge")
+
+
+def test_merging_never_loses_a_write_to_too_much_metadata(run: Run) -> None:
+    def body(shared: SharedMemory) -> None:
+        shared.append_visible([new(FIRST, score=1, metadata={"a": "x" * 20_000})])
+        shared.append_visible([new(NEAR, score=2, metadata={"b": "y" * 20_000})])
+        (memory,) = shared.store.iter("keep")
+        assert set(memory.metadata) == {"b"}
+
+    run(body, near_duplicate=0.9, near_duplicate_action="merge")
+
+
+def test_a_held_or_deleted_memory_has_no_near_duplicates(run: Run) -> None:
+    def body(shared: SharedMemory) -> None:
+        first, _ = shared.append_visible([new(FIRST), new(FAR)])
+        shared.store.delete(first.id)
+        (near,) = shared.append_visible([new(NEAR)])
+        assert near.status == "stored"
+
+    run(body, near_duplicate=0.9)
+
+
+def test_an_equal_memory_is_a_plain_duplicate_however_well_graded(run: Run) -> None:
+    def body(shared: SharedMemory) -> None:
+        (first,) = shared.append_visible([new(FIRST, score=1)])
+        (again,) = shared.append_visible([new(FIRST.upper(), score=99)])
+        assert (again.status, again.id) == ("duplicate", first.id)
+        assert prompts(shared) == [FIRST]
+
+    run(body, near_duplicate=0.5, near_duplicate_action="merge")
+
+
+def test_answers_that_the_scorer_lets_in_are_compared_too(tmp_path: Path, models: Path) -> None:
+    async def inside() -> None:
+        pools = {"keep": {"threshold": 0, "near_duplicate": 0.9}, "strict": {}}
+        async with open_shared(loop_config(tmp_path / "run", models, pools=pools)) as shared:
+            stored = await shared.grade_and_store(Pair("keep", FIRST, "an answer"))
+            near = await shared.grade_and_store(Pair("keep", NEAR, "an answer"))
+            assert (near.status, near.memory_id) == ("duplicate", stored.memory_id)
+            assert prompts(shared) == [FIRST]
+            assert shared.store.decisions("keep") == {"near-duplicate": 1, "stored": 1}
+
+    asyncio.run(inside())
+
+
+def test_a_searcher_that_can_not_be_asked_is_no_store(run: Run) -> None:
+    def body(shared: SharedMemory) -> None:
+        shared.searcher.close()
+        with pytest.raises(PoolError, match="near-duplicates can't be looked for"):
+            shared.append_visible([new(FIRST)])
+        assert prompts(shared) == []
+
+    run(body, near_duplicate=0.9)
