@@ -34,7 +34,7 @@ from memshare.metrics.ir import mean_metrics
 from memshare.pool.store import PoolStore
 from memshare.pool.uses import UseCounts
 from memshare.progress import log
-from memshare.pruning import prune
+from memshare.pruning.prune import prune
 from memshare.records import Memory, NewMemory
 from memshare.retrieval.build import build_generation
 from memshare.retrieval.encoder import Encoder

@@ -26,7 +26,8 @@ from memshare.files import RunLocked, run_lock
 from memshare.pool.errors import PoolError
 from memshare.pool.store import PoolStore
 from memshare.progress import log
-from memshare.pruning import PruneError, check_caps, hold_caps
+from memshare.pruning.policies import PruneError
+from memshare.pruning.prune import check_caps, hold_caps
 from memshare.retrieval.generation import current
 from memshare.retrieval.manifest import folder_name
 from memshare.training.child import (

@@ -6,13 +6,8 @@ import argparse
 import sys
 
 from memshare.config import add_config_arguments, load_config
-from memshare.pool.errors import PoolError
-from memshare.pool.store import PoolStore
-from memshare.pruning.policies import PruneError, policy_names
-from memshare.pruning.prune import prune
-from memshare.retrieval.encoder import EncoderError
-from memshare.retrieval.manifest import GenerationError
-from memshare.training.examples import ExamplesError
+
+SHIPPED = ("age", "feedback", "near-duplicates", "score", "use", "usefulness")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Erase memories for good, in a policy's order, until a cap is met.",
     )
     parser.add_argument("--pool", required=True)
-    parser.add_argument("--policy", required=True, help=f"one of {', '.join(policy_names())}")
+    parser.add_argument("--policy", required=True, help=f"{', '.join(SHIPPED)}, or a plug-in's")
     parser.add_argument("--cap", type=int, required=True, help="memories to be left")
     parser.add_argument("--dry-run", action="store_true", help="print the ids, delete nothing")
     parser.add_argument("--url", help="database (default: the config's)")
@@ -32,6 +27,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _prune(args: argparse.Namespace) -> int:
+    # Here, since they load torch, and help needs none of it.
+    from memshare.pool.errors import PoolError
+    from memshare.pool.store import PoolStore
+    from memshare.pruning.policies import PruneError
+    from memshare.pruning.prune import prune
+    from memshare.retrieval.encoder import EncoderError
+    from memshare.retrieval.manifest import GenerationError
+    from memshare.training.examples import ExamplesError
+
     config = load_config(args.config, args.overrides)
     try:
         with PoolStore.open(args.url or config.url, must_exist=True) as store:

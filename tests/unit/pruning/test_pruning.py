@@ -17,7 +17,10 @@ from memshare.pool import PoolStore
 from memshare.pool.errors import UnknownPool
 from memshare.pool.feedback import Feedback
 from memshare.pool.uses import UseCounts
-from memshare.pruning import PruneError, check_caps, hold_caps, policies, prune
+from memshare.pruning import policies
+from memshare.pruning.cli import SHIPPED
+from memshare.pruning.policies import PruneError
+from memshare.pruning.prune import check_caps, hold_caps, prune
 from memshare.records import Candidate, Example, NewMemory
 from memshare.retrieval.encoder import Encoder
 from memshare.training.examples import round_dir, shard_path, write_marker, write_shard
@@ -229,3 +232,7 @@ def test_the_command(store: PoolStore, config: Config, capsys: pytest.CaptureFix
     assert main([*command[:-1], f"{config.url}.not"]) == 2
     assert main(["prune", "--pool", "x", *command[3:]]) == 2
     assert "no pool 'x'" in capsys.readouterr().err
+
+
+def test_help_names_every_policy() -> None:
+    assert set(SHIPPED) == set(policies.POLICIES)
