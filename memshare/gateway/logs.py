@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import sys
+import threading
+import time
 import traceback
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from sqlalchemy.exc import OperationalError
 
@@ -59,9 +62,9 @@ class PlainLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
-        time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+        clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         fields = " ".join(f"{name}={value}" for name, value in _fields(record).items())
-        return f"{time} {record.getMessage()} {fields}".rstrip()
+        return f"{clock} {record.getMessage()} {fields}".rstrip()
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
@@ -72,13 +75,53 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return fields if request_id is None else {"request_id": request_id, **fields}
 
 
+class Background(logging.Handler):
+    """Writes lines from a thread of its own: a reader that stalls must not stop the gateway.
+
+    While ``limit`` lines wait, further ones are dropped; how many is said once there is room.
+    """
+
+    def __init__(self, stream: TextIO, limit: int = 10_000) -> None:
+        """Write to ``stream``."""
+        super().__init__()
+        self._stream = stream
+        self._lines: queue.Queue[str] = queue.Queue(limit)
+        self._dropped = 0
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand one line over; never waits."""
+        try:
+            if self._dropped:
+                lost = self._dropped
+                note = logger.makeRecord(
+                    logger.name, logging.WARNING, "", 0, f"{lost} lines were dropped", (), None
+                )
+                self._lines.put_nowait(self.format(note))
+                self._dropped = 0
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._dropped += 1
+
+    def _write(self) -> None:
+        while True:
+            print(self._lines.get(), file=self._stream, flush=True)
+            self._lines.task_done()
+
+    def flush(self) -> None:
+        """Wait for what was handed over, two seconds at most; logging asks for it at exit."""
+        deadline = time.monotonic() + 2.0
+        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+
 def install(kind: Literal["auto", "json", "plain"]) -> None:
     """Send every log of this process to standard error in that form; ``auto``: plain on a tty.
 
     For a program, once: it replaces the handlers of the root logger.
     """
     plain = kind == "plain" or (kind == "auto" and sys.stderr.isatty())
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Background(sys.stderr)
     handler.setFormatter(PlainLines() if plain else JsonLines())
     root = logging.getLogger()
     root.handlers[:] = [handler]
