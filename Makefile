@@ -25,7 +25,7 @@ demo: setup
 	$(BIN)/python serve/demo.py --config configs/pocket.yaml
 
 test: setup
-	$(SHARED) $(BIN)/python -m pytest tests -n 2 --dist worksteal -m 'not server'
+	$(SHARED) $(BIN)/python -m pytest tests -n 2 --dist worksteal --durations=15 -m 'not server'
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

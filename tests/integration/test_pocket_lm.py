@@ -40,13 +40,16 @@ class Pocket:
         )
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def answer(self, shots: Shots, prompt: str) -> tuple[str, bool]:
-        """Greedy answer, and whether it stopped by itself."""
-        ids = self.context(shots, prompt)
-        out = self.model.generate(torch.tensor([ids]), max_new_tokens=96, do_sample=False)[0]
-        new = out[len(ids) :]
-        stopped = int(new[-1]) == self.tokenizer.eos_token_id
-        return self.tokenizer.decode(new, skip_special_tokens=True), stopped
+    def answers(self, asked: list[tuple[Shots, str]]) -> list[tuple[str, bool]]:
+        """Greedy answers, and whether each stopped by itself."""
+        contexts = [self.context(shots, prompt) for shots, prompt in asked]
+        batch = self.tokenizer.pad(
+            {"input_ids": contexts}, padding_side="left", return_tensors="pt"
+        )
+        out = self.model.generate(**batch, max_new_tokens=96, do_sample=False)
+        new = out[:, batch["input_ids"].shape[1] :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return list(zip(texts, (new == self.tokenizer.eos_token_id).any(1).tolist(), strict=True))
 
     @torch.no_grad()
     def loglik(self, shots: Shots, prompt: str, answer: str) -> float:
@@ -101,14 +104,14 @@ def mean(values: list[float]) -> float:
 
 def test_answers_follow_the_memory_that_is_shown(pocket: Pocket) -> None:
     chosen = cases(30)
-    gold, third, none = [], [], []
-    for task, right, wrong, other in chosen:
-        for scores, shots in (
-            (gold, [shot(right)]),
-            (third, [shot(other), shot(wrong), shot(right)]),
-            (none, []),
-        ):
-            scores.append(pocket.answer(shots, task.prompt))
+    gold = pocket.answers([([shot(right)], task.prompt) for task, right, *_ in chosen])
+    third = pocket.answers(
+        [
+            ([shot(other), shot(wrong), shot(right)], task.prompt)
+            for task, right, wrong, other in chosen
+        ]
+    )
+    none = pocket.answers([([], task.prompt) for task, *_ in chosen])
     by_shots = [
         mean([f1(text, case[0].answer) for (text, _), case in zip(found, chosen, strict=True)])
         for found in (gold, third, none)
