@@ -85,10 +85,22 @@ def as_memories(pool: str, pairs: Iterable[Pair], agent: str | None = None) -> l
 
 
 def load_data(config: Config) -> dict[str, Domain]:
-    """The configured domains as they were published, by name. Raises FileNotFoundError."""
-    most = config.evaluation.memories
+    """The configured domains as they were published, by name. Raises FileNotFoundError.
+
+    Seed memories and problems come in an order drawn by the seed: the published files go dataset by
+    dataset, so that the first part of a pool would hold one dataset alone.
+    """
+
+    def drawn(name: str, pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+        order = random.Random(f"{config.run.seed}/{name}").sample(pairs, len(pairs))
+        return tuple(order[: config.evaluation.memories])
+
     return {
-        name: replace(domain, pool=domain.pool[:most], problems=domain.problems[:most])
+        name: replace(
+            domain,
+            pool=drawn(f"{name}/pool", domain.pool),
+            problems=drawn(f"{name}/problems", domain.problems),
+        )
         for name, domain in load_domains(config.evaluation.data or data_root() / "nine").items()
     }
 

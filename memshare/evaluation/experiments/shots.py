@@ -20,7 +20,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
 
     ``retrieved`` and ``random``: pools of seed memories and problems with their reference answers;
     ``own answers`` and ``own answers, random``: seed memories and what the agents answered to the
-    problems themselves and the scorer accepted. ``none``: no memory shown.
+    problems themselves and the scorer accepted. ``none``: no memory shown. One encoder finds for
+    all arms, trained on the pools with reference answers (never on a test).
     """
     limit = lab.config.evaluation.questions
     clean = lab.own_pools

@@ -57,10 +57,12 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
 
 async def quality(lab: Lab, attempts: Sequence[Attempt]) -> Mapping[str, float]:
     """The BERTScore F1 (for text that an English model can't read, chrF) of each answer."""
-    answers = [item.pair.answer for item in attempts]
-    (scores,) = await lab.measures.datasets([([item.problem for item in attempts], answers)])
+    # One by one, since a domain's problems may be in several languages.
+    scores = await lab.measures.datasets([([a.problem], [a.pair.answer]) for a in attempts])
     names = question_keys(item.problem.prompt for item in attempts)
-    return {name: row.get(F1, row.get(CHRF, 0.0)) for name, row in zip(names, scores, strict=True)}
+    return {
+        name: row.get(F1, row.get(CHRF, 0.0)) for name, (row,) in zip(names, scores, strict=True)
+    }
 
 
 async def at_threshold(
