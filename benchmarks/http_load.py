@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from memshare.evaluation.traffic import arrivals
+from memshare.llm.lanes import Lanes
 from memshare.records import Hit, SearchAnswer
 
 CLIENTS = 64
@@ -63,9 +64,9 @@ class Load:
     async def __aenter__(self) -> Load:
         """Open the clients' connections."""
         self._client = httpx.AsyncClient(
-            timeout=_TIMEOUT_SECONDS, trust_env=False,
-            limits=httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS),
+            timeout=_TIMEOUT_SECONDS, transport=Lanes()
         )  # fmt: skip
+        self._free = asyncio.Semaphore(CLIENTS)
         self._numbers = itertools.count()
         self._generation: int | None = None
         self._turned = asyncio.Event()
@@ -176,7 +177,8 @@ class Load:
 
     async def _post(self, url: str, body: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            reply = (await self._client.post(url, json=body)).raise_for_status()
+            async with self._free:  # a client sends one request at a time
+                reply = (await self._client.post(url, json=body)).raise_for_status()
             answer: dict[str, Any] = reply.json()
         except (httpx.HTTPError, ValueError) as error:
             # Counted, shown, and the load goes on: that nothing fails is what a run must prove.

@@ -25,6 +25,7 @@ from tenacity import (
 )
 
 from memshare.llm.base import LLMError, LLMUnavailable
+from memshare.llm.lanes import Lanes
 
 T = TypeVar("T")
 MAX_WAIT_SECONDS = 60.0  # of a Retry-After that asks for more
@@ -124,7 +125,7 @@ class Transport:
                 base_url=self.url,
                 headers=self._headers,
                 timeout=httpx.Timeout(self._timeout, connect=min(10.0, self._timeout), pool=None),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+                transport=Lanes(),
             )
             self._loops[loop] = (client, asyncio.Semaphore(self._concurrency))
         return self._loops[loop]

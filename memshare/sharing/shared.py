@@ -31,7 +31,7 @@ from memshare.pool.store import PoolStore
 from memshare.pool.uses import UseCounter, UseCounts
 from memshare.pool.validate import check_memory
 from memshare.progress import log
-from memshare.records import AppendResult, NewMemory, Pair, PoolInfo, normalise
+from memshare.records import AppendResult, Memory, NewMemory, Pair, PoolInfo, normalise
 from memshare.retrieval.searcher import Filter, Searcher, SearchTimeout
 from memshare.sharing import turn as ends
 from memshare.sharing.near import NearDuplicates
@@ -74,6 +74,7 @@ class SharedMemory:
         # Apart from the reads: a write also waits until it can be searched for.
         self._writes = ThreadPoolExecutor(threads, thread_name_prefix="shared-write")
         self._rubrics: dict[str, str] = {}
+        self._known: set[str] = set()
         self._near = NearDuplicates(store, searcher, config)
         self._uses = UseCounter(UseCounts(store.database))
         self._flusher: asyncio.Task[None] | None = None
@@ -102,6 +103,15 @@ class SharedMemory:
     async def write(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a blocking write on a thread."""
         return await _on(self._writes, call, *args, **kwargs)
+
+    async def know(self, pool: str) -> None:
+        """Raise `UnknownPool` unless there is such a pool. Pools stay, so each is asked for once.
+
+        That spares every request a thread and a transaction.
+        """
+        if pool not in self._known:
+            await self.read(self.store.pool, pool)
+            self._known.add(pool)
 
     async def retrieve(
         self,
@@ -191,13 +201,17 @@ class SharedMemory:
             return self._decide(pair, decision, [], job)
         limit = self.config.gateway.max_text_chars
         memory = check_memory(self._memory(pair, decision.score), limit)
-        with self.stage("store"), self._near.place(memory) as (new, twin):
-            if new is not None:
-                return self._decide(pair, decision, [new], job)
-            assert twin is not None
-            reason = ends.NEAR_DUPLICATE
-            decision = replace(decision, status="duplicate", reason=reason, memory_id=twin.id)
-            return self._decide(pair, decision, [], job)
+        with self.stage("store"), self._near.place(memory) as place:
+            if place.new is None:
+                assert place.twin is not None
+                return self._decide(pair, _near_duplicate(decision, place.twin), [], job)
+            decision = self._decide(pair, decision, [place.new], job)
+            earlier = None
+            if decision.status == "stored":
+                assert decision.memory_id is not None
+                earlier = self._near.confirm(place, decision.memory_id)
+            # On record it stays stored, as it was, until the change log says deleted.
+            return decision if earlier is None else _near_duplicate(decision, earlier)
 
     def _decide(
         self, pair: Pair, decision: Decision, new: list[NewMemory], job: Job | None
@@ -271,11 +285,17 @@ class SharedMemory:
             return self._append(memories)
 
     def _append_placed(self, memory: NewMemory) -> AppendResult:
-        with self._near.place(memory) as (new, twin):
-            if new is not None:
-                return self._append([new])[0]
-            assert twin is not None
-            return AppendResult(twin.id, "duplicate", twin.seq)
+        with self._near.place(memory) as place:
+            earlier = place.twin
+            if place.new is not None:
+                result = self._append([place.new])[0]
+                earlier = (
+                    self._near.confirm(place, result.id) if result.status == "stored" else None
+                )
+                if earlier is None:
+                    return result
+            assert earlier is not None
+            return AppendResult(earlier.id, "duplicate", earlier.seq)
 
     def _append(self, memories: list[NewMemory]) -> list[AppendResult]:
         results = self.store.append(memories)
@@ -356,6 +376,10 @@ class SharedMemory:
         if info.rubric not in self._rubrics:
             self._rubrics[info.rubric] = await self.read(load_rubric, info.rubric)
         return self._rubrics[info.rubric]
+
+
+def _near_duplicate(decision: Decision, of: Memory) -> Decision:
+    return replace(decision, status="duplicate", reason=ends.NEAR_DUPLICATE, memory_id=of.id)
 
 
 async def _on(threads: ThreadPoolExecutor, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
