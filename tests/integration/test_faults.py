@@ -20,6 +20,7 @@ from tests.postgres import PostgresServer
 from tests.proxy import Proxy
 
 pytestmark = pytest.mark.server
+READ_SECONDS = 10.0  # a read is refused by then while no database answers
 RECOVERY_SECONDS = 15.0  # from the database's return to the first write that is acknowledged
 
 
@@ -68,6 +69,11 @@ def test_network_to_the_database_cut(
         with Load(url).running() as load:
             load.more(20)
             proxy.cut()
+            began = time.monotonic()
+            reply = httpx.get(f"{url}/v1/memories?pool=keep", timeout=60)
+            waited = time.monotonic() - began
+            assert reply.status_code == 503 and reply.headers["Retry-After"], reply.text
+            assert waited < READ_SECONDS, f"a read was refused after {waited:.1f} s"
             load.refused()
             proxy.mend()
             recovery = load.more()
@@ -75,4 +81,4 @@ def test_network_to_the_database_cut(
         check_refusals(load)
         check(postgres.url(name), url, load)
     assert recovery < RECOVERY_SECONDS, f"{recovery:.1f} s to recover"
-    print(f"{recovery:.1f} s to recover")
+    print(f"a read was refused after {waited:.1f} s; {recovery:.1f} s to recover")
