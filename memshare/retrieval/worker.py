@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from memshare.records import SearchAnswer
+from memshare.retrieval.delta import Snapshot
 from memshare.retrieval.serving import Query, Serving
 
 
@@ -88,6 +89,17 @@ class Worker:
             self._steps.append((step, future))
             self._changed.notify()
         future.result()
+
+    def snapshot(self) -> dict[str, Snapshot]:
+        """What is known of the rows that serve, taken between two batches; empty without any."""
+        taken: dict[str, Snapshot] = {}
+
+        def take() -> None:
+            if self.serving is not None:
+                taken.update(self.serving.snapshot())
+
+        self.run(take)
+        return taken
 
     def swap(self, serving: Serving) -> float:
         """Serve ``serving`` from the next batch on; the old one is closed after its last.

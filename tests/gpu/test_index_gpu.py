@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from memshare.retrieval.gpu import gpu_place
 from memshare.retrieval.index import GPU_MAX_K, FlatIndex
 
 pytestmark = pytest.mark.gpu
@@ -31,7 +32,7 @@ def test_gpu_equals_cpu(k: int) -> None:
     vectors = unit(20_000, 384, seed=0)
     vectors[100:140] = vectors[50]  # equal rows, more than what is over-fetched
     queries = np.concatenate([vectors[50:51], unit(70, 384, seed=1)])
-    cpu, gpu = FlatIndex.build(vectors), FlatIndex.build(vectors).to_gpu("on")
+    cpu, gpu = FlatIndex.build(vectors), FlatIndex.build(vectors).to_gpu(gpu_place("on"))
     assert gpu.on_gpu
     for left, right in zip(cpu.search(queries, k), gpu.search(queries, k), strict=True):
         np.testing.assert_array_equal(left, right)
@@ -41,7 +42,7 @@ def test_gpu_small_and_empty() -> None:
     queries = unit(3, 16, seed=2)
     for n in (0, 1, 5):
         cpu = FlatIndex.build(unit(n, 16, seed=3).reshape(n, 16))
-        gpu = FlatIndex.build(unit(n, 16, seed=3).reshape(n, 16)).to_gpu("auto")
+        gpu = FlatIndex.build(unit(n, 16, seed=3).reshape(n, 16)).to_gpu(gpu_place("auto"))
         for left, right in zip(cpu.search(queries, 7), gpu.search(queries, 7), strict=True):
             np.testing.assert_array_equal(left, right)
 
@@ -50,7 +51,7 @@ def test_faiss_float32_error_is_within_the_bound_used() -> None:
     from memshare.retrieval import index as module
 
     vectors, queries = unit(5000, 1024, seed=4), unit(64, 1024, seed=5)
-    gpu = FlatIndex.build(vectors).to_gpu("on")
+    gpu = FlatIndex.build(vectors).to_gpu(gpu_place("on"))
     sims, rows = gpu._gpu.search(queries, 50)
     exact = np.einsum("qd,qkd->qk", queries.astype(np.float64), vectors[rows].astype(np.float64))
     assert np.abs(sims - exact).max() < module._ERROR
@@ -59,7 +60,7 @@ def test_faiss_float32_error_is_within_the_bound_used() -> None:
 def test_index_works_beside_torch() -> None:
     device = torch.device("cuda")
     weights = torch.nn.Linear(384, 384).to(device)
-    index = FlatIndex.build(unit(1000, 384, seed=6)).to_gpu("on")
+    index = FlatIndex.build(unit(1000, 384, seed=6)).to_gpu(gpu_place("on"))
     for step in range(5):
         batch = torch.from_numpy(unit(8, 384, seed=step)).to(device)
         weights(batch).sum().backward()

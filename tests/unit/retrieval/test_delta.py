@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memshare.records import Hit, Memory
-from memshare.retrieval.delta import Growing, Shard
+from memshare.retrieval.columns import Growing
+from memshare.retrieval.delta import Shard
 from memshare.retrieval.filters import Filter, microseconds
 from memshare.retrieval.index import FlatIndex
 
@@ -101,7 +102,7 @@ def test_k_are_found_if_k_exist(
     shard.reconcile(dict.fromkeys(model.gone))
     excluded = frozenset(item.id for item, _ in model.rows if rng.random() < 0.1)
     if freeze:
-        shard.freeze("off")
+        shard.freeze(None)
         assert shard.delta_rows == 0
     queries = vectors_of(3, seed + 1)
     for restrict in (None, Filter(agent, after, before, excluded)):
