@@ -104,20 +104,22 @@ class Worker:
     def swap(self, serving: Serving) -> float:
         """Serve ``serving`` from the next batch on; the old one is closed after its last.
 
-        Returns the seconds for which the worker was kept from searching.
+        What the old one held is free when this returns, by the calling thread: searches don't wait
+        for that. Returns the seconds for which the worker was kept from searching.
         """
         seconds = 0.0
+        old: Serving | None = None
 
         def assign() -> None:
-            nonlocal seconds
+            nonlocal seconds, old
             began = time.perf_counter()
             old, self.serving = self.serving, serving
             if old is not None:
                 old.close()
-            del old  # its vectors are freed here, in the thread that used them
             seconds = time.perf_counter() - began
 
         self.run(assign)
+        del old  # the worker may hold `assign` until its next step
         return seconds
 
     def fail_all(self, error: Exception) -> None:

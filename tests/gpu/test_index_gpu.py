@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from memshare.config import IndexConfig
+from memshare.retrieval.approximate import build_index
 from memshare.retrieval.gpu import gpu_place
 from memshare.retrieval.index import GPU_MAX_K, FlatIndex
 
@@ -67,3 +69,39 @@ def test_index_works_beside_torch() -> None:
         torch.cuda.synchronize()
         assert index.search(batch.cpu().numpy(), 3)[1].min() >= 0
     assert torch.isfinite(weights.weight.grad).all()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["float32", "gpu-float16", "float16"])
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_kinds_and_precisions(kind: str, precision: str) -> None:
+    """The CPU decides, so what both find has the same similarity, and nearly all is found."""
+    settings = IndexConfig.model_validate(
+        {"kind": kind, "precision": precision, "approximate_from": 1000, "nprobe": 32}
+    )
+    vectors, queries = unit(20_000, 64, seed=7), unit(40, 64, seed=8)
+    cpu = build_index(vectors, settings)
+    gpu = build_index(vectors, settings).to_gpu(gpu_place("on", precision))
+    assert gpu.on_gpu
+    expected, found = cpu.search(queries, 10), gpu.search(queries, 10)
+    for i in range(40):
+        left, right = (dict(zip(r[1][i], r[0][i], strict=True)) for r in (expected, found))
+        both = left.keys() & right.keys()
+        assert len(both) >= 9 and all(left[row] == right[row] for row in both)
+    allowed = np.arange(20_000) % 3 == 0
+    assert allowed[gpu.search(queries, 50, allowed)[1]].all()
+
+
+def test_graphs_stay_on_the_cpu() -> None:
+    settings = IndexConfig(kind="hnsw", approximate_from=100)
+    index = build_index(unit(500, 16, seed=9), settings).to_gpu(gpu_place("on"))
+    assert not index.on_gpu
+    assert index.search(unit(2, 16, seed=10), 3)[1].min() >= 0
+
+
+def test_hundreds_of_pools_share_one_scratch_space() -> None:
+    place = gpu_place("on")
+    before = torch.cuda.mem_get_info()[0]
+    indexes = [FlatIndex.build(unit(50, 32, seed=i)).to_gpu(place) for i in range(300)]
+    for index in indexes:
+        assert index.search(unit(1, 32, seed=0), 3)[1].min() >= 0
+    assert before - torch.cuda.mem_get_info()[0] < 2 * 2**30
