@@ -103,7 +103,7 @@ def build_index(vectors: npt.ArrayLike, config: IndexConfig) -> FlatIndex:
     lists = config.nlist or round(4 * math.sqrt(len(array)))
     lists = max(1, min(lists, len(array) // _POINTS_PER_LIST))
     recipe = {"flat": rows, "ivf": f"IVF{lists},{rows}", "hnsw": f"HNSW{config.links},{rows}"}[kind]
-    index = faiss.index_factory(array.shape[1], recipe, faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(array.shape[1], recipe, faiss.METRIC_INNER_PRODUCT)
     if kind == "ivf":
         index.nprobe = min(config.nprobe, lists)
         index.cp.max_points_per_centroid = _MOST_POINTS
@@ -153,9 +153,10 @@ def _is_graph(index: Any) -> bool:
 
 def _selection(index: Any, allowed: Mask, share: float) -> Any:
     """Search settings that see only ``allowed`` rows, and look further the fewer they are."""
-    selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+    library: Any = faiss  # whose stubs don't know these
+    selector = library.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
     if _is_graph(index):
         reach = min(math.ceil(index.hnsw.efSearch / share), index.ntotal)
-        return faiss.SearchParametersHNSW(sel=selector, efSearch=reach)
+        return library.SearchParametersHNSW(sel=selector, efSearch=reach)
     reach = min(math.ceil(index.nprobe / math.sqrt(share)), index.nlist)
-    return faiss.SearchParametersIVF(sel=selector, nprobe=reach)
+    return library.SearchParametersIVF(sel=selector, nprobe=reach)

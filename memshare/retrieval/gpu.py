@@ -81,7 +81,8 @@ def placement(following: int, serving: int, budget: int | None, free: int | None
     ``beside``: both fit. ``aside``: it fits once the present one is gone, so it is loaded on the
     CPU, swapped in, and moved up. ``cpu``: it never fits.
     """
-    room = [limit for limit in (budget, None if free is None else free + serving) if limit]
+    limits = (budget, None if free is None else free + serving)
+    room = [limit for limit in limits if limit is not None]
     if following == 0 or all(following + serving <= limit for limit in room):
         return "beside"
     return "aside" if all(following <= limit for limit in room) else "cpu"

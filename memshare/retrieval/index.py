@@ -168,8 +168,8 @@ class FlatIndex:
             if wide == total or int(good.sum(axis=1).min()) >= enough:
                 first = np.argsort(~good, axis=1, kind="stable")[:, :enough]
                 found = _padding(len(queries), k)
-                for whole, part in zip(found, (similarities, rows), strict=True):
-                    whole[:, :enough] = np.take_along_axis(part, first, axis=1)
+                found[0][:, :enough] = np.take_along_axis(similarities, first, axis=1)
+                found[1][:, :enough] = np.take_along_axis(rows, first, axis=1)
                 return found
             wide = min(total, 4 * wide)
         return self._scan(queries, np.flatnonzero(allowed), k)

@@ -15,7 +15,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from memshare.config import Config
@@ -44,7 +45,8 @@ from memshare.retrieval.worker import SearcherClosed, Worker
 
 _CLOSE = 64  # changes that may be left for when the feeder pauses
 _ROUNDS = 10  # of catching up before that, should writes come faster than they are encoded
-_NICENESS = 10  # of the loading thread: about a tenth of a core that others want, too
+_NICENESS = int(os.environ.get("X_NICE", "10"))  # of the loading thread: about a tenth of a core that others want, too
+_TURN_SECONDS = float(os.environ.get("X_TURN", "0.0005"))  # of Python's interpreter lock while a generation is loaded; 0.005 else
 _SETUP_ERRORS = (EncoderError, IndexFault, GpuFault)  # at the first load: a wrong configuration
 
 
@@ -102,7 +104,8 @@ class Loader:
         poll, wait = self._config.retriever.poll_seconds, 0.0
         while not self._stop.wait(wait):
             try:
-                self._step()
+                with _short_turns():
+                    self._step()
                 wait = poll
             except SearcherClosed:
                 return
@@ -255,6 +258,21 @@ class Loader:
             pool: shard.position - following.shards[pool].position
             for pool, shard in old.shards.items()
         }
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Inside, whoever waits for the interpreter gets it sooner.
+
+    A batch of searches gives it up and takes it again for every operation on tensors. Beside a
+    thread that runs Python, as loading does, it waits a full turn each time.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, _TURN_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _step_aside() -> None:

@@ -97,7 +97,7 @@ def test_a_filter_against_the_clusters_does_not_starve(kind: str) -> None:
 
 
 def test_recall_is_measured_against_exact_search() -> None:
-    vectors = clustered(5000, seed=4)
+    vectors = np.random.default_rng(4).normal(size=(5000, 16)).astype(np.float32)  # no clusters
     assert recall_at_10(build_index(vectors, settings("flat"))) == 1.0
     poor = recall_at_10(build_index(vectors, settings("ivf", nprobe=1, nlist=100)))
     good = recall_at_10(build_index(vectors, settings("ivf", nprobe=40, nlist=100)))
@@ -130,34 +130,41 @@ def test_other_indexes_are_refused() -> None:
             build_index(bad, settings(kind))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_percent_of_a_hundred_thousand_memories(kind: str) -> None:
-    """A principal with 1 % of the pool gets its full k, by every filter, tombstones and all."""
-    count, k = 100_000, 50
-    vectors = clustered(count, dim=8, seed=6)
-    index = build_index(vectors, settings(kind, links=4, ef_construction=8, ef_search=16))
-    assert index.kind == kind
-    rng = np.random.default_rng(7)
-    mine = set(rng.choice(count, count // 100, replace=False).tolist())
-    times = ["2026-01-01T00:00:00.000000Z", "2026-02-01T00:00:00.000000Z"]
-    memories = [
+COUNT = 100_000
+MINE = set(np.random.default_rng(7).choice(COUNT, COUNT // 100, replace=False).tolist())
+TIMES = ["2026-01-01T00:00:00.000000Z", "2026-02-01T00:00:00.000000Z"]
+
+
+@pytest.fixture(scope="module")
+def memories() -> list[Memory]:
+    """A hundredth by ann about a rare topic, spread over the pool."""
+    return [
         Memory(
-            f"m{i:06d}", "p", "q", "a", None, "ann" if i in mine else "bob", None, times[i % 2],
-            {"topic": "rare" if i in mine else "common"}, i + 1,
+            f"m{i:06d}", "p", "q", "a", None, "ann" if i in MINE else "bob", None, TIMES[i % 2],
+            {"topic": "rare" if i in MINE else "common"}, i + 1,
         )
-        for i in range(count)
+        for i in range(COUNT)
     ]  # fmt: skip
-    shard = Shard(8, index, np.array([m.id.encode() for m in memories]), count)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_percent_of_a_hundred_thousand_memories(kind: str, memories: list[Memory]) -> None:
+    """A principal with 1 % of the pool gets its full k, by every filter, tombstones and all."""
+    k = 50
+    small = {"nlist": 64, "links": 4, "ef_construction": 8, "ef_search": 16}
+    index = build_index(clustered(COUNT, dim=8, seed=6), settings(kind, **small))
+    assert index.kind == kind
+    shard = Shard(8, index, np.array([m.id.encode() for m in memories]), COUNT)
     shard.load_columns(memories)
-    gone = rng.choice(sorted(mine), 100, replace=False).tolist()
+    gone = np.random.default_rng(9).choice(sorted(MINE), 100, replace=False).tolist()
     shard.reconcile({f"m{i:06d}": None for i in gone})
-    left = {f"m{i:06d}" for i in mine} - {f"m{i:06d}" for i in gone}
+    left = {f"m{i:06d}" for i in MINE} - {f"m{i:06d}" for i in gone}
     early = {id for id in left if int(id[1:]) % 2 == 0}
     queries = clustered(3, dim=8, seed=8)
     for restrict, living in (
         (Filter(agent="ann"), left),
         (Filter(terms=terms_of({"topic": "rare"})), left),
-        (Filter("ann", created_before=times[1], terms=terms_of({"topic": "rare"})), early),
+        (Filter("ann", created_before=TIMES[1], terms=terms_of({"topic": "rare"})), early),
     ):
         for hits in shard.top(queries, k, restrict):
             ids = {hit.id for hit in hits}
