@@ -10,6 +10,7 @@ with the loss divided by the global batch, that is the one-process gradient.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch import Tensor
 from memshare.config import ConfigError
 from memshare.training.order import Ints
 
+T = TypeVar("T")
 _BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32 at a time
 
 
@@ -130,6 +132,21 @@ class World:
                 f"processes {odd} see other {what} than process 0: give every process the same "
                 "files and settings (a shared file system, or equal copies)"
             )
+
+    def from_main(self, value: T) -> T:
+        """What process 0 gives, on every process; a plain Python object."""
+        held = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def to_main(self, value: T) -> list[T]:
+        """What every process gives, in order, on process 0; an empty list on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size if self.main else []
+        dist.gather_object(value, values if self.main else None, dst=0)
+        return [item for item in values if item is not None]
 
     def barrier(self) -> None:
         """Wait for all processes."""
