@@ -95,6 +95,7 @@ def main() -> None:
     """Measure and report."""
     args = parser(__doc__).parse_args()
     queries, memories, blocks = (4, 40, 1) if args.quick else (QUERIES, MEMORIES, BLOCKS)
+    sizes = SIZES[:2] if args.quick else SIZES
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
@@ -103,7 +104,7 @@ def main() -> None:
             stack.callback(group.close)
             return group
 
-        groups = {size: start(str(size), size) for size in SIZES}
+        groups = {size: start(str(size), size) for size in sizes}
         apart = [groups[1], start("other", 1)]
         for group in (*groups.values(), apart[1]):  # warms up, one after the other
             group.begin("train")

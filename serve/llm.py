@@ -21,7 +21,8 @@ from types import FrameType
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.llm.base import LLMError
-from memshare.llm.server import Server, ServerPlan, plan_servers, server_command, serves, wait_ready
+from memshare.llm.plan import ServerPlan, plan_servers
+from memshare.llm.server import Server, server_command, serves, wait_ready
 from memshare.progress import log
 
 RESTARTS = 3  # of one replica

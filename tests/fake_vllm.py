@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -56,6 +57,17 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None: ...
+
+
+def fake_python(path: Path, model: Path) -> Path:
+    """For ``server.python``: it starts this instead of vLLM, and says which GPUs it was given."""
+    find = 'while [ "$1" != --port ]; do shift; done; port=$2'
+    told = 'echo "port $port, GPUs ${CUDA_VISIBLE_DEVICES-all}"'
+    path.write_text(
+        f'#!/bin/sh\n{find}\n{told}\nexec {sys.executable} {__file__} "$port" {model}\n'
+    )
+    path.chmod(0o755)
+    return path
 
 
 def main(port: int, model: str, seconds: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""Starting vLLM servers: which ones a configuration needs, their commands, and waiting for them."""
+"""Starting vLLM servers: their commands, and waiting for them."""
 
 from __future__ import annotations
 
@@ -9,116 +9,16 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
-from memshare.config import Config, ConfigError, LLMConfig, VLLMServerConfig
+from memshare.config import VLLMServerConfig
 from memshare.llm.base import LLMError
-from memshare.llm.factory import resolve_model
+from memshare.llm.plan import ServerPlan
 
-_LOCAL = frozenset({"127.0.0.1", "localhost", "0.0.0.0", "::1", "[::1]"})
 _POLL_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class ServerPlan:
-    """One vLLM server: what it serves, where, and for which roles (agent, scorer).
-
-    ``replica`` counts the equal ones; ``devices`` is its ``CUDA_VISIBLE_DEVICES``, empty where it
-    takes what it finds.
-    """
-
-    model: str
-    url: str
-    roles: tuple[str, ...]
-    llm: LLMConfig
-    replica: int = 0
-    devices: str = ""
-
-    @property
-    def local(self) -> bool:
-        """Whether this machine is to run it; any other host is only checked."""
-        return _is_local(self.url)
-
-    @property
-    def port(self) -> int:
-        """The port it listens on."""
-        if self.llm.server.port:
-            return self.llm.server.port + self.replica
-        return httpx.URL(self.url).port or 80
-
-    @property
-    def name(self) -> str:
-        """A short name for logs."""
-        return f"{'+'.join(self.roles)}:{self.port}"
-
-
-def plan_servers(config: Config, *, mining: bool = False) -> list[ServerPlan]:
-    """One server for each distinct model and URL among agent and scorer LLM.
-
-    For ``mining``, only what train/mine.py asks: `memshare.training.labels` says when it asks whom.
-    Raises `ConfigError` where two models claim one URL, one server gets two different settings, or
-    replicas have too few GPUs.
-    """
-    wanted = [("agent", config.agent_llm), ("scorer", config.scorer_llm)]
-    labels = config.mining.labels
-    if mining and labels != "reward":
-        wanted = wanted[1:] if labels in ("likelihood", "prompted") else []
-    plans: dict[str, ServerPlan] = {}
-    for role, llm in wanted:
-        if llm.backend != "vllm" or (
-            role == "scorer"
-            and config.scorer.kind == "reference"
-            and labels not in ("likelihood", "prompted")
-        ):
-            continue  # fmt: skip
-        model = resolve_model(llm.model)
-        here = [url for url in llm.urls if _is_local(url)]
-        for replica, url in enumerate(llm.urls):
-            devices = _share_of_gpus(llm.server, here, url)
-            before = plans.get(url)
-            if before is None:
-                plans[url] = ServerPlan(model, url, (role,), llm, replica, devices)
-            elif before.model != model:
-                raise ConfigError(f"{url} can't serve two models: {before.model} and {model}")
-            elif before.llm.server != llm.server:
-                raise ConfigError(f"agent_llm.server and scorer_llm.server differ, but share {url}")
-            else:
-                plans[url] = replace(before, roles=(*before.roles, role))
-    return list(plans.values())
-
-
-def _is_local(url: str) -> bool:
-    host = httpx.URL(url).host
-    return host in _LOCAL or host in (socket.gethostname(), socket.getfqdn())
-
-
-def _share_of_gpus(server: VLLMServerConfig, here: Sequence[str], url: str) -> str:
-    """The GPUs of ``url`` among the replicas ``here``; empty for a lone one, and without GPUs."""
-    if len(here) < 2 or url not in here:
-        return ""
-    named = server.env.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if named is None:
-        named = ",".join(str(number) for number in range(_count_gpus()))
-    devices = [word.strip() for word in named.split(",") if word.strip()]
-    each, replica = server.tensor_parallel_size, here.index(url)
-    if devices and len(devices) < len(here) * each:
-        raise ConfigError(
-            f"{len(here)} replicas of {each} GPU(s) each need {len(here) * each}; there are "
-            f"{len(devices)} (CUDA_VISIBLE_DEVICES: {named})"
-        )
-    return ",".join(devices[replica * each : (replica + 1) * each])
-
-
-def _count_gpus() -> int:
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return 0  # no driver here, so no GPU
-    return len(listed.stdout.splitlines())
 
 
 def server_command(plan: ServerPlan) -> list[str]:

@@ -9,6 +9,7 @@ with the loss divided by the global batch, that is the one-process gradient.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -33,6 +34,13 @@ def launch() -> Accelerator:
 
     Raises `ConfigError` for what accelerate offers and this trainer does not do.
     """
+    # Asked first: on CPUs, accelerate would forget it, and train without.
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"}:
+        raise ConfigError(
+            "accelerate: FSDP is not supported: every process holds the whole encoder. Use "
+            "distributed_type MULTI_GPU (configs/accelerate/ddp.yaml), with training.lora where "
+            "memory is short"
+        )
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if accelerator.distributed_type.value not in {"NO", "MULTI_GPU", "MULTI_CPU"}:
         raise ConfigError(f"accelerate: {accelerator.distributed_type.value} is not supported")

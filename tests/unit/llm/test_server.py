@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -10,9 +11,12 @@ import psutil
 import pytest
 import yaml
 
-from memshare.config import Config, ConfigError
+from memshare.config import Config, ConfigError, load_config
 from memshare.llm.base import LLMError
-from memshare.llm.server import Server, plan_servers, server_command, wait_ready
+from memshare.llm.plan import gpus_left, on_free_ports, plan_servers
+from memshare.llm.server import Server, server_command, wait_ready
+from tests import fake_vllm
+from tests.fake_vllm import fake_python
 
 ROOT = Path(__file__).parents[3]
 URL = "http://127.0.0.1:8101"
@@ -68,10 +72,54 @@ def test_replicas_have_ports_and_gpus_of_their_own(lm_folder: Path) -> None:
     moved = {"server": {**server, "port": 9000}}
     assert [p.port for p in plan_servers(_config(lm_folder, moved, moved))] == [9000, 9001]
     few = {"server": {"replicas": 3, "tensor_parallel_size": 2, "env": env}}
-    with pytest.raises(ConfigError, match=r"need 6; there are 4"):
+    with pytest.raises(ConfigError, match=r"need 6 GPUs, .* there are 4"):
         plan_servers(_config(lm_folder, few, few))
     none = {"server": {"replicas": 3, "env": {"CUDA_VISIBLE_DEVICES": ""}}}
     assert [p.devices for p in plan_servers(_config(lm_folder, none, none))] == ["", "", ""]
+
+
+def test_gpus_are_dealt_from_the_last_one_on(
+    lm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As configs/cluster.yaml has it: two agents and a scorer of two GPUs each."""
+    agent = {"server": {"replicas": 2, "tensor_parallel_size": 2}}
+    scorer = {"url": "http://127.0.0.1:8103", "server": {"tensor_parallel_size": 2}}
+    config = _config(lm_folder, agent, scorer)
+
+    def dealt(visible: str) -> tuple[list[str], str]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        plans = plan_servers(config)
+        return [plan.devices for plan in plans], gpus_left(plans)
+
+    assert dealt("0,1,2,3,4,5,6,7") == (["2,3", "4,5", "6,7"], "0,1")
+    assert dealt("GPU-a,GPU-b,3,4,5,6") == (["GPU-a,GPU-b", "3,4", "5,6"], "")
+    with pytest.raises(ConfigError, match="replicas do not share"):
+        dealt("0,1,2,3,4")
+    assert dealt("") == (["", "", ""], "")
+    config = _config(lm_folder, scorer={"url": "http://127.0.0.1:8103"})
+    assert dealt("0") == (["", ""], "")  # one card: they share it, as configs/h200.yaml has it
+    assert dealt("0,1,2,3") == (["2", "3"], "0,1")
+
+
+def test_free_ports_keep_what_is_shared_and_leave_remote_ones_alone(lm_folder: Path) -> None:
+    both = _config(lm_folder, {"server": {"replicas": 2}}, {"server": {"replicas": 2}})
+    moved = load_config(overrides=_settings(both, on_free_ports(both)))
+    assert moved.agent_llm.urls == moved.scorer_llm.urls and len(set(moved.agent_llm.urls)) == 2
+    assert not set(moved.agent_llm.urls) & set(both.agent_llm.urls)
+    assert len(plan_servers(moved)) == 2
+    far = _config(lm_folder, {"url": "http://10.0.0.9:1"}, {"url": ["http://10.0.0.9:1", URL]})
+    moved = load_config(overrides=_settings(far, on_free_ports(far)))
+    assert moved.agent_llm.urls == ("http://10.0.0.9:1",)
+    assert moved.scorer_llm.urls[0] == "http://10.0.0.9:1" != moved.scorer_llm.urls[1] != URL
+    assert on_free_ports(Config()) == []
+
+
+def _settings(config: Config, more: list[str]) -> list[str]:
+    """``config``'s LLMs as overrides, and ``more`` after them."""
+    keys = ("agent_llm", "scorer_llm")
+    return [
+        f"{key}={json.dumps(getattr(config, key).model_dump(mode='json'))}" for key in keys
+    ] + more
 
 
 def test_a_list_of_urls_is_a_server_each(lm_folder: Path) -> None:
@@ -195,11 +243,7 @@ def test_program_checks_and_complains(lm_folder: Path, tmp_path: Path) -> None:
 
 def test_a_replica_that_dies_is_started_again(lm_folder: Path, tmp_path: Path) -> None:
     """Two fake servers started by the real program: one is killed, and comes back by itself."""
-    python = tmp_path / "python"
-    fake = ROOT / "tests" / "fake_vllm.py"
-    find = r'while [ "$1" != --port ]; do shift; done'
-    python.write_text(f'#!/bin/sh\n{find}\nexec {sys.executable} {fake} "$2" {lm_folder}\n')
-    python.chmod(0o755)
+    python = fake_python(tmp_path / "python", lm_folder)
     first = _free_port()
     config = tmp_path / "c.yaml"
     tree = {
@@ -220,7 +264,7 @@ def test_a_replica_that_dies_is_started_again(lm_folder: Path, tmp_path: Path) -
         def listening() -> list[psutil.Process]:
             words = str(first)
             every = psutil.Process(child.pid).children(recursive=True)
-            return [p for p in every if words in p.cmdline() and str(fake) in p.cmdline()]
+            return [p for p in every if words in p.cmdline() and fake_vllm.__file__ in p.cmdline()]
 
         (victim,) = listening()
         victim.kill()
