@@ -35,7 +35,7 @@ from memshare.progress import log
 from memshare.training.child import accelerate_command
 
 SIZES = (1, 2, 4)
-BLOCKS = 5
+BLOCKS = 4
 QUERIES, MEMORIES = 16, 400  # a process: of one step, of a pool
 READY_SECONDS = 300.0
 
