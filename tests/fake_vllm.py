@@ -70,9 +70,13 @@ def fake_python(path: Path, model: Path) -> Path:
     return path
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # five by default: more at once are reset
+
+
 def main(port: int, model: str, seconds: float = 0.0) -> None:
     Handler.model, Handler.seconds = model, seconds
-    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+    Server(("127.0.0.1", port), Handler).serve_forever()
 
 
 if __name__ == "__main__":
