@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Score = Annotated[float, Field(ge=0.0, le=100.0)]
@@ -114,10 +122,15 @@ class BM25Config(Section):
 
 
 class VLLMServerConfig(Section):
-    """How ``serve/llm.py`` starts vLLM; ``args`` are passed to its server as they stand."""
+    """How ``serve/llm.py`` starts vLLM; ``args`` are passed to its server as they stand.
+
+    ``replicas``: so many equal servers, on as many ports from that of the url on. Each takes
+    ``tensor_parallel_size`` of the GPUs, in the order of ``CUDA_VISIBLE_DEVICES``.
+    """
 
     python: Path = Path(".venv-vllm/bin/python")
     port: int = 0  # 0: the port of the LLM's url
+    replicas: PositiveInt = 1
     max_model_len: PositiveInt | None = None
     dtype: str = "auto"
     tensor_parallel_size: PositiveInt = 1
@@ -131,13 +144,16 @@ class VLLMServerConfig(Section):
 class LLMConfig(Section):
     """One LLM. ``model``: a folder, a hub name, or ``pocket`` (the small one trained here).
 
+    ``url``: its server, or a list of equal ones, which get requests in turn; one that can't be
+    reached is left out for a while.
+
     ``openai``: any OpenAI-compatible endpoint, by its own name for the model; it gives no
     likelihoods, and ``context_length`` says how much fits, since it can't be asked.
     """
 
     backend: Literal["transformers", "vllm", "openai"] = "transformers"
     model: str = "pocket"
-    url: str = "http://127.0.0.1:8001"
+    url: str | Annotated[tuple[str, ...], Field(min_length=1)] = "http://127.0.0.1:8001"
     api_key_env: str = "MEMSHARE_LLM_API_KEY"
     context_length: PositiveInt = 8192
     timeout_seconds: PositiveFloat = 120.0
@@ -148,6 +164,29 @@ class LLMConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     server: VLLMServerConfig = VLLMServerConfig()
+
+    @model_validator(mode="after")
+    def _countable(self) -> LLMConfig:
+        if self.server.replicas > 1:
+            if not isinstance(self.url, str):
+                raise ValueError("server.replicas counts ports from one url; url is a list already")
+            try:
+                port = urlsplit(self.url).port
+            except ValueError:
+                port = None
+            if port is None:
+                raise ValueError(f"server.replicas counts ports from that of url: {self.url}")
+        return self
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of every replica, without ``/v1``."""
+        given = (self.url,) if isinstance(self.url, str) else self.url
+        bare = tuple(url.rstrip("/").removesuffix("/v1") for url in given)
+        if self.server.replicas == 1:
+            return bare
+        start, colon, port = bare[0].rpartition(":")
+        return tuple(f"{start}{colon}{int(port) + i}" for i in range(self.server.replicas))
 
 
 class AgentConfig(Section):
