@@ -12,6 +12,8 @@ Score = Annotated[float, Field(ge=0.0, le=100.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Standing = Annotated[float, Field(gt=-1.0, lt=0.0)]
 
 
 class Section(BaseModel):
@@ -38,6 +40,14 @@ class PoolSettings(Section):
     ``near_duplicate``: the cosine from which a written memory counts as one that is there already
     (None: never). Then the new one is dropped, or they are merged: the better graded one stays.
     ``max_memories``: a cap that the continual loop holds, pruning by the policy ``prune_by``.
+    ``max_principal_share``: of the pool's memories, as many one principal may have; more are
+    refused (None: any number). ``principal_floor``: so many each may have however small the pool
+    is, so the share binds from ``principal_floor / max_principal_share`` memories on. It takes more
+    than ``1 / max_principal_share`` principals to grow a pool beyond that. ``max_copies``: memories
+    that repeat one memory's answer under other questions, by agents that were shown it (None: any
+    number). ``hold_suspicious``: written text that seems meant for a model's eyes waits on hold for
+    a review. ``hold_below``: a memory whose standing sinks below it is put on hold (None: never);
+    at -0.4 it takes two principals at least.
     """
 
     rubric: str = "general"
@@ -46,6 +56,11 @@ class PoolSettings(Section):
     near_duplicate_action: Literal["drop", "merge"] = "drop"
     max_memories: PositiveInt | None = None
     prune_by: str = "near-duplicates"
+    max_principal_share: Share | None = None
+    principal_floor: PositiveInt = 20
+    max_copies: NonNegativeInt | None = 16
+    hold_suspicious: bool = False
+    hold_below: Standing | None = -0.5
 
 
 class EncoderConfig(Section):
@@ -64,11 +79,16 @@ class EncoderConfig(Section):
 
 
 class RetrieverConfig(Section):
-    """A named line of generations: which pools it serves and how many past ones are kept."""
+    """A named line of generations: which pools it serves and how many past ones are kept.
+
+    ``max_principal_share``: of the k memories that a search returns, at most so many, but one at
+    least, are by one principal; unless the search asks for one principal's own.
+    """
 
     name: str = Field(default="main", pattern=r"^[a-z0-9][a-z0-9_-]*$")
     pools: tuple[str, ...] = ()  # empty means every pool of `Config.pools`
     keep: PositiveInt = 3
+    max_principal_share: Share = 1.0
     gpu: Literal["auto", "on", "off"] = "auto"
     batch_wait_seconds: Annotated[float, Field(ge=0.0)] = 0.003
     max_batch: PositiveInt = 64
@@ -220,7 +240,7 @@ class TrainingConfig(Section):
     matryoshka: tuple[PositiveInt, ...] = ()
     towers: Literal["shared", "separate", "query-only"] = "shared"
     pool_temperature: Annotated[float, Field(ge=1.0)] = 1.0
-    max_principal_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_principal_share: Share = 1.0
     eval_every: PositiveInt | None = None
     patience: PositiveInt | None = None
     checkpoint_every: PositiveInt = 100

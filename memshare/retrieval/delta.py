@@ -6,6 +6,7 @@ and every search is exact over the rows that remain, so k asked for are k return
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -158,14 +159,44 @@ class Shard:
         Exact, filter or not; fewer than k only where fewer exist.
         """
         mask = self._mask(restrict)
+        if restrict is None or restrict.max_per_agent is None:
+            rows = self._top(queries, k, mask)
+        else:
+            most = restrict.max_per_agent
+            rows = [self._spread(query, k, mask.copy(), most) for query in queries]
+        return [
+            tuple(Hit(self._id(row), similarity) for similarity, row in hits[:k]) for hits in rows
+        ]
+
+    def _spread(self, query: Floats, k: int, mask: Mask, most: int) -> list[tuple[float, int]]:
+        """The k best for one query (dim,) of which no agent wrote more than ``most``.
+
+        Whoever has that many is masked, and the search goes on for the rest: exact, and never
+        short while others have memories. ``mask`` is used up.
+        """
+        kept: list[tuple[float, int]] = []
+        counts: Counter[int] = Counter()
+        while len(kept) < k:
+            for similarity, row in self._top(query[None], k - len(kept), mask)[0]:
+                agent = int(self._agents.view[row])
+                if agent >= 0 and counts[agent] == most:
+                    mask &= self._agents.view != agent
+                    break
+                counts[agent] += 1
+                mask[row] = False
+                kept.append((similarity, row))
+            else:
+                break
+        return kept
+
+    def _top(self, queries: Floats, k: int, mask: Mask) -> list[list[tuple[float, int]]]:
+        """(similarity, row) of the k best rows that ``mask`` allows, for each query."""
         base = len(self._base_ids)
         found = [[] for _ in queries] if base == 0 else self._top_base(queries, k, mask[:base])
         for hits, more in zip(found, self._top_delta(queries, k, mask[base:]), strict=True):
             hits.extend((similarity, row + base) for similarity, row in more)
             hits.sort(key=lambda hit: (-hit[0], hit[1]))
-        return [
-            tuple(Hit(self._id(row), similarity) for similarity, row in hits[:k]) for hits in found
-        ]
+        return [hits[:k] for hits in found]
 
     def _mask(self, restrict: Filter | None) -> Mask:
         mask: Mask = self._visible.view

@@ -24,7 +24,8 @@ def microseconds(time: str) -> int:
 class Filter:
     """Only memories by ``agent``, made at or after ``created_after`` and before ``created_before``.
 
-    Times are ISO 8601; None restricts nothing. ``exclude``: ids that are left out. Raises
+    Times are ISO 8601; None restricts nothing. ``exclude``: ids that are left out.
+    ``max_per_agent``: at most so many by one agent; memories that name none are nobody's. Raises
     ValueError for a text that is no time.
     """
 
@@ -32,6 +33,7 @@ class Filter:
     created_after: str | None = None
     created_before: str | None = None
     exclude: frozenset[str] = frozenset()
+    max_per_agent: int | None = None
 
     def __post_init__(self) -> None:
         """Check the times."""
