@@ -28,6 +28,7 @@ from memshare.pool.errors import PoolError
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.build import build_generation
+from memshare.retrieval.canaries import CanaryError, read_canaries
 from memshare.retrieval.card import base_model
 from memshare.retrieval.encoder import Encoder, EncoderError
 from memshare.retrieval.gate import GateResult
@@ -41,7 +42,8 @@ from memshare.training.relevance import HeldOutRelevance
 from memshare.training.split import SplitError
 
 EXPECTED = (
-    EncoderError, GenerationError, LLMError, PoolError, RubricError, RunLocked, SplitError,
+    CanaryError, EncoderError, GenerationError, LLMError, PoolError, RubricError, RunLocked,
+    SplitError,
 )  # fmt: skip
 FROZEN = "frozen"
 
@@ -84,6 +86,8 @@ def run(
 ) -> dict[str, Any]:
     """Encode, judge, publish; what became of it as a dict."""
     root, name, pools = config.generations_dir, config.retriever.name, config.served_pools
+    if gated and config.gate.canaries is not None:
+        read_canaries(config.gate.canaries)  # a mistake there is found now, not after the encoding
     for pool in pools:
         store.create_pool(pool, config.pools[pool].rubric, config.pools[pool].threshold)
     source = source or str(latest_encoder(config.run.dir))

@@ -173,14 +173,17 @@ class MiningConfig(Section):
 
     ``candidates``: BM25's best; ``dense_candidates``: the serving retriever's best, beside them (0:
     BM25 alone; so, too, with ``labels: none``). ``replay``: earlier memories mined again, with
-    today's retriever, per new one, so that nothing is forgotten. ``held_out_queries``: at most so
-    many held-out memories are labelled a round, where ``training.eval_every`` asks for them.
+    today's retriever, per new one, so that nothing is forgotten. ``min_standing``: memories
+    whose standing is lower are no queries and no candidates; one principal alone can't bring a
+    memory below -0.34. ``held_out_queries``: at most so many held-out memories are labelled a
+    round, where ``training.eval_every`` asks for them.
     """
 
     labels: Literal["none", "given", "likelihood", "prompted", "reward"] = "likelihood"
     candidates: PositiveInt = 16
     dense_candidates: NonNegativeInt = 8
     replay: Annotated[float, Field(ge=0.0)] = 0.5
+    min_standing: Annotated[float, Field(ge=-1.0, le=0.0)] = -0.4
     held_out_queries: PositiveInt = 64
     baseline: bool = True
     given_key: str = "label"  # memory.metadata key that `given` compares
@@ -264,7 +267,11 @@ class SplitConfig(Section):
 
 
 class GateConfig(Section):
-    """Next passes if the paired bootstrap's lower bound of each metric difference is > -margin."""
+    """Next passes if the paired bootstrap's lower bound of each metric difference is > -margin.
+
+    ``canaries``: a file of questions and the memories that must be found for them
+    (`memshare.retrieval.canaries`), on which the mean difference must not be below -margin either.
+    """
 
     margin: Annotated[float, Field(ge=0.0)] = 0.02
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
@@ -272,6 +279,7 @@ class GateConfig(Section):
     max_queries: PositiveInt = 200
     depth: PositiveInt = 10
     gain: Annotated[float, Field(ge=0.0)] = 0.05  # nats per token over no example to be relevant
+    canaries: Path | None = None
 
 
 class ContinualConfig(Section):

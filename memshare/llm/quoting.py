@@ -19,6 +19,9 @@ _SECRET = secrets.token_bytes(32)
 _FENCE = re.compile(r"^\W*(?:BEGIN|END)\s+DATA\b", re.MULTILINE)
 # What a reader can't see and JSON leaves as it is: line ends, format and control characters.
 _HIDDEN = {"Cf", "Cc", "Zl", "Zp"}
+# These shape Arabic, Persian and Indic words and emoji; all other format characters carry nothing
+# that a reader sees.
+JOINERS = "\u200c\u200d"
 
 
 def quote(data: Mapping[str, str]) -> tuple[str, str]:
@@ -31,6 +34,13 @@ def quote(data: Mapping[str, str]) -> tuple[str, str]:
 def looks_like_fence(text: str) -> bool:
     """Whether a line of ``text`` looks like one of those around a fenced block."""
     return _FENCE.search(text) is not None
+
+
+def without_hidden(text: str) -> str:
+    """``text`` as a reader sees it: without invisible characters, but with what shapes others."""
+    if text.isascii():
+        return text
+    return "".join(c for c in text if c in JOINERS or unicodedata.category(c) != "Cf")
 
 
 def _show_hidden(body: str) -> str:

@@ -9,23 +9,19 @@ a human to look at, where the pool asks for it (`pools.NAME.hold_suspicious`).
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from memshare.config import Config
 from memshare.llm.neutralise import has_control_string
-from memshare.llm.quoting import looks_like_fence
+from memshare.llm.quoting import looks_like_fence, without_hidden
 from memshare.pool.feedback import Standing
 from memshare.pool.limits import Limits
 from memshare.records import Memory, NewMemory
 from memshare.sharing.near import NearDuplicates
 from memshare.training.split import grams, jaccard
 
-# Joiners shape Arabic, Persian and Indic words and emoji; all other invisible characters carry
-# nothing that a reader sees.
-_JOINERS = "\u200c\u200d\ufe0e\ufe0f"
 # A flag of a country's part is a black flag, tag characters, and their end.
 _FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")
 
@@ -103,6 +99,6 @@ def suspicion(text: str) -> str | None:
         return "it imitates the lines around quoted text in the scorer's prompt"
     if not text.isascii():
         bare = _FLAG.sub("", text)
-        if any(unicodedata.category(c) == "Cf" and c not in _JOINERS for c in bare):
+        if without_hidden(bare) != bare:
             return "it has invisible characters in it"
     return None
