@@ -31,6 +31,8 @@ class LLMProbe:
         self._state = "in process" if config.backend == "transformers" else "unknown"
         self._asked = float("-inf")
         self._lock = asyncio.Lock()
+        # One for all time: making one reads every certificate, for which the event loop stands.
+        self._client = httpx.AsyncClient(timeout=_PROBE_SECONDS, trust_env=False)
 
     async def state(self) -> str:
         """``in process``, ``reachable`` or ``unreachable: why``."""
@@ -40,8 +42,7 @@ class LLMProbe:
             if time.monotonic() - self._asked > _PROBE_SECONDS:
                 url = self._config.url.rstrip("/").removesuffix("/v1") + "/v1/models"
                 try:
-                    async with httpx.AsyncClient(timeout=_PROBE_SECONDS, trust_env=False) as client:
-                        reply = await client.get(url)
+                    reply = await self._client.get(url)
                     # 401 and 403 come from a server that is up; its key is the backend's affair.
                     up = reply.status_code < 500
                     self._state = "reachable" if up else f"unreachable: HTTP {reply.status_code}"
@@ -49,6 +50,10 @@ class LLMProbe:
                     self._state = f"unreachable: {url}: {type(error).__name__}"
                 self._asked = time.monotonic()
         return self._state
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await self._client.aclose()
 
 
 @dataclass
