@@ -45,8 +45,8 @@ from memshare.retrieval.worker import SearcherClosed, Worker
 
 _CLOSE = 64  # changes that may be left for when the feeder pauses
 _ROUNDS = 10  # of catching up before that, should writes come faster than they are encoded
-_NICENESS = int(os.environ.get("X_NICE", "10"))  # of the loading thread: about a tenth of a core that others want, too
-_TURN_SECONDS = float(os.environ.get("X_TURN", "0.0005"))  # of Python's interpreter lock while a generation is loaded; 0.005 else
+_NICENESS = 10  # of the loading thread: about a tenth of a core that others want, too
+_TURN_SECONDS = 0.0005  # of the interpreter lock while a generation is loaded, else 0.005
 _SETUP_ERRORS = (EncoderError, IndexFault, GpuFault)  # at the first load: a wrong configuration
 
 
