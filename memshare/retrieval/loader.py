@@ -104,8 +104,7 @@ class Loader:
         poll, wait = self._config.retriever.poll_seconds, 0.0
         while not self._stop.wait(wait):
             try:
-                with _short_turns():
-                    self._step()
+                self._step()
                 wait = poll
             except SearcherClosed:
                 return
@@ -123,8 +122,12 @@ class Loader:
         stamp = current_stamp(self._root, self._name)
         # Numbers only: a reference to the old `Serving` would keep its memory through the swap.
         number = None if self._worker.serving is None else self._worker.serving.number
-        if number is not None and stamp == self._seen:
-            return
+        if number is None or stamp != self._seen:
+            with _short_turns():
+                self._replace(number, stamp)
+
+    def _replace(self, number: int | None, stamp: Stamp) -> None:
+        """Bring in what CURRENT, written at ``stamp``, names; ``number`` serves (None: nothing)."""
         began = time.perf_counter()
         if number is None:
             following, choice = self._first()
