@@ -133,7 +133,7 @@ def run(
         return {"outcome": "rejected", "generation": current(root, name), **metrics}
     generation = publish(
         root, name, encoder=encoder, **built.parts(), metrics=metrics, parent=current(root, name),
-        keep=config.retriever.keep, best=verdict.best,
+        keep=config.retriever.keep, best=verdict.best, index=config.retriever.index,
     )  # fmt: skip
     log(f"published generation {generation} ({len(built.ids)} memories; gate: {verdict.reason})")
     return {"outcome": "published", "generation": generation, **metrics}

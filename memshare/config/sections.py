@@ -63,13 +63,42 @@ class EncoderConfig(Section):
     device: str = "auto"
 
 
+class IndexConfig(Section):
+    """How vectors are kept and searched. ``flat`` is exact; the other kinds are for large pools.
+
+    ``ivf``: the ``nprobe`` nearest of ``nlist`` lists (None: four times the root of the pool's
+    size) are searched. ``hnsw``, on the CPU alone: a graph with ``links`` a memory, built and
+    searched with so many neighbours in view (``ef_construction``, ``ef_search``). Pools below
+    ``approximate_from`` memories stay flat. ``recall_floor``: a generation that finds fewer of a
+    memory's ten nearest others is not published. ``precision``: of the vectors wherever they are,
+    or (``gpu-float16``) of flat indexes' GPU copies alone, while the CPU's decide in full.
+    """
+
+    kind: Literal["flat", "ivf", "hnsw"] = "flat"
+    nlist: PositiveInt | None = None
+    nprobe: PositiveInt = 64
+    links: Annotated[int, Field(ge=4, le=256)] = 32
+    ef_construction: PositiveInt = 128
+    ef_search: PositiveInt = 128
+    approximate_from: PositiveInt = 10_000
+    recall_floor: Fraction = 0.9
+    precision: Literal["float32", "gpu-float16", "float16"] = "float32"
+
+
 class RetrieverConfig(Section):
-    """A named line of generations: which pools it serves and how many past ones are kept."""
+    """A named line of generations: which pools it serves and how many past ones are kept.
+
+    ``gpu_memory_gib``: what its generations may take of a GPU together, beside vLLM's share (None:
+    whatever is free). Where two don't fit, the next one serves from the CPU until the old one is
+    gone.
+    """
 
     name: str = Field(default="main", pattern=r"^[a-z0-9][a-z0-9_-]*$")
     pools: tuple[str, ...] = ()  # empty means every pool of `Config.pools`
     keep: PositiveInt = 3
+    index: IndexConfig = IndexConfig()
     gpu: Literal["auto", "on", "off"] = "auto"
+    gpu_memory_gib: PositiveFloat | None = None
     batch_wait_seconds: Annotated[float, Field(ge=0.0)] = 0.003
     max_batch: PositiveInt = 64
     poll_seconds: PositiveFloat = 0.5
