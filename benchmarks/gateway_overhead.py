@@ -65,7 +65,7 @@ class Sizes:
     requests: int
 
 
-FULL = Sizes(1_000, 7, 192)
+FULL = Sizes(500, 5, 160)
 QUICK = Sizes(100, 1, 48)
 
 Body = dict[str, Any]
@@ -177,15 +177,19 @@ async def retrieval_pairs(
 ) -> list[tuple[Body, Body]]:
     """The chat expanded by hand with what a search finds, and the one for the gateway to expand."""
     on = {"pool": POOL, "shots": SHOTS, "write": False}
-    pairs = []
-    async with httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, trust_env=False) as client:
-        for question in questions:
+    async with httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, transport=Lanes()) as client:
+
+        async def pair(question: str) -> tuple[Body, Body]:
             search = {"pool": POOL, "query": question, "k": SHOTS}
             reply = await client.post(f"{url}/v1/memories/search", json=search)
             found = reply.raise_for_status().json()["memories"]
             shots = [(memory["prompt"], memory["answer"]) for memory in found]
             expanded = {**plain, "messages": few_shot("", shots, question)}
-            pairs.append((expanded, asked(question, on, plain["model"])))
+            return expanded, asked(question, on, plain["model"])
+
+        pairs: list[tuple[Body, Body]] = []
+        for start in range(0, len(questions), CLIENTS):
+            pairs += await asyncio.gather(*map(pair, questions[start : start + CLIENTS]))
     return pairs
 
 

@@ -54,7 +54,6 @@ class Load:
     texts: Iterator[tuple[str, str]]  # prompts and answers to write, all different
     rng: Random
     found: list[Found] = field(default_factory=list)
-    before: list[tuple[str, str, str]] = field(default_factory=list)  # see `forget`
     written: list[tuple[str, str, str]] = field(default_factory=list)  # id, prompt, answer
     visible: list[tuple[float, float]] = field(default_factory=list)  # when due, seconds until then
     swaps: list[tuple[float, float]] = field(default_factory=list)  # from request to end
@@ -91,8 +90,7 @@ class Load:
         return count / (time.monotonic() - began)
 
     def forget(self) -> None:
-        """Keep of what was so far the failures, and in ``before`` what was written."""
-        self.before += self.written
+        """Keep nothing of what was so far but the failures."""
         self.found, self.written, self.visible = [], [], []
 
     async def run(self, rate: float, done: Callable[[], bool]) -> None:

@@ -47,15 +47,16 @@ _BLOCK = 50_000
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Vectors of the flat and IVF pools and of the HNSW pool; seconds a turn, about."""
+    """Vectors of the flat and IVF pools and of the HNSW pool; seconds a turn of flat, about."""
 
     rows: int
     graph_rows: int
     dim: int
+    lists: int
     seconds: float
 
 
-FULL, QUICK = Sizes(1_000_000, 50_000, 384, 5.0), Sizes(30_000, 5_000, 128, 0.5)
+FULL, QUICK = Sizes(1_000_000, 50_000, 384, 1024, 10.0), Sizes(30_000, 5_000, 128, 128, 1.0)
 
 
 def clustered(count: int, dim: int, seed: int, centres: Floats) -> Floats:
@@ -196,24 +197,23 @@ def main() -> None:
     flat = Bench(vectors, IndexConfig(), questions)
     kinds["flat"] = {"rows": sizes.rows, **flat.turns(sizes.seconds), "recall_at_10": 1.0}
     log(f"flat: {kinds['flat']}")
-    qps = kinds["flat"]["qps"]
+    qps, short = kinds["flat"]["qps"], sizes.seconds / 3
+    common = Filter(terms=terms_of({"topic": "common"}))
     beside = {
-        "qps_filter_agent_1_percent": flat.restricted(sizes.seconds, qps, Filter(agent="ann")),
-        "qps_filter_metadata_99_percent": flat.restricted(
-            sizes.seconds, qps, Filter(terms=terms_of({"topic": "common"}))
-        ),
+        "qps_filter_agent_1_percent": flat.restricted(short, qps, Filter(agent="ann")),
+        "qps_filter_metadata_99_percent": flat.restricted(short, qps, common),
     }
     exact = flat.answers(sample)
     gone = np.random.default_rng(args.seed).choice(sizes.rows, sizes.rows // 100, replace=False)
     flat.shard.reconcile({f"{i:09d}": None for i in gone.tolist()})
-    beside["qps_tombstones_1_percent"] = flat.restricted(sizes.seconds, qps, None)
+    beside["qps_tombstones_1_percent"] = flat.restricted(short, qps, None)
     log(f"flat: {beside}")
     flat.close()
     del flat
 
-    near = {"approximate_from": 1, "nprobe": 64}
+    near = {"approximate_from": 1, "nlist": sizes.lists}
     ivf = Bench(vectors, IndexConfig.model_validate({"kind": "ivf", **near}), questions)
-    kinds["ivf"] = {"rows": sizes.rows, **ivf.turns(sizes.seconds)}
+    kinds["ivf"] = {"rows": sizes.rows, **ivf.turns(short)}
     kinds["ivf"]["recall_at_10"] = ivf.recall(exact)
     log(f"ivf: {kinds['ivf']}")
     ivf.close()
@@ -222,7 +222,7 @@ def main() -> None:
     part = vectors[: sizes.graph_rows].copy()
     del vectors
     graph = Bench(part, IndexConfig.model_validate({"kind": "hnsw", **near}), questions)
-    kinds["hnsw"] = {"rows": sizes.graph_rows, **graph.turns(sizes.seconds)}
+    kinds["hnsw"] = {"rows": sizes.graph_rows, **graph.turns(short)}
     truth = Bench(part, IndexConfig(), questions)
     kinds["hnsw"]["recall_at_10"] = graph.recall(truth.answers(sample))
     truth.close()

@@ -30,6 +30,7 @@ import itertools
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -62,6 +63,7 @@ from tests.tiny import tiny_encoder
 POOL, RETRIEVER = "world", "main"
 GENERATIONS = (1, 2)
 _QUESTIONS_WORLD, _WRITES_WORLD = 1_000, 2_000  # seeds of worlds that are not in the pool
+_QUESTION_WORDS = 12
 _PAIR_SHARE = 0.25  # of the one gateway's capacity: there are two to feed on the same cores
 
 
@@ -129,34 +131,44 @@ class Prepared:
         with PoolStore.open(database) as target:
             target.create_pool(POOL)
             target.append(
-                [NewMemory(POOL, prompt, answer, id=id) for id, prompt, answer in self.memories()]
+                [
+                    NewMemory(POOL, prompt, answer, id=id)
+                    for id, prompt, answer in self.memories()[: self.steady]
+                ]
             )
 
     def memories(self) -> list[tuple[str, str, str]]:
-        """Id, prompt and answer of what was there before any load, in order."""
+        """Id, prompt and answer, in order: first what was there before any load."""
         with PoolStore.open(load_config(self.config("check")).url) as store:
-            rows = len(np.load(self.folder / "vectors-1.npy", mmap_mode="r"))
-            found = itertools.islice(store.iter(POOL), rows)
-            return [(memory.id, memory.prompt, memory.answer) for memory in found]
+            return [(memory.id, memory.prompt, memory.answer) for memory in store.iter(POOL)]
+
+    @property
+    def steady(self) -> int:
+        """How many memories were there before any load."""
+        return len(np.load(self.folder / "vectors-1.npy", mmap_mode="r"))
 
     def expected(
         self, questions: Sequence[str], written: Sequence[tuple[str, str, str]]
     ) -> dict[int, Expected]:
-        """What each generation gives for ``questions``: by its encoder, from the texts."""
-        base = self.memories()
-        columns = {id: column for column, (id, _, _) in enumerate([*base, *written])}
+        """What each generation gives for ``questions``: by its encoder, from the texts.
+
+        ``written``: memories that came in the other database.
+        """
+        everything = [*self.memories(), *written]
+        columns = {id: column for column, (id, _, _) in enumerate(everything)}
         models = {}
         for number in GENERATIONS:
             encoder = Encoder.from_folder(self._encoders[number], device="cpu")
-            late = encoder.encode_memories([(prompt, answer) for _, prompt, answer in written])
+            pairs = [(prompt, answer) for _, prompt, answer in everything[self.steady :]]
+            late = encoder.encode_memories(pairs)
             vectors = np.concatenate([np.load(self.folder / f"vectors-{number}.npy"), late])
             similarities = encoder.encode_queries(questions) @ vectors.T
-            models[number] = Expected(similarities, columns, len(base))
+            models[number] = Expected(similarities, columns, self.steady)
         return models
 
     def crossed(self, questions: Sequence[str]) -> dict[int, Expected]:
         """As `expected`, of queries by one generation's encoder in the other one's vectors."""
-        ids = [id for id, _, _ in self.memories()]
+        ids = [id for id, _, _ in self.memories()[: self.steady]]
         columns = {id: column for column, id in enumerate(ids)}
         models = {}
         for number, other in (GENERATIONS, GENERATIONS[::-1]):
@@ -288,8 +300,15 @@ def answer_of(model: Expected, generation: int, question: int) -> SearchAnswer:
 def measure(prepared: Prepared, sizes: Sizes, seed: int) -> tuple[dict[str, float], dict[str, Any]]:
     """Claims, and the figures behind them."""
     rng = Random(seed)
-    questions = [prompt for prompt, _ in itertools.islice(texts(_QUESTIONS_WORLD), sizes.questions)]
-    writes = texts(_WRITES_WORLD + 50 * seed)
+    # Of prompts the encoders would see the beginnings alone, which memories share to the letter:
+    # both generations would give the same answer, and tell nothing apart.
+    others = itertools.islice(texts(_QUESTIONS_WORLD), sizes.questions)
+    questions = [" ".join(answer.split()[:_QUESTION_WORDS]) for _, answer in others]
+    run = f"{time.time_ns():x}"  # no two runs write the same, since a folder may be used again
+    writes = (
+        (f"{prompt} ({run}, {number})", answer)
+        for number, (prompt, answer) in enumerate(texts(_WRITES_WORLD))
+    )
     with gateways(prepared.config("one")) as urls:
         one = Load(urls, POOL, questions, writes, rng)
         capacity, rate = asyncio.run(loaded(one, sizes, None))
@@ -305,12 +324,14 @@ def measure(prepared: Prepared, sizes: Sizes, seed: int) -> tuple[dict[str, floa
     finally:
         server.close()
     log("checking every answer")
-    expected = prepared.expected(questions, [*one.before, *one.written, *two.written])
+    expected = prepared.expected(questions, two.written)
     wrong = problems([*one.found, *two.found], expected)
     sample = one.found[:: max(1, len(one.found) // 100)]
     faults = planted(sample, expected, prepared.crossed(questions))
     failures = [*one.failures, *two.failures]
     during, steady = by_swap(one)
+    if not (during and steady and one.visible and two.visible):
+        raise RuntimeError(f"cut short by failures: {failures[:10]}")
     claims = {
         "failed_requests": len(failures),
         "mixed_answers": len(wrong),

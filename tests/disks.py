@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,5 +28,11 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 def fill_up(disk: Path) -> Path:
     """Take all that is free on ``disk``; returns the file to delete for room."""
     ballast = disk / "ballast"
-    ballast.write_bytes(b"\0" * shutil.disk_usage(disk).free)
+    with ballast.open("wb", buffering=0) as handle:
+        try:
+            while handle.write(b"\0" * os.sysconf("SC_PAGE_SIZE")):
+                pass
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
     return ballast

@@ -80,7 +80,8 @@ class Load:
             for number in itertools.count():
                 if self._stop.is_set():
                     return
-                item = {"pool": "keep", "prompt": f"writer {place} says {number}", "answer": "yes"}
+                item = {"pool": "keep", "prompt": f"writer {place} says {number}"}
+                item["answer"] = f"what {place} says {number} times"
                 try:
                     self._send(client, item)
                     time.sleep(self._pause)

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from memshare.llm.lanes import Lanes
 from memshare.pocket.world import Task
 
 _TIMEOUT_SECONDS = 120.0
@@ -74,10 +75,7 @@ class Stream:
     def __init__(self, url: str, pool: str, agents: int, rate: float) -> None:
         """``rate``: requests a second, over all ``agents``."""
         self.traffic = Traffic()
-        self._client = httpx.AsyncClient(
-            base_url=url, timeout=_TIMEOUT_SECONDS, trust_env=False,
-            limits=httpx.Limits(max_connections=256),
-        )  # fmt: skip
+        self._client = httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_SECONDS, transport=Lanes())
         self._pool = pool
         self._agents = agents
         self._rate = rate

@@ -92,6 +92,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         log("stopping")
         await gateway.queue.stop()
         await gateway.shared.aclose()
+        for probe in gateway.probes.values():
+            await probe.aclose()
         log("stopped")
 
 

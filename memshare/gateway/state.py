@@ -31,6 +31,8 @@ class LLMProbe:
         self._state = "in process" if config.backend == "transformers" else "unknown"
         self._asked = float("-inf")
         self._lock = asyncio.Lock()
+        # One for all time: making one reads every certificate, for which the event loop stands.
+        self._client = httpx.AsyncClient(timeout=_PROBE_SECONDS, trust_env=False)
 
     async def state(self) -> str:
         """``in process``, ``reachable`` or ``unreachable: why``."""
@@ -38,24 +40,25 @@ class LLMProbe:
             return self._state
         async with self._lock:
             if time.monotonic() - self._asked > _PROBE_SECONDS:
-                states = await asyncio.gather(*(_probe(url) for url in self._config.urls))
+                states = await asyncio.gather(*map(self._probe, self._config.urls))
                 # One replica that answers is enough to answer.
                 self._state = next((s for s in states if s == "reachable"), "; ".join(states))
                 self._asked = time.monotonic()
         return self._state
 
+    async def _probe(self, url: str) -> str:
+        """``reachable`` or ``unreachable: why``."""
+        path = f"{url}/v1/models"
+        try:
+            reply = await self._client.get(path)
+        except httpx.HTTPError as error:
+            return f"unreachable: {path}: {type(error).__name__}"
+        # 401 and 403 come from a server that is up; its key is the backend's affair.
+        return "reachable" if reply.status_code < 500 else f"unreachable: HTTP {reply.status_code}"
 
-async def _probe(url: str) -> str:
-    """``reachable`` or ``unreachable: why``."""
-    path = f"{url}/v1/models"
-    try:
-        async with httpx.AsyncClient(timeout=_PROBE_SECONDS, trust_env=False) as client:
-            reply = await client.get(path)
-    except httpx.HTTPError as error:
-        return f"unreachable: {path}: {type(error).__name__}"
-    # 401 and 403 come from a server that is up; its key is the backend's affair.
-    return "reachable" if reply.status_code < 500 else f"unreachable: HTTP {reply.status_code}"
-
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
 
 @dataclass
 class Gateway:

@@ -22,6 +22,10 @@ from memshare.pool.rows import need_pool
 from memshare.pool.schema import pending
 from memshare.records import Pair
 
+# A claim that ends after more than so many leases was made before the clock was set back: it would
+# outlive its gateway by as much. Gateways of one database may differ by as much in their leases.
+_LONGEST_LEASE = 10
+
 
 class ClaimLost(RuntimeError):
     """Somebody else has claimed the pair, or decided it already."""
@@ -81,8 +85,8 @@ class PairQueue:
         wanted = sa.true() if before is None else pending.c.id < before
 
         def free(now: float) -> sa.ColumnElement[bool]:
-            # A claim that ends later than any made now was made before the clock was set back.
-            over = sa.or_(pending.c.free_at <= now, pending.c.free_at > now + 2 * lease_seconds)
+            latest = now + _LONGEST_LEASE * lease_seconds
+            over = sa.or_(pending.c.free_at <= now, pending.c.free_at > latest)
             return sa.and_(wanted, over)
 
         with self._db.read() as connection:  # most often there are none: no need to lock for that

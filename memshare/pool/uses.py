@@ -85,11 +85,17 @@ class UseCounter:
             self._fresh.update(ids)
 
     def flush(self) -> None:
-        """Add up what was counted. Raises `PoolError` with everything kept for the next time."""
+        """Add up what was counted. Raises `PoolError` with what is left kept for the next time.
+
+        In several short transactions: writers of memories would have to wait for a long one.
+        """
         with self._lock:
             fresh, self._fresh = self._fresh, Counter()
         try:
-            self._counts.add(fresh)
+            for part in _parts(dict(fresh)):
+                self._counts.add({id: fresh[id] for id in part})
+                for id in part:
+                    del fresh[id]
         except BaseException:
             with self._lock:
                 self._fresh.update(fresh)

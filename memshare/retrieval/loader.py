@@ -45,12 +45,8 @@ from memshare.retrieval.worker import SearcherClosed, Worker
 
 _CLOSE = 64  # changes that may be left for when the feeder pauses
 _ROUNDS = 10  # of catching up before that, should writes come faster than they are encoded
-_NICENESS = int(
-    os.environ.get("X_NICE", "10")
-)  # of the loading thread: about a tenth of a core that others want, too
-_TURN_SECONDS = float(
-    os.environ.get("X_TURN", "0.0005")
-)  # of Python's interpreter lock while a generation is loaded; 0.005 else
+_NICENESS = 10  # of the loading thread: about a tenth of a core that others want, too
+_TURN_SECONDS = 0.0005  # of the interpreter lock while a generation is loaded, else 0.005
 _SETUP_ERRORS = (EncoderError, IndexFault, GpuFault)  # at the first load: a wrong configuration
 
 
@@ -108,8 +104,7 @@ class Loader:
         poll, wait = self._config.retriever.poll_seconds, 0.0
         while not self._stop.wait(wait):
             try:
-                with _short_turns():
-                    self._step()
+                self._step()
                 wait = poll
             except SearcherClosed:
                 return
@@ -127,8 +122,12 @@ class Loader:
         stamp = current_stamp(self._root, self._name)
         # Numbers only: a reference to the old `Serving` would keep its memory through the swap.
         number = None if self._worker.serving is None else self._worker.serving.number
-        if number is not None and stamp == self._seen:
-            return
+        if number is None or stamp != self._seen:
+            with _short_turns():
+                self._replace(number, stamp)
+
+    def _replace(self, number: int | None, stamp: Stamp) -> None:
+        """Bring in what CURRENT, written at ``stamp``, names; ``number`` serves (None: nothing)."""
         began = time.perf_counter()
         if number is None:
             following, choice = self._first()

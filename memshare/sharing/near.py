@@ -20,7 +20,7 @@ from memshare.pool.validate import check_memory
 from memshare.records import Memory, NewMemory, content_key
 from memshare.retrieval.searcher import Searcher, SearcherClosed, SearchTimeout
 
-_RIVALS = 16  # near-duplicates written at one moment that `confirm` looks at
+_RIVALS = 16  # near-duplicates written at one moment that are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class NearDuplicates:
         if mine is None or mine.seq <= place.seen + 1:
             return None  # nobody else wrote in between
         replaced = {id} if place.twin is None else {id, place.twin.id}
-        others = [other for other in self._near(mine, _RIVALS) if other.id not in replaced]
+        others = [other for other in self._near(mine) if other.id not in replaced]
         earlier = [other for other in others if other.seq < mine.seq]
         if not earlier:
             return None
@@ -108,16 +108,20 @@ class NearDuplicates:
         return min(earlier, key=lambda other: other.seq)
 
     def find(self, memory: NewMemory) -> Memory | None:
-        """The memory nearest to ``memory``, if it is near enough and neither held nor deleted."""
-        return next(iter(self._near(memory, 1)), None)
+        """The earliest memory that is near enough to ``memory``, neither held nor deleted.
 
-    def _near(self, memory: NewMemory | Memory, most: int) -> list[Memory]:
-        """As `find`, ``most`` of them, the nearest first."""
+        Not the nearest: that one may be of another gateway that is about to find itself overtaken
+        (`confirm`). Whoever sees it sees the earlier one too.
+        """
+        return min(self._near(memory), key=lambda other: other.seq, default=None)
+
+    def _near(self, memory: NewMemory | Memory) -> list[Memory]:
+        """All that are near enough, as far as the search goes (`_RIVALS`)."""
         settings = self._settings[memory.pool]
         assert settings.near_duplicate is not None
         try:
             answer = self._searcher.nearest(
-                memory.pool, memory.prompt, memory.answer, most, self._patience
+                memory.pool, memory.prompt, memory.answer, _RIVALS, self._patience
             )
         except (SearchTimeout, SearcherClosed) as error:
             raise PoolError(f"near-duplicates can't be looked for: {error}") from error

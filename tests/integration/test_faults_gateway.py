@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import random
 import socket
 import time
@@ -89,13 +90,17 @@ def test_disk_full_under_load(tmp_path: Path, models: Path) -> None:
 
 CLOCK = '''"""Imported first by every Python here: its wall clock is off by what a file says."""
 import datetime, os, time
+_datetime = datetime.datetime
 _real, _ns, _file = time.time, time.time_ns, os.environ["CLOCK_FILE"]
 def _offset():
     with open(_file) as handle:
         return int(handle.read())
 time.time = lambda: _real() + _offset()
 time.time_ns = lambda: _ns() + _offset() * 1_000_000_000
-class Jumping(datetime.datetime):
+class Kind(type):
+    def __instancecheck__(cls, value):
+        return isinstance(value, _datetime)
+class Jumping(_datetime, metaclass=Kind):
     @classmethod
     def now(cls, tz=None):
         return super().now(tz) + datetime.timedelta(seconds=_offset())
@@ -150,8 +155,6 @@ def write(url: str, prompt: str) -> str:
 
 def created_at(url: str, prompt: str) -> float:
     """When a memory written now says it was made, in seconds since 1970."""
-    import datetime
-
     memory = httpx.get(f"{url}/v1/memories/{write(url, prompt)}", timeout=30).json()
     return datetime.datetime.fromisoformat(memory["created_at"]).timestamp()
 

@@ -94,6 +94,7 @@ def wait(condition: Any, seconds: float, problem: str) -> float:
 def half_copied(home: Path, number: int) -> None:
     """As `cp -r` leaves it when it is cut off: the manifest is there, the largest files not."""
     shutil.copytree(home / "000001", home / f"{number:06d}", copy_function=shutil.copy)
+    renumber(home, number)
     for path in (home / f"{number:06d}").rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (home / f"{number:06d}" / "index.faiss").unlink()

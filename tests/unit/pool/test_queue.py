@@ -76,6 +76,20 @@ def test_a_renewed_claim_holds_and_a_released_pair_is_free_at_once(store: PoolSt
     store.close()
 
 
+def test_a_claim_from_before_the_clock_was_set_back_is_over(store: PoolStore) -> None:
+    queue = PairQueue(store.database)
+    queue.put([pair(0), pair(1)])
+    (kept,) = queue.claim(1, 90)  # another gateway's, whose leases are longer
+    (lost,) = queue.claim(1, 3600 + 60)  # as one of 60 s looks once the clock is an hour behind
+    (job,) = queue.claim(5, 60)
+    assert job.id == lost.id
+    decide(store, job)
+    decide(store, kept)
+    with pytest.raises(ClaimLost):
+        decide(store, lost)
+    store.close()
+
+
 def test_a_stopping_gateway_claims_only_what_was_there(store: PoolStore) -> None:
     queue = PairQueue(store.database)
     queue.put([pair(0)])

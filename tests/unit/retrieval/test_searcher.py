@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import random
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,9 +25,11 @@ from memshare.pool.store import PoolStore
 from memshare.records import Memory, SearchAnswer
 from memshare.retrieval import loader as loader_module
 from memshare.retrieval import serving as serving_module
+from memshare.retrieval.build import build_generation
 from memshare.retrieval.encoder import Encoder, EncoderError
 from memshare.retrieval.generation import current, load
-from memshare.retrieval.publish import activate
+from memshare.retrieval.placing import Choice, Placer
+from memshare.retrieval.publish import activate, publish
 from memshare.retrieval.searcher import Filter, Searcher, SearcherClosed, SearchTimeout
 from memshare.retrieval.serving import Serving
 from memshare.retrieval.shelf import numbers, stage_current, write_current
@@ -269,6 +275,77 @@ def test_swaps_under_load_never_mix_generations(
     problems, count, seen = load_test(store, config, encoders, swaps=8)
     assert problems == []
     assert count > 100 and seen == {1, 2}
+
+
+def test_a_swap_leaves_nothing_of_the_old_one_and_reads_no_known_memory_again(
+    store: PoolStore, config: Config, searcher: Searcher, encoders: list[Encoder],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    memories = fill(store, "p", 30)
+    publish_now(store, config, encoders[0])
+    serves(searcher, 1)
+    old = weakref.ref(searcher._worker.serving)
+    turn = sys.getswitchinterval()
+    read: list[str] = []
+
+    def no_pages(*_: Any, **__: Any) -> Iterator[Memory]:
+        read.append("pages")
+        return iter(())
+
+    more = fill(store, "p", 5, seed=1)
+    store.delete(memories[0].id)
+    searcher.wait_visible("p", store.last_seq("p"), 60)
+    built = build_generation(store, config, encoders[1])
+    monkeypatch.setattr(store, "iter", no_pages)
+    publish(
+        config.generations_dir, "main", encoder=encoders[1], metrics={}, parent=1, keep=3,
+        **built.parts(),
+    )  # fmt: skip
+    serves(searcher, 2)
+    assert set(find(searcher, more[0])) == {m.id for m in memories[1:] + more}
+    agents = {m.id for m in memories[1:] + more if m.agent == "ann"}
+    assert set(ids(searcher.search("p", "x", 99, Filter("ann")))) == agents
+    assert read == []
+    gc.collect()
+    until(lambda: old() is None)
+    until(lambda: sys.getswitchinterval() == turn)
+
+
+def test_a_generation_loaded_aside_moves_up_after_its_swap(
+    store: PoolStore, config: Config, searcher: Searcher, encoders: list[Encoder],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The loader's part; `test_gpu_room.py` has the choice, tests/gpu the move itself."""
+    memories = fill(store, "p", 8)
+    publish_now(store, config, encoders[0])
+    serves(searcher, 1)
+    old = weakref.ref(searcher._worker.serving)
+    moved: list[tuple[int, str, bool, str]] = []
+
+    def move_up(self: Serving, device: str, place: object) -> None:
+        thread = threading.current_thread().name
+        moved.append((self.number, device, old() is None, thread))
+
+    monkeypatch.setattr(Serving, "move_up", move_up)
+    aside = Choice("aside", "cpu", None, 1000)
+    monkeypatch.setattr(Placer, "choose", lambda self, number, files: aside)
+    publish_now(store, config, encoders[1])
+    serves(searcher, 2)
+    until(lambda: moved != [])
+    assert moved == [(2, "cpu", True, "searcher-worker")]
+    assert len(find(searcher, memories[0])) == 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux alone")
+def test_the_loader_leaves_the_cores_to_searches(searcher: Searcher) -> None:
+    searcher.wait_ready(60)
+    nice = {
+        thread.name: os.getpriority(os.PRIO_PROCESS, thread.native_id)
+        for thread in threading.enumerate()
+        if thread.name.startswith("searcher-") and thread.native_id is not None
+    }
+    assert nice["searcher-loader"] == nice["searcher-worker"] + 10
+    assert nice["searcher-worker"] == os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def retrained(folder: Path) -> Encoder:
