@@ -76,9 +76,9 @@ def result(output: Path) -> dict[str, object]:
     return loaded
 
 
-def load_program() -> ModuleType:
-    """The program as a module, to call its main without starting a process each time."""
-    spec = importlib.util.spec_from_file_location("contrastive", PROGRAM)
+def load_program(path: Path = PROGRAM) -> ModuleType:
+    """A program as a module, to call its main without starting a process each time."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -103,15 +103,15 @@ class Loop:
         journal = Journal.load(self.path)
         if stop_orphan(self.child):
             log("the step that an earlier, killed loop had left running was stopped")
-        limit = self.config.continual.rounds
+        when = self.config.continual
         while not self.stop.is_set():
             if journal.open_round is None:
-                if limit is not None and len(journal.rounds) >= limit:
+                if when.rounds is not None and len(journal.rounds) >= when.rounds:
                     return
                 hold_caps(self.store, self.config)
-                due = self.config.continual.min_new
-                if count_new(self.store, self.covered(journal), self.pools, due) < due:
-                    self.stop.wait(self.config.continual.poll_seconds)
+                erase_deleted(self.store, self.examples, self.pools)
+                if not count_new(self.store, self.covered(journal), self.pools, when.min_new):
+                    self.stop.wait(when.poll_seconds)
                     continue
                 journal = self.begin(journal)
             now = journal.open_round

@@ -29,6 +29,7 @@ from memshare.pool.errors import PoolError
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.build import build_generation
+from memshare.retrieval.canaries import CanaryError, read_canaries
 from memshare.retrieval.card import base_model
 from memshare.retrieval.divided import engage, serve
 from memshare.retrieval.encoder import Encoder, EncoderError
@@ -44,7 +45,8 @@ from memshare.training.relevance import HeldOutRelevance
 from memshare.training.split import SplitError
 
 EXPECTED = (
-    EncoderError, GenerationError, LLMError, PoolError, RubricError, RunLocked, SplitError,
+    CanaryError, EncoderError, GenerationError, LLMError, PoolError, RubricError, RunLocked,
+    SplitError,
 )  # fmt: skip
 FROZEN = "frozen"
 
@@ -93,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World) -> dict[str, Any]:
     """Encode, judge, publish; what became of it as a dict. Of several processes, the first's."""
     root, name, pools = config.generations_dir, config.retriever.name, config.served_pools
+    if gated and config.gate.canaries is not None:
+        read_canaries(config.gate.canaries)  # a mistake there is found now, not after the encoding
     for pool in pools:
         store.create_pool(pool, config.pools[pool].rubric, config.pools[pool].threshold)
     number = args.round
@@ -140,7 +144,7 @@ def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World
         return {"outcome": "rejected", "generation": current(root, name), **metrics}
     generation = publish(
         root, name, encoder=encoder, **built.parts(), metrics=metrics, parent=current(root, name),
-        keep=config.retriever.keep, best=verdict.best,
+        keep=config.retriever.keep, best=verdict.best, index=config.retriever.index,
     )  # fmt: skip
     log(f"published generation {generation} ({len(built.ids)} memories; gate: {verdict.reason})")
     return {"outcome": "published", "generation": generation, **metrics}

@@ -20,6 +20,8 @@ Score = Annotated[float, Field(ge=0.0, le=100.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Standing = Annotated[float, Field(gt=-1.0, lt=0.0)]
 
 
 class Section(BaseModel):
@@ -46,6 +48,14 @@ class PoolSettings(Section):
     ``near_duplicate``: the cosine from which a written memory counts as one that is there already
     (None: never). Then the new one is dropped, or they are merged: the better graded one stays.
     ``max_memories``: a cap that the continual loop holds, pruning by the policy ``prune_by``.
+    ``max_principal_share``: of the pool's memories, as many one principal may have; more are
+    refused (None: any number). ``principal_floor``: so many each may have however small the pool
+    is, so the share binds from ``principal_floor / max_principal_share`` memories on. It takes more
+    than ``1 / max_principal_share`` principals to grow a pool beyond that. ``max_copies``: memories
+    that repeat one memory's answer under other questions, by agents that were shown it (None: any
+    number). ``hold_suspicious``: written text that seems meant for a model's eyes waits on hold for
+    a review. ``hold_below``: a memory whose standing sinks below it is put on hold (None: never);
+    at -0.4 it takes two principals at least.
     """
 
     rubric: str = "general"
@@ -54,6 +64,11 @@ class PoolSettings(Section):
     near_duplicate_action: Literal["drop", "merge"] = "drop"
     max_memories: PositiveInt | None = None
     prune_by: str = "near-duplicates"
+    max_principal_share: Share | None = None
+    principal_floor: PositiveInt = 20
+    max_copies: NonNegativeInt | None = 16
+    hold_suspicious: bool = False
+    hold_below: Standing | None = -0.5
 
 
 class EncoderConfig(Section):
@@ -71,13 +86,45 @@ class EncoderConfig(Section):
     device: str = "auto"
 
 
+class IndexConfig(Section):
+    """How vectors are kept and searched. ``flat`` is exact; the other kinds are for large pools.
+
+    ``ivf``: the ``nprobe`` nearest of ``nlist`` lists (None: four times the root of the pool's
+    size) are searched. ``hnsw``, on the CPU alone: a graph with ``links`` a memory, built and
+    searched with so many neighbours in view (``ef_construction``, ``ef_search``). Pools below
+    ``approximate_from`` memories stay flat. ``recall_floor``: a generation that finds fewer of a
+    memory's ten nearest others is not published. ``precision``: of the vectors wherever they are,
+    or (``gpu-float16``) of flat indexes' GPU copies alone, while the CPU's decide in full.
+    """
+
+    kind: Literal["flat", "ivf", "hnsw"] = "flat"
+    nlist: PositiveInt | None = None
+    nprobe: PositiveInt = 64
+    links: Annotated[int, Field(ge=4, le=256)] = 32
+    ef_construction: PositiveInt = 128
+    ef_search: PositiveInt = 128
+    approximate_from: PositiveInt = 10_000
+    recall_floor: Fraction = 0.9
+    precision: Literal["float32", "gpu-float16", "float16"] = "float32"
+
+
 class RetrieverConfig(Section):
-    """A named line of generations: which pools it serves and how many past ones are kept."""
+    """A named line of generations: which pools it serves and how many past ones are kept.
+
+    ``gpu_memory_gib``: what its generations may take of a GPU together, beside vLLM's share (None:
+    whatever is free). Where two don't fit, the next one serves from the CPU until the old one is
+    gone.
+    ``max_principal_share``: of the k memories that a search returns, at most so many, but one at
+    least, are by one principal; unless the search asks for one principal's own.
+    """
 
     name: str = Field(default="main", pattern=r"^[a-z0-9][a-z0-9_-]*$")
     pools: tuple[str, ...] = ()  # empty means every pool of `Config.pools`
     keep: PositiveInt = 3
+    index: IndexConfig = IndexConfig()
+    max_principal_share: Share = 1.0
     gpu: Literal["auto", "on", "off"] = "auto"
+    gpu_memory_gib: PositiveFloat | None = None
     batch_wait_seconds: Annotated[float, Field(ge=0.0)] = 0.003
     max_batch: PositiveInt = 64
     poll_seconds: PositiveFloat = 0.5
@@ -192,14 +239,17 @@ class MiningConfig(Section):
 
     ``candidates``: BM25's best; ``dense_candidates``: the serving retriever's best, beside them (0:
     BM25 alone; so, too, with ``labels: none``). ``replay``: earlier memories mined again, with
-    today's retriever, per new one, so that nothing is forgotten. ``held_out_queries``: at most so
-    many held-out memories are labelled a round, where ``training.eval_every`` asks for them.
+    today's retriever, per new one, so that nothing is forgotten. ``min_standing``: memories
+    whose standing is lower are no queries and no candidates; one principal alone can't bring a
+    memory below -0.34. ``held_out_queries``: at most so many held-out memories are labelled a
+    round, where ``training.eval_every`` asks for them.
     """
 
     labels: Literal["none", "given", "likelihood", "prompted", "reward"] = "likelihood"
     candidates: PositiveInt = 16
     dense_candidates: NonNegativeInt = 8
     replay: Annotated[float, Field(ge=0.0)] = 0.5
+    min_standing: Annotated[float, Field(ge=-1.0, le=0.0)] = -0.4
     held_out_queries: PositiveInt = 64
     baseline: bool = True
     given_key: str = "label"  # memory.metadata key that `given` compares
@@ -259,7 +309,7 @@ class TrainingConfig(Section):
     matryoshka: tuple[PositiveInt, ...] = ()
     towers: Literal["shared", "separate", "query-only"] = "shared"
     pool_temperature: Annotated[float, Field(ge=1.0)] = 1.0
-    max_principal_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_principal_share: Share = 1.0
     eval_every: PositiveInt | None = None
     patience: PositiveInt | None = None
     checkpoint_every: PositiveInt = 100
@@ -283,7 +333,11 @@ class SplitConfig(Section):
 
 
 class GateConfig(Section):
-    """Next passes if the paired bootstrap's lower bound of each metric difference is > -margin."""
+    """Next passes if the paired bootstrap's lower bound of each metric difference is > -margin.
+
+    ``canaries``: a file of questions and the memories that must be found for them
+    (`memshare.retrieval.canaries`), on which the mean difference must not be below -margin either.
+    """
 
     margin: Annotated[float, Field(ge=0.0)] = 0.02
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
@@ -291,6 +345,7 @@ class GateConfig(Section):
     max_queries: PositiveInt = 200
     depth: PositiveInt = 10
     gain: Annotated[float, Field(ge=0.0)] = 0.05  # nats per token over no example to be relevant
+    canaries: Path | None = None
 
 
 class ContinualConfig(Section):

@@ -20,7 +20,7 @@ class MemoryIn(Body):
     """One memory to add.
 
     Provenance isn't the client's to claim: `id`, `score`, `agent` and `created_at` are ignored,
-    except in an admin's import; `similarity`, `standing` and `votes`, which replies have, always.
+    except in an admin's import; what replies have besides, always.
     """
 
     pool: PoolName
@@ -35,6 +35,7 @@ class MemoryIn(Body):
     similarity: Any = Field(default=None, description="ignored")
     standing: Any = Field(default=None, description="ignored")
     votes: Any = Field(default=None, description="ignored")
+    hold_reason: Any = Field(default=None, description="ignored")
 
 
 class AddMemories(Body):
@@ -62,11 +63,17 @@ class AddResults(BaseModel):
 
 
 class SearchFilter(Body):
-    """Narrows a search: by the agent that wrote a memory, by time (ISO 8601)."""
+    """Narrows a search: by the agent that wrote a memory, by time (ISO 8601), by metadata.
+
+    A memory passes if its metadata has every key with that value, or with a list that holds it.
+    """
 
     agent: StrictStr | None = Field(default=None, max_length=200)
     created_after: StrictStr | None = Field(default=None, max_length=64)
     created_before: StrictStr | None = Field(default=None, max_length=64)
+    metadata: dict[str, StrictBool | StrictInt | Number | StrictStr] = Field(
+        default_factory=dict, max_length=16
+    )
 
 
 class Search(Body):
@@ -125,10 +132,29 @@ class SearchResults(BaseModel):
     memories: list[FoundMemory]
 
 
+class PagedMemory(MemoryOut):
+    """A memory in a page; with ``hold_reason`` in a page of those on hold."""
+
+    hold_reason: str | None = None
+
+
+class Hold(Body):
+    """Takes a memory out of retrieval and training until it is released."""
+
+    reason: StrictStr | None = Field(default=None, min_length=1, max_length=500)
+
+
+class HoldReply(BaseModel):
+    """Whether a memory is on hold now."""
+
+    id: str
+    held: bool
+
+
 class MemoryPage(BaseModel):
     """One page of a pool in the order of storing; ``next_cursor`` null at the end."""
 
-    memories: list[MemoryOut]
+    memories: list[PagedMemory]
     next_cursor: str | None
 
 

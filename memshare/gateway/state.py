@@ -77,15 +77,16 @@ class Gateway:
         return self.shared.config
 
 
-def gateway_of(request: Request) -> Gateway:
+# Coroutines, though they wait for nothing: FastAPI calls plain functions on a thread each.
+async def gateway_of(request: Request) -> Gateway:
     """The gateway that serves this request."""
     state: Gateway = request.app.state.gateway
     return state
 
 
-def ready_gateway(request: Request) -> Gateway:
+async def ready_gateway(request: Request) -> Gateway:
     """The gateway, once it can search; 503 before."""
-    state = gateway_of(request)
+    state: Gateway = request.app.state.gateway
     if not state.ready:
         raise ApiError(503, state.failure or "the gateway is still starting", code="not_ready")
     return state

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from memshare.config import ScorerConfig
 from memshare.llm.base import LLM, ContextTooLong, LLMError, Message
 from memshare.llm.labels import expected_fraction
 from memshare.llm.prompts import few_shot
-from memshare.llm.quoting import quote, warning
+from memshare.llm.quoting import quote, warning, without_hidden
 from memshare.llm.rubric import criteria
 from memshare.llm.structured import read_integers
 from memshare.records import Grade, normalise
@@ -32,7 +33,7 @@ class Scorer(ABC):
 
         Raises `LLMUnavailable` when the scorer LLM can't be reached: that is no verdict.
         """
-        if not normalise(answer):
+        if not normalise(without_hidden(answer)):
             return Grade(None, "the answer is empty")
         if normalise(answer) == normalise(prompt):
             return Grade(None, "the answer repeats the question")
@@ -45,6 +46,7 @@ class Scorer(ABC):
     async def _grade(self, prompt: str, answer: str, rubric_text: str) -> Grade: ...
 
 
+_LONGEST_LOOP = 64  # words of a phrase that is said twice running
 _ROLE = (
     "You are a strict examiner. You grade one answer to one question by the rubric below, and only "
     "by what the answer says."
@@ -103,7 +105,8 @@ class LikelihoodScorer(Scorer):
     """How natural the scorer LLM finds the answer: 100 * exp(l / likelihood_scale), clipped.
 
     l is the mean log-likelihood (nats per token) of the answer after the bare question, so 0 nats
-    give 100 and ``-likelihood_scale`` nats give 36.8.
+    give 100 and ``-likelihood_scale`` nats give 36.8. What can't be seen and what was said before
+    is easy to predict, so the answer is judged without it (`said_once`).
     """
 
     def __init__(self, llm: LLM, config: ScorerConfig) -> None:
@@ -111,11 +114,34 @@ class LikelihoodScorer(Scorer):
         self.config = config
 
     async def _grade(self, prompt: str, answer: str, rubric_text: str) -> Grade:
-        mean = (await self.llm.loglikelihood(few_shot("", (), prompt), answer)).mean
+        mean = (await self.llm.loglikelihood(few_shot("", (), prompt), said_once(answer))).mean
         if not math.isfinite(mean):
             return Grade(None, "the likelihood is not finite")
         value = 100 * math.exp(min(0.0, mean) / self.config.likelihood_scale)
         return Grade(value, f"{mean:.4f} nats per token")
+
+
+def said_once(answer: str) -> str:
+    """``answer`` without invisible characters, words said twice running, or known 4-grams' ends.
+
+    Padding with any of these would raise a mean likelihood. Words are what blanks separate, so
+    repetition in scripts without blanks is not found.
+    """
+    kept: list[str] = []
+    keys: list[str] = []
+    seen: set[tuple[str, ...]] = set()
+    for word in re.findall(r"\s*\S+", without_hidden(answer)):
+        kept.append(word)
+        keys.append(normalise(word))
+        gram = tuple(keys[-4:])
+        loops = range(1, min(len(keys) // 2, _LONGEST_LOOP) + 1)
+        again = next((n for n in loops if keys[-n:] == keys[-2 * n : -n]), 0)
+        again = again or (1 if len(gram) == 4 and gram in seen else 0)
+        if again:
+            del kept[-again:], keys[-again:]
+        else:
+            seen.add(gram)
+    return "".join(kept)
 
 
 class ReferenceScorer(Scorer):

@@ -26,6 +26,7 @@ from tenacity import (
 )
 
 from memshare.llm.base import LLMError, LLMUnavailable
+from memshare.llm.lanes import Lanes
 from memshare.llm.replicas import Replicas
 
 T = TypeVar("T")
@@ -131,7 +132,7 @@ class Transport:
             client = httpx.AsyncClient(
                 headers=self._headers,
                 timeout=httpx.Timeout(self._timeout, connect=min(10.0, self._timeout), pool=None),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+                transport=Lanes(),
             )
             self._loops[loop] = (client, asyncio.Semaphore(self._concurrency))
         return self._loops[loop]

@@ -43,19 +43,22 @@ def memory_of(row: Any) -> Memory:
     """A row of ``memories``."""
     return Memory(
         row.id, row.pool, row.prompt, row.answer, row.score, row.agent, row.model, row.created_at,
-        row.metadata, row.seq, row.held,
+        row.metadata, row.seq, row.held, row.hold_reason,
     )  # fmt: skip
 
 
 def page_of(
-    connection: sa.Connection, pool: str, after: int, until: int, limit: int, include_held: bool
+    connection: sa.Connection, pool: str, after: int, until: int, limit: int, held: bool | None
 ) -> list[Memory]:
-    """Up to ``limit`` living memories with ``after < seq <= until``, in order."""
+    """Up to ``limit`` living memories with ``after < seq <= until``, in order.
+
+    ``held``: only those on hold, only the others, or (None) both.
+    """
     query = sa.select(memories).where(
         memories.c.pool == pool, memories.c.seq > after, memories.c.seq <= until, ALIVE
     )
-    if not include_held:
-        query = query.where(~memories.c.held)
+    if held is not None:
+        query = query.where(memories.c.held if held else ~memories.c.held)
     return [memory_of(r) for r in connection.execute(query.order_by(memories.c.seq).limit(limit))]
 
 

@@ -148,7 +148,9 @@ def _current_by(config: Config, fingerprint: str) -> Iterator[Generation | None]
     try:
         if number is not None:
             manifest = read_manifest(home_of(root, name) / folder_name(number))
-            if manifest.memory_fingerprint == fingerprint:
+            rounded = manifest.index.get("precision") == "float16"
+            wanted = not rounded or config.retriever.index.precision == "float16"
+            if manifest.memory_fingerprint == fingerprint and wanted:
                 generation = load(root, name, number, device="cpu")
     except GenerationError as error:
         log(f"all memories are encoded: {error}")

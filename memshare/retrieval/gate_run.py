@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from memshare.progress import log, track
 from memshare.records import Memory, normalise
 from memshare.retrieval.bm25 import PoolBM25
 from memshare.retrieval.build import Built
+from memshare.retrieval.canaries import judge_canaries, read_canaries
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.filters import Filter
 from memshare.retrieval.gate import GateResult, choose_queries, decide, judge
@@ -50,8 +51,29 @@ def run_gate(
     ``gate.max_queries`` of ``queries`` (held-out memories) are used. A question is never answered
     with itself or a copy of it. ``relevance`` gives the gain of each candidate; where it is a
     coroutine function, all queries are judged concurrently in an event loop of this call's own.
+    Where ``gate.canaries`` names some, they must be found as well as before, too. Raises
+    `CanaryError` where the file can't be used.
     """
     rivals = {"current": current, "next": following} | ({} if best is None else {"best": best})
+    verdict = _judge_held_out(store, config, rivals, queries, relevance)
+    if config.gate.canaries is None:
+        return verdict
+    canaries = judge_canaries(store, config.gate, read_canaries(config.gate.canaries), rivals)
+    figures = {**verdict.figures, "canaries": canaries.figures}
+    if not canaries.failures:
+        return replace(verdict, figures=figures)
+    failures = canaries.failures if verdict.passed else (verdict.reason, *canaries.failures)
+    return replace(verdict, passed=False, reason="; ".join(failures), figures=figures)
+
+
+def _judge_held_out(
+    store: PoolStore,
+    config: Config,
+    rivals: Mapping[str, Serving],
+    queries: Sequence[Memory],
+    relevance: Relevance,
+) -> GateResult:
+    current, following, best = rivals["current"], rivals["next"], rivals.get("best")
     chosen = choose_queries(
         [query for query in queries if query.pool in following.shards],
         config.gate.max_queries,
@@ -118,7 +140,7 @@ def gate_built(
             except (NoGeneration, DamagedGeneration) as error:
                 log(f"the gate can't compare with the best so far: {error}")
         following = Serving.of_built(encoder, built, store)
-        if queries:
+        if queries or config.gate.canaries is not None:
             for rival in (current, following, champion):
                 if rival is not None:
                     rival.catch_up(store)
@@ -191,7 +213,7 @@ def _gains(
     for query in track(queries, "gate: judging"):
         union = sorted({id for run in runs.values() for id in run[query.id]})
         living = store.get_many(union)
-        candidates = [living[id] for id in union if id in living]
+        candidates = [living[id] for id in union if id in living and not living[id].held]
         names.append((query.id, [memory.id for memory in candidates]))
         found = relevance(query, candidates)
         if inspect.isawaitable(found):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -26,14 +26,16 @@ from memshare.llm.base import LLM, LLMError, LLMUnavailable
 from memshare.llm.rubric import load_rubric
 from memshare.llm.scorer import Scorer
 from memshare.pool.errors import InvalidMemory, PoolError
+from memshare.pool.limits import Limits
 from memshare.pool.queue import Job, PairQueue
 from memshare.pool.store import PoolStore
 from memshare.pool.uses import UseCounter, UseCounts
 from memshare.pool.validate import check_memory
 from memshare.progress import log
-from memshare.records import AppendResult, NewMemory, Pair, PoolInfo, normalise
+from memshare.records import AppendResult, Memory, NewMemory, Pair, PoolInfo, normalise
 from memshare.retrieval.searcher import Filter, Searcher, SearchTimeout
 from memshare.sharing import turn as ends
+from memshare.sharing.guard import Guard, NotStored, placed
 from memshare.sharing.near import NearDuplicates
 from memshare.sharing.turn import Decision, Retrieved, Turn, prompt_hash
 
@@ -41,6 +43,7 @@ T = TypeVar("T")
 _tracer = trace.get_tracer("memshare")
 _USES_SECONDS = 10.0  # between two additions of use counts in the database
 _PATIENCE_SECONDS = 30.0  # between two lines about a long start
+_REASONS = {"duplicate": ends.DUPLICATE, "held": ends.HELD, "rejected": ends.LIMIT}
 
 
 class SharedMemory:
@@ -74,6 +77,8 @@ class SharedMemory:
         # Apart from the reads: a write also waits until it can be searched for.
         self._writes = ThreadPoolExecutor(threads, thread_name_prefix="shared-write")
         self._rubrics: dict[str, str] = {}
+        self._known: set[str] = set()
+        self.guard = Guard(config)
         self._near = NearDuplicates(store, searcher, config)
         self._uses = UseCounter(UseCounts(store.database))
         self._flusher: asyncio.Task[None] | None = None
@@ -103,6 +108,15 @@ class SharedMemory:
         """Run a blocking write on a thread."""
         return await _on(self._writes, call, *args, **kwargs)
 
+    async def know(self, pool: str) -> None:
+        """Raise `UnknownPool` unless there is such a pool. Pools stay, so each is asked for once.
+
+        That spares every request a thread and a transaction.
+        """
+        if pool not in self._known:
+            await self.read(self.store.pool, pool)
+            self._known.add(pool)
+
     async def retrieve(
         self,
         pool: str,
@@ -126,14 +140,18 @@ class SharedMemory:
     ) -> Retrieved:
         own = normalise(question)
         wanted = k
+        share = self.config.retriever.max_principal_share
+        if share < 1.0 and (filter is None or filter.agent is None):
+            filter = replace(filter or Filter(), max_per_agent=max(1, int(share * k + 1e-9)))
         while True:
             found = await self.searcher.asearch(pool, question, wanted, filter)
             texts = await self.read(self.store.get_many, [hit.id for hit in found.hits])
             kept = [
                 (texts[hit.id], hit.similarity)
                 for hit in found.hits
-                # A memory deleted between the two calls is gone from the store already.
+                # It may have been deleted or put on hold between the two calls.
                 if hit.id in texts
+                and not texts[hit.id].held
                 and not (exclude_copies and normalise(texts[hit.id].prompt) == own)
             ][:k]
             if len(kept) == k or len(found.hits) < wanted:
@@ -190,24 +208,33 @@ class SharedMemory:
         if decision.status != "stored":
             return self._decide(pair, decision, [], job)
         limit = self.config.gateway.max_text_chars
-        memory = check_memory(self._memory(pair, decision.score), limit)
-        with self.stage("store"), self._near.place(memory) as (new, twin):
-            if new is not None:
-                return self._decide(pair, decision, [new], job)
-            assert twin is not None
-            reason = ends.NEAR_DUPLICATE
-            decision = replace(decision, status="duplicate", reason=reason, memory_id=twin.id)
-            return self._decide(pair, decision, [], job)
+        memory = self.guard.look_at(check_memory(self._memory(pair, decision.score), limit))
+        with self.stage("store"), placed(self._near, memory) as place:
+            if place.new is None:
+                assert place.twin is not None
+                return self._decide(pair, _near_duplicate(decision, place.twin), [], job)
+            decision = self._decide(pair, decision, [place.new], job)
+            if decision.status == "rejected":
+                raise NotStored
+            earlier = None
+            if decision.status == "stored":
+                assert decision.memory_id is not None
+                earlier = self._near.confirm(place, decision.memory_id)
+            # On record it stays stored, as it was, until the change log says deleted.
+            return decision if earlier is None else _near_duplicate(decision, earlier)
+        return decision
 
     def _decide(
         self, pair: Pair, decision: Decision, new: list[NewMemory], job: Job | None
     ) -> Decision:
         with self.store.database.write() as connection:
-            results = self.store.append_in(connection, new)
+            results = self.store.append_in(connection, new, self.guard.limits)
             for result in results:
-                decision = replace(decision, memory_id=result.id)
-                if result.status == "duplicate":
-                    decision = replace(decision, status="duplicate", reason=ends.DUPLICATE)
+                decision = replace(decision, memory_id=result.id or None)
+                if result.status != "stored":
+                    reason = _REASONS[result.status]
+                    detail = result.reason or decision.detail
+                    decision = replace(decision, status=result.status, reason=reason, detail=detail)
             self.store.record_in(
                 connection, pair.pool, decision.reason, prompt_hash(pair.prompt), decision.score,
                 pair.agent, decision.memory_id,
@@ -235,7 +262,7 @@ class SharedMemory:
         if shots:
             retrieved = await self.retrieve(pool, question, shots, exclude_copies=exclude_copies)
         answer = await self.answer(question, retrieved, seed)
-        pair = self.pair(pool, question, answer, agent, metadata)
+        pair = self.pair(pool, question, answer, retrieved.memories, agent, metadata)
         return Turn(retrieved, answer, await self.grade_and_store(pair))
 
     def pair(
@@ -243,42 +270,62 @@ class SharedMemory:
         pool: str,
         question: str,
         answer: AgentAnswer,
+        shown: Iterable[Memory] = (),
         agent: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Pair:
-        """The agent's answer as a pair to grade."""
+        """The agent's answer, with ``shown`` in its prompt, as a pair to grade."""
         completion = answer.completion
+        text = completion.text.strip()
         return Pair(
             pool,
             question,
-            completion.text.strip(),
+            text,
             completion.finish_reason,
             agent,
             self.agent.llm.model,
             metadata or {},
+            self.guard.copied(text, [item for item in shown if item.id in answer.used]),
         )
 
-    def append_visible(self, memories: list[NewMemory]) -> list[AppendResult]:
+    def append_visible(
+        self, memories: list[NewMemory], trusted: bool = False
+    ) -> list[AppendResult]:
         """Blocking: append, and wait until the memories can be searched for.
 
-        A pool that this retriever doesn't serve is only stored into. Where a pool's near-duplicates
-        are watched for, memories are stored one by one. Raises `SearchTimeout` with everything
-        stored; appending again is harmless.
+        ``trusted``: an administrator's, for whom no limits hold and nothing is suspicious. A pool
+        that this retriever doesn't serve is only stored into. Where a pool's near-duplicates are
+        watched for, memories are stored one by one. Raises `SearchTimeout` with everything stored;
+        appending again is harmless.
         """
+        limits = {} if trusted else self.guard.limits
         with self.stage("store"):
+            if not trusted:
+                memories = [self.guard.look_at(memory) for memory in memories]
             if any(self._near.watches(memory.pool) for memory in memories):
-                return [self._append_placed(memory) for memory in memories]
-            return self._append(memories)
+                return [self._append_placed(memory, limits) for memory in memories]
+            return self._append(memories, limits)
 
-    def _append_placed(self, memory: NewMemory) -> AppendResult:
-        with self._near.place(memory) as (new, twin):
-            if new is not None:
-                return self._append([new])[0]
-            assert twin is not None
-            return AppendResult(twin.id, "duplicate", twin.seq)
+    def _append_placed(self, memory: NewMemory, limits: Mapping[str, Limits]) -> AppendResult:
+        with placed(self._near, memory) as place:
+            earlier = place.twin
+            if place.new is not None:
+                (result,) = self._append([place.new], limits)
+                if result.status == "rejected":
+                    raise NotStored
+                earlier = (
+                    self._near.confirm(place, result.id) if result.status == "stored" else None
+                )
+                if earlier is None:
+                    return result
+            assert earlier is not None
+            return AppendResult(earlier.id, "duplicate", earlier.seq)
+        return result
 
-    def _append(self, memories: list[NewMemory]) -> list[AppendResult]:
-        results = self.store.append(memories)
+    def _append(
+        self, memories: list[NewMemory], limits: Mapping[str, Limits]
+    ) -> list[AppendResult]:
+        results = self.store.append(memories, limits)
         self._wait_visible(memories, results)
         return results
 
@@ -350,12 +397,17 @@ class SharedMemory:
             agent=pair.agent,
             model=pair.model,
             metadata=pair.metadata,
+            copy_of=pair.copy_of,
         )
 
     async def _rubric(self, info: PoolInfo) -> str:
         if info.rubric not in self._rubrics:
             self._rubrics[info.rubric] = await self.read(load_rubric, info.rubric)
         return self._rubrics[info.rubric]
+
+
+def _near_duplicate(decision: Decision, of: Memory) -> Decision:
+    return replace(decision, status="duplicate", reason=ends.NEAR_DUPLICATE, memory_id=of.id)
 
 
 async def _on(threads: ThreadPoolExecutor, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:

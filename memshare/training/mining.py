@@ -44,7 +44,7 @@ from memshare.training.examples import (
     write_shard,
 )
 from memshare.training.labels import Labeller, Share
-from memshare.training.proposals import PoolProposals, Proposal, Proposer
+from memshare.training.proposals import PoolProposals, Proposal, Proposer, disliked
 from memshare.training.relevance import judging
 from memshare.training.rounds import Span, new_ids
 from memshare.training.split import Fate, kept_split
@@ -117,19 +117,21 @@ def plan_round(
     left_out: dict[str, int] = defaultdict(int)
     replayed = 0
     for pool, span in spans.items():
-        ids = new_ids(store, pool, span)
+        ids, out = new_ids(store, pool, span), disliked(store, config, pool)
         alive = store.get_many(ids)
         queries = []
         for memory_id in ids:
             memory = alive.get(memory_id)
             if memory is None or memory.held:
                 left_out["deleted or on hold"] += 1
+            elif memory_id in out:
+                left_out["disliked"] += 1
             elif (fate := fates.get(memory_id)) != "train":
                 left_out["held out" if fate == "held_out" else "near both sides"] += 1
             else:
                 queries.append(memory_id)
         draw = random.Random(f"{config.run.seed}/{number}/{pool}")
-        earlier = _earlier(store, pool, span, fates, set(queries))
+        earlier = _earlier(store, pool, span, fates, out.union(queries))
         again = draw.sample(earlier, min(len(earlier), round(config.mining.replay * len(queries))))
         replayed += len(again)
         queries += again
@@ -174,15 +176,15 @@ def _held_out(
 
 
 def _earlier(
-    store: PoolStore, pool: str, span: Span, fates: Mapping[str, Fate], new: set[str]
+    store: PoolStore, pool: str, span: Span, fates: Mapping[str, Fate], out: frozenset[str]
 ) -> list[str]:
-    """Memories from before the round that may be its queries, in their order."""
+    """Memories from before the round that may be its queries, in their order, all but ``out``."""
     if span.since == 0:
         return []
     return [
         memory.id
         for memory in store.iter(pool, until_seq=span.since)
-        if fates.get(memory.id) == "train" and memory.id not in new
+        if fates.get(memory.id) == "train" and memory.id not in out
     ]
 
 
@@ -275,7 +277,11 @@ async def _mine_shard(
     found = store.get_many([proposal.id for row in proposed for proposal in row])
     tasks = []
     for query, row in zip(queries, proposed, strict=True):
-        candidates = [(proposal, found[proposal.id]) for proposal in row if proposal.id in found]
+        candidates = [
+            (proposal, found[proposal.id])
+            for proposal in row
+            if proposal.id in found and not found[proposal.id].held
+        ]
         work = _example(query, candidates, config, number, labeller)
         tasks.append(asyncio.create_task(work))
     try:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from memshare.config import Config
+from memshare.pool.feedback import Feedback
 from memshare.pool.store import PoolStore
 from memshare.records import Memory, normalise
 from memshare.retrieval.bm25 import BM25
@@ -49,6 +50,16 @@ class Proposer:
         return FROZEN if self.generation is None else self.generation.number
 
 
+def disliked(store: PoolStore, config: Config, pool: str) -> frozenset[str]:
+    """Memories of ``pool`` whose standing is below ``mining.min_standing``.
+
+    They are neither queries nor candidates, so that none is ever a positive.
+    """
+    floor = config.mining.min_standing
+    standings = Feedback(store.database).of_pool(pool)
+    return frozenset(id for id, standing in standings.items() if standing.value < floor)
+
+
 @contextmanager
 def open_proposer(config: Config, number: int | None) -> Iterator[Proposer | None]:
     """Generation ``number`` (None: the one that serves); None where vectors propose nothing.
@@ -76,7 +87,7 @@ def open_proposer(config: Config, number: int | None) -> Iterator[Proposer | Non
 
 
 class PoolProposals:
-    """One pool's possible candidates: all but the held-out, up to a position of its log."""
+    """One pool's possible candidates: all but the held-out and disliked, up to a position."""
 
     def __init__(
         self,
@@ -90,10 +101,11 @@ class PoolProposals:
         """Reads the pool; encodes what the proposer's generation lacks."""
         self.pool = pool
         self._counts = config.mining.candidates, config.mining.dense_candidates
+        out = disliked(store, config, pool)
         memories = [
             memory
             for memory in store.iter(pool, until_seq=until)
-            if fates.get(memory.id) != "held_out"
+            if fates.get(memory.id) != "held_out" and memory.id not in out
         ]
         self._ids = [memory.id for memory in memories]
         self._copies: dict[str, set[str]] = defaultdict(set)

@@ -70,10 +70,10 @@ async def chat(
     max_tokens = body.max_completion_tokens or body.max_tokens or agent.max_tokens
     llm = shared.agent.llm
     await llm.ready()
+    parts = (llm, body.messages, found.memories, agent.instruction, max_tokens)
     with shared.stage("prompt"):
-        messages, kept = await shared.read(
-            compose, llm, body.messages, found.memories, agent.instruction, max_tokens
-        )
+        # Only where shots are to fit are there tokens to count, which takes a thread.
+        messages, kept = await shared.read(compose, *parts) if found.memories else compose(*parts)
     note: dict[str, Any] = {
         "generation": found.generation,
         "memories": [memory.id for memory in kept],
@@ -92,12 +92,12 @@ async def chat(
     }
     if body.stream:
         chunks = llm.stream(messages, **sampling)
-        return await events(gateway, chunks, note, None if refusal else pair)
+        return await events(gateway, chunks, note, None if refusal else pair, kept)
     with shared.stage("llm"):
         completion = await llm.chat(messages, **sampling)
     reply = _reply(completion, llm.model)
     if pair and not refusal:
-        note |= await submit(gateway, pair, *answer_of(reply))
+        note |= await submit(gateway, pair, kept, *answer_of(reply))
     return JSONResponse({**reply, "memshare": note})
 
 
