@@ -125,10 +125,15 @@ class Plan:
             return "flat fp16, one card", 1, self.flat_bytes
         cards = math.ceil(self.flat_bytes / room)
         if cards <= 8:
-            return f"flat fp16 over {cards} cards, or IVF-PQ on one", cards, self.flat_bytes / cards
+            name = f"flat fp16 over {cards} cards, or IVF-PQ on one (neither is built in)"
+            return name, cards, self.flat_bytes / cards
         cards = math.ceil(self.code_bytes / room)
         read = self.code_bytes / cards * assumed("probed")
-        return f"IVF-PQ over {cards} cards, or an external engine", cards, read
+        return (
+            f"IVF-PQ over {cards} cards, or an external engine (neither is built in)",
+            cards,
+            read,
+        )
 
     @property
     def search(self) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memshare.config import Config, EncoderConfig, TrainingConfig
+from memshare.config import Config, EncoderConfig, PoolSettings, RunConfig, TrainingConfig
 from memshare.files import write_json
 from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
@@ -115,8 +115,8 @@ class Work:
         """The pool has ``args.memories`` a process, a batch ``args.queries`` a process."""
         self.world = world
         self.config = Config(
-            run={"dir": args.folder / "run"},
-            pools={"main": {}},
+            run=RunConfig(dir=args.folder / "run"),
+            pools={"main": PoolSettings()},
             encoder=EncoderConfig(model=MODEL, max_length=256, device="cpu"),
         )
         self.settings = TrainingConfig(batch_size=args.queries, hard_negatives=HARD_NEGATIVES)

@@ -44,10 +44,8 @@ from memshare.training.outcome import read_result
 from memshare.training.relevance import HeldOutRelevance
 from memshare.training.split import SplitError
 
-EXPECTED = (
-    CanaryError, EncoderError, GenerationError, LLMError, PoolError, RubricError, RunLocked,
-    SplitError,
-)  # fmt: skip
+EXPECTED = (CanaryError, EncoderError, GenerationError, LLMError, PoolError, RubricError, RunLocked,
+            SplitError)  # fmt: skip
 FROZEN = "frozen"
 
 
@@ -95,16 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World) -> dict[str, Any]:
     """Encode, judge, publish; what became of it as a dict. Of several processes, the first's."""
     root, name, pools = config.generations_dir, config.retriever.name, config.served_pools
-    if gated and config.gate.canaries is not None:
+    if not args.no_gate and config.gate.canaries is not None:
         read_canaries(config.gate.canaries)  # a mistake there is found now, not after the encoding
     for pool in pools:
         store.create_pool(pool, config.pools[pool].rubric, config.pools[pool].threshold)
-    number = args.round
     source, encoder = load_encoder(config, args.encoder, world)
-    earlier = recorded(config, number, source)
-    if earlier is not None:
+    if (earlier := recorded(config, args.round, source)) is not None:
         engage(world, None)
-        log(f"round {number}: generation {earlier['generation']} was published before")
+        log(f"round {args.round}: generation {earlier['generation']} was published before")
         return earlier
 
     # 1. Encode every pool.
@@ -124,11 +120,12 @@ def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World
             for memory in store.iter(pool, until_seq=built.positions[pool])
             if fates.get(memory.id) == "held_out"
         ]
-        relevance = HeldOutRelevance(config, store)
-        verdict = gate_built(store, config, encoder, built, held_out, relevance)
+        verdict = gate_built(
+            store, config, encoder, built, held_out, HeldOutRelevance(config, store)
+        )
     metrics: dict[str, Any] = {
         "gate": verdict.record(),
-        "round": number,
+        "round": args.round,
         "encoder": source,
         "base_model": base_model(config.encoder.model if source == FROZEN else source),
         "training": training_of(source),

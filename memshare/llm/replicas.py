@@ -30,6 +30,7 @@ class Replicas:
         self._turn = 0
         self._failures = dict.fromkeys(self.urls, 0)  # in a row
         self._due = dict.fromkeys(self.urls, 0.0)
+        self._on_trial: set[str] = set()
 
     def pick(self, tried: Collection[str] = ()) -> str:
         """The next one in turn that is in service, of those not ``tried`` as long as there are any.
@@ -45,6 +46,7 @@ class Replicas:
                 url = min(self.urls, key=lambda each: self._due[each])
             if self._failures[url]:
                 self._due[url] = now + self._pause(url)
+                self._on_trial.add(url)
             self._turn = (self.urls.index(url) + 1) % len(self.urls)
             return url
 
@@ -52,12 +54,17 @@ class Replicas:
         """It answered, whatever it said."""
         with self._lock:
             self._failures[url], self._due[url] = 0, 0.0
+            self._on_trial.discard(url)
 
     def failed(self, url: str) -> None:
         """It could not be reached, or did not answer in time."""
         with self._lock:
+            now = self._clock()
+            if now < self._due[url] and url not in self._on_trial:
+                return  # one of the many that were under way when it was left out: no failure more
             self._failures[url] += 1
-            self._due[url] = self._clock() + self._pause(url)
+            self._due[url] = now + self._pause(url)
+            self._on_trial.discard(url)
 
     def out(self) -> list[str]:
         """Those that failed last and are left out."""

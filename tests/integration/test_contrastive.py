@@ -129,10 +129,11 @@ def test_gradients_of_several_processes_are_those_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("divided", [False, True], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("divided", [False, True], ids=["ddp-then-fsdp", "fsdp-then-ddp"])
 def test_two_processes_train_as_one_and_survive_a_killed_one(
     base: Path, tmp_path: Path, program: ModuleType, divided: bool
 ) -> None:
+    """A checkpoint says nothing of how the processes divide the work: the other way goes on."""
     one, two = tmp_path / "one", tmp_path / "two"
     same = ("--set=training.dropout=false",)
     assert program.main(options(base, one, *same, steps=60)) == 0
@@ -146,7 +147,7 @@ def test_two_processes_train_as_one_and_survive_a_killed_one(
         assert process.returncode != 0 and "SIGKILL" in errors
         psutil.wait_procs(workers, timeout=30)
     assert not (two / "encoder").exists()
-    with launch(2, PROGRAM, arguments, divided=divided) as process:
+    with launch(2, PROGRAM, arguments, divided=not divided) as process:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     assert "continuing from" in errors

@@ -41,6 +41,21 @@ def test_one_that_fails_is_left_out_for_a_while_and_longer_each_time() -> None:
     assert not replicas.out()
 
 
+def test_what_fails_together_fails_once() -> None:
+    """A server that dies with many requests under way is tried again after the first pause."""
+    clock = Clock()
+    replicas = Replicas(["a", "b"], rest=2.0, clock=clock)
+    for _ in range(50):
+        replicas.failed("a")
+    clock.now += 2.0
+    assert "a" in {replicas.pick() for _ in range(2)}
+    replicas.failed("a")  # the trial
+    clock.now += 2.0
+    assert "a" not in {replicas.pick() for _ in range(4)}
+    clock.now += 2.0
+    assert "a" in {replicas.pick() for _ in range(2)}
+
+
 def test_a_retry_goes_to_another_one_and_never_nowhere() -> None:
     clock = Clock()
     replicas = Replicas(["a", "b"], rest=2.0, clock=clock)
@@ -73,10 +88,11 @@ def test_who_failed_just_now_gets_nothing_while_another_works(
             failed.pop(url, None)
         else:
             replicas.failed(url)
-            failed[url] = clock.now
+            failed.setdefault(url, clock.now)
         picked = replicas.pick()
         if len(failed) < 3 and picked in failed:
             assert clock.now - failed[picked] >= 2.0
+            failed[picked] = clock.now  # left out again while this request tries it
         assert set(replicas.out()) == set(failed)
         clock.now += pause
     clock.now += LONGEST_REST_SECONDS
