@@ -26,7 +26,6 @@ from memshare.config import Config, GateConfig, TrainingConfig
 from memshare.pool.store import PoolStore
 from memshare.records import Candidate, Example, NewMemory, answer_key
 from memshare.retrieval.build import build_generation
-from memshare.retrieval.canaries import CanaryError, read_canaries
 from memshare.retrieval.encoder import Encoder, resolve_encoder
 from memshare.retrieval.gate_run import gate_built
 from memshare.retrieval.text import memory_text
@@ -211,23 +210,3 @@ def test_the_gate_refuses_an_encoder_that_harms_the_canaries(tmp_path: Path) -> 
             store.hold(memory.id)
         passed, reason, _ = judged(guarded, clean)
         assert not passed and "none of the 12 canaries has a relevant memory left" in reason
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("", "has none in it"),
-        ('{"pool": "p", "question": "q"}', ":1: KeyError"),
-        ('\n{"pool": "p", "question": " ", "relevant": ["a"]}', ":2: .*must be texts"),
-        ('{"pool": "p", "question": "q", "relevant": []}', "list of ids"),
-        ("[1]", ":1:"),
-        ("{", ":1:"),
-    ],
-)
-def test_a_file_of_canaries_that_cannot_be_used(tmp_path: Path, text: str, problem: str) -> None:
-    path = tmp_path / "canaries.jsonl"
-    path.write_text(text)
-    with pytest.raises(CanaryError, match=problem):
-        read_canaries(path)
-    with pytest.raises(CanaryError, match="can't be read"):
-        read_canaries(tmp_path / "missing")
