@@ -44,8 +44,9 @@ from served import serve, vllm_llm
 
 from memshare.config import BM25Config, Config, MiningConfig
 from memshare.llm.factory import resolve_model
+from memshare.llm.plan import plan_servers
 from memshare.llm.prompts import few_shot
-from memshare.llm.server import plan_servers, server_command
+from memshare.llm.server import server_command
 from memshare.llm.tokens import ChatTokenizer
 from memshare.pocket.world import World
 from memshare.pool.store import PoolStore

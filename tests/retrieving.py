@@ -69,7 +69,9 @@ def publish_now(
 ) -> int:
     """Build and publish every pool as it is now."""
     built = build_generation(store, config, encoder)
-    options: dict[str, Any] = {"metrics": {}, "keep": config.retriever.keep, **more}
+    options: dict[str, Any] = {
+        "metrics": {}, "keep": config.retriever.keep, "index": config.retriever.index, **more
+    }  # fmt: skip
     return publish(
         config.generations_dir, config.retriever.name, encoder=encoder, parent=parent,
         **built.parts(), **options,

@@ -45,9 +45,13 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
-def launch(processes: int, program: Path, arguments: list[str]) -> subprocess.Popen[str]:
+def launch(
+    processes: int, program: Path, arguments: list[str], *, divided: bool = False
+) -> subprocess.Popen[str]:
+    """Several processes; ``divided`` by FSDP."""
+    fsdp = ["--config_file", str(ROOT / "configs/accelerate/fsdp.yaml")]
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+        sys.executable, "-m", "accelerate.commands.launch", *(fsdp if divided else ["--multi_gpu"]),
         "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
         "--dynamo_backend", "no", "--main_process_port", "0", str(program), *arguments,
     ]  # fmt: skip

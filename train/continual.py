@@ -182,10 +182,10 @@ class Loop:
         """Step 6, second half: build, judge, publish."""
         output = training_dir(self.config.run.dir, now.number)
         report = output / "index.json"
-        arguments = ["--round", str(now.number), "--encoder", str(output / "encoder")]
-        arguments += ["--result", str(report)]
+        arguments = [f"--round={now.number}", f"--encoder={output}/encoder", f"--result={report}"]
         if not report.exists():
-            self.launch(now, [sys.executable, f"{HERE}/index.py", *self.settings, *arguments])
+            start = accelerate_command(self.config.continual, always=False)
+            self.launch(now, [*start, f"{HERE}/index.py", *self.settings, *arguments])
         result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return result, str(result["outcome"])
 

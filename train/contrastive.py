@@ -38,6 +38,7 @@ from memshare.training.lora import export
 from memshare.training.optimizer import lr_factor, make_optimizer, update
 from memshare.training.resume import fixed_settings, resume
 from memshare.training.select import select
+from memshare.training.sharding import spread
 from memshare.training.step import ContrastiveStep, NonFinite
 from memshare.training.towers import FrozenMemories, prepare
 from memshare.training.tracking import Tracker, new_run_id
@@ -104,7 +105,6 @@ def train(
             outcome.write_result(args.output, "empty", **selection.counts())
         world.barrier()
         return outcome.EXIT_CODES["empty"]
-
     held_out = read_held_out(config, args.held_out, args.examples, selection.items)
     if settings.eval_every:
         say(f"evaluation: {held_out}")
@@ -115,7 +115,7 @@ def train(
     encoder = Encoder.load(config.encoder.model_copy(update=where))
     fingerprint = f"{encoder.query_fingerprint()} {encoder.memory_fingerprint()}"
     prepare(encoder, settings, seed)
-    world.broadcast(p.data for p in encoder.model.parameters())
+    spread(encoder, world)
     optimizer = make_optimizer(encoder.model, settings)
     batches = Batches(
         selection.items, encoder, global_batch=settings.batch_size * world.size, seed=seed,
@@ -170,8 +170,9 @@ def train(
             if last or state.step % settings.log_every == 0:
                 figures = {"loss": result.loss, "lr": lr, "grad_norm": norm}
                 tracker.show(state.step, steps, {**figures, **result.rates(seconds)})
-            if world.main and (last or state.step % settings.checkpoint_every == 0):
-                checkpoint.save(root, encoder.model, optimizer, state, validation.weights)
+            if last or state.step % settings.checkpoint_every == 0:
+                best = validation.weights
+                checkpoint.save(root, encoder.model, optimizer, state, best, writes=world.main)
             if last:
                 break
 

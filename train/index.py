@@ -6,6 +6,7 @@ encodes the pools with the encoder trained last, compares the result with the ge
 on held-out memories, and publishes it if it is not worse; serving processes swap it in by
 themselves. A rejection is put on record in ``generations/<retriever>/rejected.jsonl`` and is no
 error. ``--encoder frozen --no-gate`` publishes a first generation of the configured encoder.
+Under ``accelerate launch``, all processes encode; the first one does the rest.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from memshare.progress import log
 from memshare.retrieval.build import build_generation
 from memshare.retrieval.canaries import CanaryError, read_canaries
 from memshare.retrieval.card import base_model
+from memshare.retrieval.divided import engage, serve
 from memshare.retrieval.encoder import Encoder, EncoderError
 from memshare.retrieval.gate import GateResult
 from memshare.retrieval.gate_run import gate_built
 from memshare.retrieval.generation import GenerationError, current, generations
 from memshare.retrieval.manifest import folder_name
 from memshare.retrieval.publish import publish
+from memshare.training.gather import World, launch
 from memshare.training.mining import split_memories
 from memshare.training.outcome import read_result
 from memshare.training.relevance import HeldOutRelevance
@@ -66,50 +69,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     try:
         config = load_config(args.config, args.overrides)
+        accelerator = launch()
     except ConfigError as error:
         log(f"error: {error}")
         return 2
+    world = World(accelerator.device)
     try:
+        if not world.main:
+            with PoolStore.open(config.url) as store:
+                serve(store, load_encoder(config, args.encoder, world)[1], world)
+            return 0
         with run_lock(config.run.dir, "index"), PoolStore.open(config.url) as store:
-            outcome = run(config, store, args.encoder, args.round, gated=not args.no_gate)
+            outcome = run(config, store, args, world)
     except EXPECTED as error:
         log(f"error: {error}")
         return 1
+    finally:
+        accelerator.end_training()
     if args.result is not None:
         write_json(args.result, outcome)
     print(json.dumps(outcome, ensure_ascii=False))
     return 0
 
 
-def run(
-    config: Config, store: PoolStore, source: str | None, number: int | None, *, gated: bool
-) -> dict[str, Any]:
-    """Encode, judge, publish; what became of it as a dict."""
+def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World) -> dict[str, Any]:
+    """Encode, judge, publish; what became of it as a dict. Of several processes, the first's."""
     root, name, pools = config.generations_dir, config.retriever.name, config.served_pools
     if gated and config.gate.canaries is not None:
         read_canaries(config.gate.canaries)  # a mistake there is found now, not after the encoding
     for pool in pools:
         store.create_pool(pool, config.pools[pool].rubric, config.pools[pool].threshold)
-    source = source or str(latest_encoder(config.run.dir))
-    settings = config.encoder
-    if source != FROZEN:
-        settings = settings.model_copy(update={"model": source})
-    encoder = Encoder.load(settings)
+    number = args.round
+    source, encoder = load_encoder(config, args.encoder, world)
     earlier = recorded(config, number, source)
     if earlier is not None:
+        engage(world, None)
         log(f"round {number}: generation {earlier['generation']} was published before")
         return earlier
 
     # 1. Encode every pool.
     begun = time.monotonic()
-    built = build_generation(store, config, encoder)
+    built = build_generation(store, config, encoder, peers=world)
     build_seconds = time.monotonic() - begun
     log(f"{len(built.ids)} memories encoded in {build_seconds:.1f} s")
 
     # 2. Judge on the held-out memories.
     verdict = GateResult(True, "not asked for", 0)
     begun = time.monotonic()
-    if gated:
+    if not args.no_gate:
         fates = split_memories(store, config)
         held_out = [
             memory
@@ -123,7 +130,7 @@ def run(
         "gate": verdict.record(),
         "round": number,
         "encoder": source,
-        "base_model": base_model(settings.model),
+        "base_model": base_model(config.encoder.model if source == FROZEN else source),
         "training": training_of(source),
         "build_seconds": build_seconds,
         "gate_seconds": time.monotonic() - begun,
@@ -137,10 +144,19 @@ def run(
         return {"outcome": "rejected", "generation": current(root, name), **metrics}
     generation = publish(
         root, name, encoder=encoder, **built.parts(), metrics=metrics, parent=current(root, name),
-        keep=config.retriever.keep, best=verdict.best,
+        keep=config.retriever.keep, best=verdict.best, index=config.retriever.index,
     )  # fmt: skip
     log(f"published generation {generation} ({len(built.ids)} memories; gate: {verdict.reason})")
     return {"outcome": "published", "generation": generation, **metrics}
+
+
+def load_encoder(config: Config, source: str | None, world: World) -> tuple[str, Encoder]:
+    """The encoder that is asked for, on this process's device, and what it is called."""
+    source = source or str(latest_encoder(config.run.dir))
+    changes = {} if source == FROZEN else {"model": source}
+    if world.size > 1:
+        changes["device"] = str(world.device)
+    return source, Encoder.load(config.encoder.model_copy(update=changes))
 
 
 def latest_encoder(run_dir: Path) -> Path:

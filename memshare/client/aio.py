@@ -138,10 +138,12 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         agent: str | None = None,
         created_after: str | None = None,
         created_before: str | None = None,
+        metadata: Mapping[str, str | int | float | bool] | None = None,
     ) -> Found:
         """See `Client.search`."""
         restrict = {
-            "agent": agent, "created_after": created_after, "created_before": created_before
+            "agent": agent, "created_after": created_after, "created_before": created_before,
+            "metadata": None if metadata is None else dict(metadata),
         }  # fmt: skip
         return await self._send(calls.search(pool, query, k, restrict))
 

@@ -58,7 +58,7 @@ def add(items: Sequence[Mapping[str, Any]], import_: bool) -> Call[tuple[AddResu
     )
 
 
-def search(pool: str, query: str, k: int, restrict: Mapping[str, str | None]) -> Call[Found]:
+def search(pool: str, query: str, k: int, restrict: Mapping[str, Any]) -> Call[Found]:
     """Search a pool."""
     filter = {name: value for name, value in restrict.items() if value is not None}
     return Call(

@@ -140,10 +140,12 @@ class Client(Connected[httpx.Client]):
         agent: str | None = None,
         created_after: str | None = None,
         created_before: str | None = None,
+        metadata: Mapping[str, str | int | float | bool] | None = None,
     ) -> Found:
         """The ``k`` most useful memories for ``query``, best first; times are ISO 8601."""
         restrict = {
-            "agent": agent, "created_after": created_after, "created_before": created_before
+            "agent": agent, "created_after": created_after, "created_before": created_before,
+            "metadata": None if metadata is None else dict(metadata),
         }  # fmt: skip
         return self._send(calls.search(pool, query, k, restrict))
 

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Score = Annotated[float, Field(ge=0.0, le=100.0)]
@@ -78,9 +86,34 @@ class EncoderConfig(Section):
     device: str = "auto"
 
 
+class IndexConfig(Section):
+    """How vectors are kept and searched. ``flat`` is exact; the other kinds are for large pools.
+
+    ``ivf``: the ``nprobe`` nearest of ``nlist`` lists (None: four times the root of the pool's
+    size) are searched. ``hnsw``, on the CPU alone: a graph with ``links`` a memory, built and
+    searched with so many neighbours in view (``ef_construction``, ``ef_search``). Pools below
+    ``approximate_from`` memories stay flat. ``recall_floor``: a generation that finds fewer of a
+    memory's ten nearest others is not published. ``precision``: of the vectors wherever they are,
+    or (``gpu-float16``) of flat indexes' GPU copies alone, while the CPU's decide in full.
+    """
+
+    kind: Literal["flat", "ivf", "hnsw"] = "flat"
+    nlist: PositiveInt | None = None
+    nprobe: PositiveInt = 64
+    links: Annotated[int, Field(ge=4, le=256)] = 32
+    ef_construction: PositiveInt = 128
+    ef_search: PositiveInt = 128
+    approximate_from: PositiveInt = 10_000
+    recall_floor: Fraction = 0.9
+    precision: Literal["float32", "gpu-float16", "float16"] = "float32"
+
+
 class RetrieverConfig(Section):
     """A named line of generations: which pools it serves and how many past ones are kept.
 
+    ``gpu_memory_gib``: what its generations may take of a GPU together, beside vLLM's share (None:
+    whatever is free). Where two don't fit, the next one serves from the CPU until the old one is
+    gone.
     ``max_principal_share``: of the k memories that a search returns, at most so many, but one at
     least, are by one principal; unless the search asks for one principal's own.
     """
@@ -88,8 +121,10 @@ class RetrieverConfig(Section):
     name: str = Field(default="main", pattern=r"^[a-z0-9][a-z0-9_-]*$")
     pools: tuple[str, ...] = ()  # empty means every pool of `Config.pools`
     keep: PositiveInt = 3
+    index: IndexConfig = IndexConfig()
     max_principal_share: Share = 1.0
     gpu: Literal["auto", "on", "off"] = "auto"
+    gpu_memory_gib: PositiveFloat | None = None
     batch_wait_seconds: Annotated[float, Field(ge=0.0)] = 0.003
     max_batch: PositiveInt = 64
     poll_seconds: PositiveFloat = 0.5
@@ -105,10 +140,15 @@ class BM25Config(Section):
 
 
 class VLLMServerConfig(Section):
-    """How ``serve/llm.py`` starts vLLM; ``args`` are passed to its server as they stand."""
+    """How ``serve/llm.py`` starts vLLM; ``args`` are passed to its server as they stand.
+
+    ``replicas``: so many equal servers, on as many ports from that of the url on. Each takes
+    ``tensor_parallel_size`` of the GPUs, in the order of ``CUDA_VISIBLE_DEVICES``.
+    """
 
     python: Path = Path(".venv-vllm/bin/python")
     port: int = 0  # 0: the port of the LLM's url
+    replicas: PositiveInt = 1
     max_model_len: PositiveInt | None = None
     dtype: str = "auto"
     tensor_parallel_size: PositiveInt = 1
@@ -122,13 +162,16 @@ class VLLMServerConfig(Section):
 class LLMConfig(Section):
     """One LLM. ``model``: a folder, a hub name, or ``pocket`` (the small one trained here).
 
+    ``url``: its server, or a list of equal ones, which get requests in turn; one that can't be
+    reached is left out for a while.
+
     ``openai``: any OpenAI-compatible endpoint, by its own name for the model; it gives no
     likelihoods, and ``context_length`` says how much fits, since it can't be asked.
     """
 
     backend: Literal["transformers", "vllm", "openai"] = "transformers"
     model: str = "pocket"
-    url: str = "http://127.0.0.1:8001"
+    url: str | Annotated[tuple[str, ...], Field(min_length=1)] = "http://127.0.0.1:8001"
     api_key_env: str = "MEMSHARE_LLM_API_KEY"
     context_length: PositiveInt = 8192
     timeout_seconds: PositiveFloat = 120.0
@@ -139,6 +182,29 @@ class LLMConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     server: VLLMServerConfig = VLLMServerConfig()
+
+    @model_validator(mode="after")
+    def _countable(self) -> LLMConfig:
+        if self.server.replicas > 1:
+            if not isinstance(self.url, str):
+                raise ValueError("server.replicas counts ports from one url; url is a list already")
+            try:
+                port = urlsplit(self.url).port
+            except ValueError:
+                port = None
+            if port is None:
+                raise ValueError(f"server.replicas counts ports from that of url: {self.url}")
+        return self
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of every replica, without ``/v1``."""
+        given = (self.url,) if isinstance(self.url, str) else self.url
+        bare = tuple(url.rstrip("/").removesuffix("/v1") for url in given)
+        if self.server.replicas == 1:
+            return bare
+        start, colon, port = bare[0].rpartition(":")
+        return tuple(f"{start}{colon}{int(port) + i}" for i in range(self.server.replicas))
 
 
 class AgentConfig(Section):

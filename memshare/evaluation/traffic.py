@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,19 @@ from memshare.pocket.world import Task
 _TIMEOUT_SECONDS = 120.0
 _WATCH_SECONDS = 0.5
 _AFTERWARDS = 0.5  # of the rate, once all problems are out
+
+
+async def arrivals(gaps: Iterable[float]) -> AsyncIterator[tuple[int, float]]:
+    """Number and due time (`time.monotonic`) of each request, by the clock.
+
+    The first is due at once, the others ``gaps`` seconds after the one before. One that comes late,
+    since the loop was busy, keeps its due time, and those behind it keep theirs.
+    """
+    due = time.monotonic()
+    for number, gap in enumerate(gaps):
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        yield number, due
+        due += gap
 
 
 @dataclass
@@ -80,7 +93,7 @@ class Stream:
         running: set[asyncio.Task[None]] = set()
         watcher = asyncio.create_task(self._watch())
         try:
-            async for number in self._ticks(len(problems)):
+            async for number, _ in arrivals(self._gaps(len(problems))):
                 if number < len(problems):
                     work = self._problem(problems[number], number)
                     asked(number + 1)
@@ -113,12 +126,9 @@ class Stream:
             number = int(seen["memshare_generation"])
             self.traffic.swaps.setdefault(number, seen["memshare_swap_seconds"])
 
-    async def _ticks(self, problems: int) -> AsyncIterator[int]:
-        due = time.monotonic()
+    def _gaps(self, problems: int) -> Iterator[float]:
         for number in itertools.count():
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            yield number
-            due += 1.0 / (self._rate * (1.0 if number < problems else _AFTERWARDS))
+            yield 1.0 / (self._rate * (1.0 if number < problems else _AFTERWARDS))
 
     async def _problem(self, task: Task, number: int) -> None:
         if not task.taught:

@@ -114,7 +114,7 @@ async def known_pool(
     for right in rights:
         need(caller, right, pool, param)
     try:
-        await shared.read(shared.store.pool, pool)
+        await shared.know(pool)
     except UnknownPool as error:
         raise ApiError(404, f"no pool {pool!r}", param=param, code="unknown_pool") from error
 
@@ -122,7 +122,7 @@ async def known_pool(
 _bearer = HTTPBearer(auto_error=False, description="a key made by `memshare keys create`")
 
 
-def _caller(request: Request, _: Annotated[object, Security(_bearer)]) -> Key:
+async def _caller(request: Request, _: Annotated[object, Security(_bearer)]) -> Key:
     key: Key = request.state.caller  # from `StrictRoute`
     return key
 

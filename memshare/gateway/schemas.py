@@ -63,11 +63,17 @@ class AddResults(BaseModel):
 
 
 class SearchFilter(Body):
-    """Narrows a search: by the agent that wrote a memory, by time (ISO 8601)."""
+    """Narrows a search: by the agent that wrote a memory, by time (ISO 8601), by metadata.
+
+    A memory passes if its metadata has every key with that value, or with a list that holds it.
+    """
 
     agent: StrictStr | None = Field(default=None, max_length=200)
     created_after: StrictStr | None = Field(default=None, max_length=64)
     created_before: StrictStr | None = Field(default=None, max_length=64)
+    metadata: dict[str, StrictBool | StrictInt | Number | StrictStr] = Field(
+        default_factory=dict, max_length=16
+    )
 
 
 class Search(Body):

@@ -38,17 +38,23 @@ class LLMProbe:
             return self._state
         async with self._lock:
             if time.monotonic() - self._asked > _PROBE_SECONDS:
-                url = self._config.url.rstrip("/").removesuffix("/v1") + "/v1/models"
-                try:
-                    async with httpx.AsyncClient(timeout=_PROBE_SECONDS, trust_env=False) as client:
-                        reply = await client.get(url)
-                    # 401 and 403 come from a server that is up; its key is the backend's affair.
-                    up = reply.status_code < 500
-                    self._state = "reachable" if up else f"unreachable: HTTP {reply.status_code}"
-                except httpx.HTTPError as error:
-                    self._state = f"unreachable: {url}: {type(error).__name__}"
+                states = await asyncio.gather(*(_probe(url) for url in self._config.urls))
+                # One replica that answers is enough to answer.
+                self._state = next((s for s in states if s == "reachable"), "; ".join(states))
                 self._asked = time.monotonic()
         return self._state
+
+
+async def _probe(url: str) -> str:
+    """``reachable`` or ``unreachable: why``."""
+    path = f"{url}/v1/models"
+    try:
+        async with httpx.AsyncClient(timeout=_PROBE_SECONDS, trust_env=False) as client:
+            reply = await client.get(path)
+    except httpx.HTTPError as error:
+        return f"unreachable: {path}: {type(error).__name__}"
+    # 401 and 403 come from a server that is up; its key is the backend's affair.
+    return "reachable" if reply.status_code < 500 else f"unreachable: HTTP {reply.status_code}"
 
 
 @dataclass
@@ -71,15 +77,16 @@ class Gateway:
         return self.shared.config
 
 
-def gateway_of(request: Request) -> Gateway:
+# Coroutines, though they wait for nothing: FastAPI calls plain functions on a thread each.
+async def gateway_of(request: Request) -> Gateway:
     """The gateway that serves this request."""
     state: Gateway = request.app.state.gateway
     return state
 
 
-def ready_gateway(request: Request) -> Gateway:
+async def ready_gateway(request: Request) -> Gateway:
     """The gateway, once it can search; 503 before."""
-    state = gateway_of(request)
+    state: Gateway = request.app.state.gateway
     if not state.ready:
         raise ApiError(503, state.failure or "the gateway is still starting", code="not_ready")
     return state

@@ -12,12 +12,13 @@ import sqlalchemy as sa
 from psycopg.abc import PQGen
 from psycopg.errors import _WaitTimeout as WaitTimeout
 from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InvalidatePoolError, SQLAlchemyError
 
 from memshare.pool.errors import PoolError
 from memshare.progress import log
 
 CONNECT_SECONDS = 5
+PING_SECONDS = 2.0  # for a kept connection to show that its server is there
 LOCK_SECONDS = 8  # waiting for another writer of the same pool
 ANSWER_SECONDS = 10.0  # then the server is taken for gone; more than LOCK_SECONDS
 ABANDONED_SECONDS = 15  # after which the server ends a transaction whose client says nothing
@@ -79,7 +80,6 @@ class PostgreSQL:
             url.set(drivername="postgresql+psycopg"),
             json_serializer=serialise,
             isolation_level="READ COMMITTED",  # a writer's reads follow its wait for the pool
-            pool_pre_ping=True,  # so that a restarted server costs no request
             pool_size=KEPT_CONNECTIONS,
             max_overflow=MORE_CONNECTIONS,
             pool_timeout=ANSWER_SECONDS,
@@ -91,6 +91,7 @@ class PostgreSQL:
         )
         event.listen(self.engine, "do_connect", _connect)
         event.listen(self.engine, "connect", _prepare)
+        event.listen(self.engine, "checkout", _ping)
 
     def lock(self, connection: sa.Connection, number: int) -> None:
         """An advisory lock of the transaction."""
@@ -144,6 +145,22 @@ def _prepare(connection: BoundedConnection, _record: Any) -> None:
     connection.autocommit = True
     connection.execute(_SESSION)
     connection.autocommit = False
+
+
+def _ping(connection: BoundedConnection, _record: Any, _proxy: Any) -> None:
+    """Make sure of a kept connection, so that a restarted server costs no request.
+
+    As SQLAlchemy's ``pool_pre_ping``, but with less patience: one that is gone, or doesn't answer,
+    must cost a request a connection attempt and no more. All others are given up with it.
+    """
+    patience, connection.patience = connection.patience, PING_SECONDS
+    try:
+        connection.autocommit = True
+        connection.execute("SELECT 1")
+        connection.autocommit = False
+    except psycopg.Error as error:
+        raise InvalidatePoolError(f"a kept connection is gone: {error}") from error
+    connection.patience = patience
 
 
 def _driver(connection: sa.Connection) -> BoundedConnection:

@@ -79,16 +79,22 @@ class PairQueue:
         ``before``: only pairs that were put before this id was made (see `new_id`).
         """
         wanted = sa.true() if before is None else pending.c.id < before
+
+        def free(now: float) -> sa.ColumnElement[bool]:
+            # A claim that ends later than any made now was made before the clock was set back.
+            over = sa.or_(pending.c.free_at <= now, pending.c.free_at > now + 2 * lease_seconds)
+            return sa.and_(wanted, over)
+
         with self._db.read() as connection:  # most often there are none: no need to lock for that
-            free = sa.and_(wanted, pending.c.free_at <= self._now(connection))
-            if connection.execute(sa.select(pending.c.id).where(free).limit(1)).first() is None:
+            there = sa.select(pending.c.id).where(free(self._now(connection))).limit(1)
+            if connection.execute(there).first() is None:
                 return []
         token = new_id()
         with self._db.write() as connection:
             now = self._now(connection)
             ids = connection.scalars(
                 sa.select(pending.c.id)
-                .where(wanted, pending.c.free_at <= now)
+                .where(free(now))
                 .order_by(pending.c.id)
                 .limit(limit)
                 .with_for_update(skip_locked=True)  # SQLite's writers are alone anyway

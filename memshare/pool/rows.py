@@ -62,6 +62,16 @@ def page_of(
     return [memory_of(r) for r in connection.execute(query.order_by(memories.c.seq).limit(limit))]
 
 
+def span_end(connection: sa.Connection, pool: str, after: int, until: int, count: int) -> int:
+    """The seq of the ``count``-th living, not held memory with ``after < seq <= until``, or it."""
+    query = sa.select(memories.c.seq).where(
+        memories.c.pool == pool, memories.c.seq > after, memories.c.seq <= until, ALIVE
+    )
+    query = query.where(~memories.c.held).order_by(memories.c.seq).offset(count - 1).limit(1)
+    found = connection.scalar(query)
+    return until if found is None else int(found)
+
+
 def make_cursor(seq: int) -> str:
     """The opaque cursor of the page after ``seq``."""
     return base64.urlsafe_b64encode(b"s%d" % seq).decode().rstrip("=")

@@ -28,6 +28,7 @@ from memshare.pool.rows import (
     page_of,
     pool_info,
     read_cursor,
+    span_end,
 )
 from memshare.pool.schema import changes, decisions, feedback, memories, pools, uses
 from memshare.pool.stats import PoolStats
@@ -351,6 +352,14 @@ class PoolStore:
             if len(page) < PAGE:
                 return
             after = page[-1].seq
+
+    def span_end(self, pool: str, after_seq: int, until_seq: int, count: int) -> int:
+        """Where ``count`` memories of `iter` after ``after_seq`` end; no text is read.
+
+        ``until_seq`` where there are fewer of them.
+        """
+        with self._db.read() as connection:
+            return span_end(connection, pool, after_seq, until_seq, count)
 
     # Decisions
 

@@ -176,6 +176,11 @@ class Encoder:
             raise ValueError("this encoder has two towers: say whether queries or memories")
         return self.model[side]
 
+    def move(self, device: str) -> None:
+        """To another device, from the next batch on."""
+        self.device = encoder_folder.pick_device(device)
+        self.model.to(self.device)
+
     def replace_tower(self, side: Side, model: Any) -> None:
         """Put ``model`` where `tower` finds the one of ``side``; the only one unless split."""
         if self.two_towers:

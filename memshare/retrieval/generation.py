@@ -10,7 +10,9 @@ import numpy.typing as npt
 
 from memshare.progress import log
 from memshare.retrieval.encoder import Encoder, EncoderError
-from memshare.retrieval.index import FlatIndex, Gpu
+from memshare.retrieval.gpu import GpuPlace
+from memshare.retrieval.index import FlatIndex
+from memshare.retrieval.index_file import read_indexes
 from memshare.retrieval.manifest import (
     ROW_FILES,
     DamagedGeneration,
@@ -18,6 +20,7 @@ from memshare.retrieval.manifest import (
     Manifest,
     NoGeneration,
     folder_name,
+    in_order,
     read_manifest,
     verify,
 )
@@ -116,17 +119,18 @@ def load(
     retriever: str,
     number: int | None = None,
     device: str = "auto",
-    gpu: Gpu = "off",
+    place: GpuPlace | None = None,
     *,
     rows: bool = True,
 ) -> Generation:
     """Load generation ``number`` (None: CURRENT) after verifying what is loaded of it.
 
-    ``gpu`` moves the indexes there (`FlatIndex.to_gpu`). Without ``rows``, ``indexes`` and ``ids``
-    stay empty and their files unread: for who has the rows of this memory tower already. The caller
-    closes it, which gives the lease back. Raises `NoGeneration` where there is none and
-    `DamagedGeneration` where size, SHA-256, shapes or the encoder's fingerprints differ from the
-    manifest.
+    ``place``: where GPU copies of the indexes are made (None: nowhere). Without ``rows``,
+    ``indexes`` and ``ids`` stay empty and their files unread: for who has the rows of this memory
+    tower already. The caller closes it, which gives the lease back.
+
+    Raises `NoGeneration` where there is none and `DamagedGeneration` where size, SHA-256, shapes or
+    the encoder's fingerprints differ from the manifest.
     """
     home = home_of(root, retriever)
     while True:
@@ -145,7 +149,7 @@ def load(
         manifest = read_manifest(folder)
         verify(folder, manifest, unread=() if rows else ROW_FILES)
         encoder = _load_encoder(folder, manifest, device)
-        indexes, ids = _load_rows(folder, manifest, gpu) if rows else ({}, {})
+        indexes, ids = _load_rows(folder, manifest, place) if rows else ({}, {})
     except BaseException:
         lease.release()
         raise
@@ -153,7 +157,7 @@ def load(
 
 
 def load_current(
-    root: Path, retriever: str, device: str = "auto", gpu: Gpu = "off"
+    root: Path, retriever: str, device: str = "auto", place: GpuPlace | None = None
 ) -> Generation | None:
     """Load CURRENT or, if it is damaged, the newest intact older one; says so in the log.
 
@@ -165,7 +169,7 @@ def load_current(
         wanted, _ = read_current(home)
         if wanted is None:
             return None
-        return load(root, retriever, None, device, gpu)
+        return load(root, retriever, None, device, place)
     except (DamagedGeneration, NoGeneration) as error:
         damage = error
     log(f"{damage}; looking for an intact older generation")
@@ -173,7 +177,7 @@ def load_current(
         if wanted is not None and number >= wanted:
             continue
         try:
-            generation = load(root, retriever, number, device, gpu)
+            generation = load(root, retriever, number, device, place)
         except (DamagedGeneration, NoGeneration) as error:
             log(str(error))
             continue
@@ -198,23 +202,18 @@ def _load_encoder(folder: Path, manifest: Manifest, device: str) -> Encoder:
 
 
 def _load_rows(
-    folder: Path, manifest: Manifest, gpu: Gpu
+    folder: Path, manifest: Manifest, place: GpuPlace | None
 ) -> tuple[dict[str, FlatIndex], dict[str, Ids]]:
+    spans = dict(in_order(manifest.spans))
     try:
         all_ids: Ids = np.load(folder / "ids.npy", allow_pickle=False)
-        whole = FlatIndex.load(folder / "index.faiss")
+        rows = [stop - start for start, stop in spans.values()]
+        found = read_indexes(folder / "index.faiss", rows)
     except (ValueError, OSError) as error:  # an IndexFault is a ValueError
         raise DamagedGeneration(f"{folder}: index or ids can't be read: {error}") from error
-    rows, dimension = manifest.rows, manifest.dimension
-    if all_ids.shape != (rows,) or all_ids.dtype.kind != "S":
+    if all_ids.shape != (manifest.rows,) or all_ids.dtype.kind != "S":
         raise DamagedGeneration(f"{folder}: ids.npy is {all_ids.dtype} {all_ids.shape}")
-    if (len(whole), whole.dim) != (rows, dimension):
-        raise DamagedGeneration(
-            f"{folder}: index.faiss holds {len(whole)} x {whole.dim}, not {rows} x {dimension}"
-        )
-    indexes = {}
-    for pool, (start, stop) in manifest.spans.items():
-        alone = (start, stop) == (0, rows)
-        index = whole if alone else FlatIndex.build(whole.reconstruct(np.arange(start, stop)))
-        indexes[pool] = index if gpu == "off" else index.to_gpu(gpu)
-    return indexes, {pool: all_ids[start:stop] for pool, (start, stop) in manifest.spans.items()}
+    if any(index.dim != manifest.dimension for index in found):
+        raise DamagedGeneration(f"{folder}: index.faiss has not {manifest.dimension} dimensions")
+    indexes = {pool: index.to_gpu(place) for pool, index in zip(spans, found, strict=True)}
+    return indexes, {pool: all_ids[start:stop] for pool, (start, stop) in spans.items()}

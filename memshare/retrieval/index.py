@@ -3,25 +3,34 @@
 FAISS (on a GPU where there is one) proposes a few more rows than asked for; their similarities are
 then computed in float64 and rounded to float32, so that the answer doesn't depend on the device, on
 how many queries share a batch, or on where equal vectors stand. Where rounding could hide a better
-row behind the ones proposed, the query is searched in full.
+row behind the ones proposed, the query is searched in full. `approximate` has the kinds of index
+that propose without looking at every row.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch  # noqa: F401  # before FAISS: both bring OpenMP and CUDA, and torch's must load first
 
 # isort: split
 import faiss
 
-Gpu = Literal["auto", "on", "off"]
+from memshare.retrieval.gpu import GpuPlace
+
+Floats = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+Found = tuple[Floats, Rows]
 
 GPU_MAX_K = 2048  # what FAISS's GPU kernels can select
-_SLACK = 16  # rows proposed beyond k: room for rounding and for a few equal vectors
-_BLOCK_ROWS = 16_384  # rows converted to float64 at a time
+SLACK = 16  # rows proposed beyond k: room for rounding and for a few equal vectors
+_WIDEN = 64  # and beyond the share of masked rows to be expected, when searching past them
+_WIDEST = 4096  # beyond this, products over the gathered rows are cheaper
+_BLOCK_ROWS = 16_384  # rows converted or gathered at a time
+_BLOCK_FLOATS = 2**24  # rough products kept at a time
 _ERROR = 1e-5  # bound on float32 products' error, relative to the norms (FAISS uses no TF32)
 
 
@@ -29,9 +38,9 @@ class IndexFault(ValueError):
     """Vectors, queries or an index file that can't be used; the message says why."""
 
 
-def _checked(vectors: np.ndarray, name: str, dim: int | None = None) -> np.ndarray:
+def checked(vectors: npt.ArrayLike, name: str, dim: int | None = None) -> Floats:
     """``vectors`` as contiguous float32 (n, dim), refused where not finite or not of ``dim``."""
-    array = np.ascontiguousarray(vectors, dtype=np.float32)
+    array: Floats = np.ascontiguousarray(vectors, dtype=np.float32)
     if array.ndim != 2 or array.shape[1] == 0:
         raise IndexFault(f"{name}: expected shape (n, dim), got {array.shape}")
     if dim is not None and array.shape[1] != dim:
@@ -48,163 +57,200 @@ def _checked(vectors: np.ndarray, name: str, dim: int | None = None) -> np.ndarr
 
 
 class FlatIndex:
-    """A flat inner-product index. Not thread-safe: one thread owns it."""
+    """A flat inner-product index. Not thread-safe: one thread owns it.
+
+    ``cpu`` is FAISS's index in CPU form, in float32 or in half precision; similarities are exact
+    for what it stores.
+    """
 
     def __init__(self, index: Any) -> None:
-        """Use `build` or `load`; ``index`` is FAISS's IndexFlatIP in CPU form."""
-        self._cpu = index
-        self._gpu: Any = None
-        self._resources: Any = None
+        """Use `build`, `approximate.build_index` or `index_file.read_indexes`.
+
+        Raises `IndexFault` for vectors that are not finite.
+        """
+        self.cpu = index
         self.dim = int(index.d)
+        self._gpu: Any = None
+        self._rounds = False  # the GPU copy is in half precision, the CPU form is not
         self._norm = 0.0
-        for start in range(0, len(self), _BLOCK_ROWS):
-            norms = np.linalg.norm(self._vectors[start : start + _BLOCK_ROWS], axis=1)
-            self._norm = max(self._norm, float(norms.max()))
+        self._measure(0)
 
     @classmethod
-    def build(cls, vectors: np.ndarray) -> FlatIndex:
+    def build(cls, vectors: npt.ArrayLike) -> FlatIndex:
         """An index of ``vectors`` (n, dim); n may be 0. Raises `IndexFault` for NaN."""
-        array = _checked(vectors, "vectors")
+        array = checked(vectors, "vectors")
         index = faiss.IndexFlatIP(array.shape[1])
         index.add(array)
         return cls(index)
 
-    @classmethod
-    def load(cls, path: str | Path) -> FlatIndex:
-        """Read what `save` wrote. Raises `IndexFault` for a damaged file or another index kind."""
-        if not Path(path).is_file():
-            raise IndexFault(f"{path}: no such index file")
-        try:
-            index = faiss.read_index(str(path))
-        except RuntimeError as error:
-            raise IndexFault(f"{path}: not a readable FAISS index ({error})") from error
-        if (
-            not isinstance(index, faiss.IndexFlat)
-            or index.metric_type != faiss.METRIC_INNER_PRODUCT
-        ):
-            raise IndexFault(f"{path}: {type(index).__name__}, expected a flat inner-product index")
-        found = cls(index)
-        _checked(found._vectors, str(path))
-        return found
+    def add(self, vectors: npt.ArrayLike) -> None:
+        """Append ``vectors`` (n, dim) in CPU form; a GPU copy has to be made again.
 
-    def save(self, path: str | Path) -> None:
-        """Write the CPU form; atomicity is the publisher's business."""
-        faiss.write_index(self._cpu, str(path))
+        Raises `IndexFault` for NaN.
+        """
+        start = len(self)
+        self.cpu.add(checked(vectors, "vectors", self.dim))
+        self._gpu = None
+        self._measure(start)
 
     def __len__(self) -> int:
         """Number of vectors."""
-        return int(self._cpu.ntotal)
+        return int(self.cpu.ntotal)
 
     @property
-    def _vectors(self) -> np.ndarray:
-        """The stored vectors (n, dim), a view without a copy."""
-        if len(self) == 0:
-            return np.empty((0, self.dim), dtype=np.float32)
-        flat = faiss.rev_swig_ptr(self._cpu.get_xb(), len(self) * self.dim)
-        view: np.ndarray = flat.reshape(len(self), self.dim)
-        return view
+    def kind(self) -> str:
+        """As `IndexConfig` names it."""
+        return "flat"
 
     @property
     def on_gpu(self) -> bool:
         """Whether searches use a GPU copy."""
         return self._gpu is not None
 
-    def to_gpu(self, mode: Gpu = "auto", device: int = 0) -> FlatIndex:
-        """Make a GPU copy with resources of its own; returns itself.
-
-        ``auto`` does nothing where FAISS sees no GPU; ``on`` raises `IndexFault` there.
-        """
-        available = faiss.get_num_gpus()
-        if mode == "on" and available == 0:
-            raise IndexFault(
-                "retriever.gpu is on, but FAISS sees no GPU: install the extra `gpu` "
-                "(faiss-gpu-cu12) on a machine with CUDA, or set it to auto"
-            )
-        if mode != "off" and available > 0 and self._gpu is None:
-            self._resources = faiss.StandardGpuResources()
-            self._gpu = faiss.index_cpu_to_gpu(self._resources, device, self._cpu)
+    def to_gpu(self, place: GpuPlace | None) -> FlatIndex:
+        """Make a GPU copy in ``place`` (None: none is made); returns itself."""
+        if place is not None and self._gpu is None:
+            self._rounds = place.float16 and isinstance(self.cpu, faiss.IndexFlat)
+            self._gpu = place.copy(self.cpu)
         return self
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: Floats, k: int, allowed: Mask | None = None) -> Found:
         """The k most similar rows for each query, similarity descending, then row ascending.
 
-        ``queries`` (q, dim). Returns similarities (q, k) float32 and rows (q, k) int64; where the
-        index has fewer than k rows, the rest is -inf and row -1. Raises `IndexFault`.
+        ``queries`` (q, dim); ``allowed`` (n,): rows that count, None for all. Returns similarities
+        (q, k) float32 and rows (q, k) int64; where fewer than k rows count, the rest is -inf and
+        row -1. Raises `IndexFault`.
         """
-        queries = _checked(queries, "queries", self.dim)
-        similarities, rows = _padding(len(queries), k)
-        asked = min(k + _SLACK, len(self))
-        if asked == 0 or len(queries) == 0:
-            return similarities, rows
+        queries = checked(queries, "queries", self.dim)
+        if k < 1:
+            raise IndexFault(f"k must be at least 1, got {k}")
+        count = len(self) if allowed is None else int(np.count_nonzero(allowed))
+        if count == 0 or len(queries) == 0:
+            return _padding(len(queries), k)
+        if allowed is None or count == len(self):
+            return self._search_all(queries, k)
+        return self._search_allowed(queries, k, allowed, count)
+
+    def search_rows(self, queries: Floats, rows: npt.NDArray[Any], k: int) -> Found:
+        """`search` among ``rows`` (r,) only, in any kind of index exact: every product is made.
+
+        Repeated rows count once.
+        """
+        queries = checked(queries, "queries", self.dim)
+        if k < 1:
+            raise IndexFault(f"k must be at least 1, got {k}")
+        return self._scan(queries, self._checked_rows(np.unique(rows)), k)
+
+    def reconstruct(self, rows: npt.NDArray[Any]) -> Floats:
+        """The stored vectors (r, dim) float32 of ``rows`` (r,), copied."""
+        return np.array(self._take(self._checked_rows(np.asarray(rows))))
+
+    def _search_all(self, queries: Floats, k: int) -> Found:
+        asked = min(k + SLACK, len(self))
         on_gpu = self._gpu is not None and asked <= GPU_MAX_K
-        proposed, candidates = (self._gpu if on_gpu else self._cpu).search(queries, asked)
-        error = _ERROR * self._norm
-        for i, query in enumerate(queries):
-            found, exact = self._best(query, np.sort(candidates[i]), k)
-            hidden = float(proposed[i, -1]) + error * float(np.linalg.norm(query))
-            if asked < len(self) and hidden >= exact[-1]:
-                found, exact = self._scan(query, None, k)
-            similarities[i, : len(found)], rows[i, : len(found)] = exact, found
+        proposed, candidates = (self._gpu if on_gpu else self.cpu).search(queries, asked)
+        similarities, rows = self._decide(queries, candidates, k)
+        if asked < len(self) and not (on_gpu and self._rounds):
+            error = _ERROR * self._norm * np.linalg.norm(queries, axis=1)
+            doubtful = np.flatnonzero(proposed[:, -1] + error >= similarities[:, -1])
+            if len(doubtful):
+                found = self._scan(queries[doubtful], None, k)
+                similarities[doubtful], rows[doubtful] = found
         return similarities, rows
 
-    def search_rows(
-        self, queries: np.ndarray, rows: np.ndarray, k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`search` among ``rows`` (r,) only: exact products over the gathered rows.
+    def _search_allowed(self, queries: Floats, k: int, allowed: Mask, count: int) -> Found:
+        """Few masked rows: search past them, wider until k are found. Many: gather the others."""
+        total, enough = len(self), min(k, count)
+        wide = min(total, enough * total // count + _WIDEN)
+        while 2 * count >= total and wide <= max(_WIDEST, 4 * enough):
+            similarities, rows = self._search_all(queries, wide)
+            good = allowed[rows]  # wide <= total, so no row is padding
+            if wide == total or int(good.sum(axis=1).min()) >= enough:
+                first = np.argsort(~good, axis=1, kind="stable")[:, :enough]
+                found = _padding(len(queries), k)
+                found[0][:, :enough] = np.take_along_axis(similarities, first, axis=1)
+                found[1][:, :enough] = np.take_along_axis(rows, first, axis=1)
+                return found
+            wide = min(total, 4 * wide)
+        return self._scan(queries, np.flatnonzero(allowed), k)
 
-        For filtered searches, which FAISS's GPU index doesn't know. Repeated rows count once.
-        """
-        queries = _checked(queries, "queries", self.dim)
-        allowed = self._checked_rows(np.unique(rows))
-        similarities, found_rows = _padding(len(queries), k)
-        if len(allowed):
-            for i, query in enumerate(queries):
-                found, exact = self._scan(query, allowed, k)
-                similarities[i, : len(found)], found_rows[i, : len(found)] = exact, found
-        return similarities, found_rows
+    def _measure(self, start: int) -> None:
+        """Learn the longest norm of the rows from ``start``, and that all are finite."""
+        for row in range(start, len(self), _BLOCK_ROWS):
+            block = self._take(slice(row, min(row + _BLOCK_ROWS, len(self))))
+            squares = np.einsum("rd,rd->r", block, block)
+            if not np.isfinite(squares).all():
+                bad = row + int(np.flatnonzero(~np.isfinite(squares))[0])
+                raise IndexFault(f"vectors: row {bad} holds NaN or infinity")
+            self._norm = max(self._norm, float(np.sqrt(squares.max())))
 
-    def reconstruct(self, rows: np.ndarray) -> np.ndarray:
-        """The stored vectors (r, dim) float32 of ``rows`` (r,), copied."""
-        return np.array(self._vectors[self._checked_rows(np.asarray(rows))])
+    def _take(self, rows: slice | npt.NDArray[Any]) -> Floats:
+        """The stored vectors of ``rows`` as float32 (r, dim); a view where that is possible."""
+        return stored(self.cpu, len(self))[rows].astype(np.float32, copy=False)
 
-    def _checked_rows(self, rows: np.ndarray) -> np.ndarray:
+    def _checked_rows(self, rows: npt.NDArray[Any]) -> Rows:
         rows = rows.astype(np.int64, copy=False)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexFault(f"rows must be in 0..{len(self) - 1}, got {rows.min()}..{rows.max()}")
         return rows
 
-    def _scan(
-        self, query: np.ndarray, allowed: np.ndarray | None, k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _scan(self, queries: Floats, allowed: Rows | None, k: int) -> Found:
         """Best k of ``allowed`` (ascending; None: all rows), none overlooked."""
+        found = _padding(len(queries), k)
         total = len(self) if allowed is None else len(allowed)
-        rough = np.empty(total, dtype=np.float32)
-        for start in range(0, total, _BLOCK_ROWS):
-            stop = min(start + _BLOCK_ROWS, total)
-            part = slice(start, stop) if allowed is None else allowed[start:stop]
-            rough[start:stop] = self._vectors[part] @ query
-        if k < total:
-            error = 2 * _ERROR * self._norm * float(np.linalg.norm(query))
-            near = np.flatnonzero(rough >= np.partition(rough, total - k)[total - k] - error)
-        else:
-            near = np.arange(total)
-        return self._best(query, near if allowed is None else allowed[near], k)
+        step = max(1, _BLOCK_FLOATS // max(total, 1))
+        for start in range(0, len(queries) if total else 0, step):
+            part = queries[start : start + step]
+            rough = np.empty((len(part), total), dtype=np.float32)
+            for row in range(0, total, _BLOCK_ROWS):
+                stop = min(row + _BLOCK_ROWS, total)
+                rows = slice(row, stop) if allowed is None else allowed[row:stop]
+                np.matmul(part, self._take(rows).T, out=rough[:, row:stop])
+            for i, query in enumerate(part):
+                near = self._near(rough[i], float(np.linalg.norm(query)), k)
+                near = near if allowed is None else allowed[near]
+                best = self._decide(query[None], near[None], k)
+                found[0][start + i], found[1][start + i] = best[0][0], best[1][0]
+        return found
 
-    def _best(
-        self, query: np.ndarray, candidates: np.ndarray, k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The first k of ``candidates`` (ascending rows) by exact similarity, and those."""
-        exact = np.empty(len(candidates), dtype=np.float32)
-        wide = query.astype(np.float64)
-        for start in range(0, len(candidates), _BLOCK_ROWS):
-            part = slice(start, start + _BLOCK_ROWS)
-            exact[part] = self._vectors[candidates[part]].astype(np.float64) @ wide
-        order = np.argsort(-exact, kind="stable")[:k]
-        return candidates[order], exact[order]
+    def _near(self, rough: Floats, norm: float, k: int) -> Rows:
+        """Places of ``rough`` among which the best k must be, for all that rounding may do."""
+        if k >= len(rough):
+            return np.arange(len(rough))
+        least = np.partition(rough, len(rough) - k)[len(rough) - k]
+        return np.flatnonzero(rough >= least - 2 * _ERROR * self._norm * norm)
+
+    def _decide(self, queries: Floats, candidates: Rows, k: int) -> Found:
+        """The first k of ``candidates`` (q, m) by exact similarity; -1 among them is padding."""
+        candidates = np.sort(candidates, axis=1)
+        exact = np.full(candidates.shape, -np.inf, dtype=np.float32)
+        wide = queries.astype(np.float64)
+        step = max(1, _BLOCK_ROWS // len(queries))
+        for start in range(0, candidates.shape[1], step):
+            part = candidates[:, start : start + step]
+            vectors = self._take(np.maximum(part, 0).ravel()).astype(np.float64)
+            # einsum sums every row in the same order, so equal vectors have equal similarities.
+            exact[:, start : start + step] = np.einsum(
+                "qmd,qd->qm", vectors.reshape(*part.shape, self.dim), wide
+            )
+        exact[candidates < 0] = -np.inf
+        order = np.argsort(-exact, axis=1, kind="stable")[:, :k]
+        similarities, rows = _padding(len(queries), k)
+        similarities[:, : order.shape[1]] = np.take_along_axis(exact, order, axis=1)
+        rows[:, : order.shape[1]] = np.take_along_axis(candidates, order, axis=1)
+        return similarities, rows
 
 
-def _padding(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    if k < 1:
-        raise IndexFault(f"k must be at least 1, got {k}")
+def stored(index: Any, count: int) -> npt.NDArray[Any]:
+    """The vectors (count, dim) of a flat FAISS index, float32 or float16, without a copy."""
+    half = isinstance(index, faiss.IndexScalarQuantizer)
+    if count == 0:
+        return np.empty((0, index.d), dtype=np.float32)
+    raw = faiss.rev_swig_ptr(index.codes.data(), count * index.d * (2 if half else 4))
+    view: npt.NDArray[Any] = raw.view(np.float16 if half else np.float32).reshape(count, index.d)
+    return view
+
+
+def _padding(queries: int, k: int) -> Found:
     similarities = np.full((queries, k), -np.inf, dtype=np.float32)
     return similarities, np.full((queries, k), -1, dtype=np.int64)

@@ -11,9 +11,12 @@ in their number.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from memshare.config import Config
@@ -32,15 +35,23 @@ from memshare.retrieval.generation import (
     load,
     load_current,
 )
+from memshare.retrieval.gpu import GpuFault
 from memshare.retrieval.index import IndexFault
 from memshare.retrieval.manifest import folder_name, read_manifest
+from memshare.retrieval.placing import Choice, Placer
 from memshare.retrieval.serving import MAX_DELTA, Serving, frozen_serving
 from memshare.retrieval.shelf import home_of
 from memshare.retrieval.worker import SearcherClosed, Worker
 
 _CLOSE = 64  # changes that may be left for when the feeder pauses
 _ROUNDS = 10  # of catching up before that, should writes come faster than they are encoded
-_SETUP_ERRORS = (EncoderError, IndexFault)  # at the first load: the configuration is wrong
+_NICENESS = int(
+    os.environ.get("X_NICE", "10")
+)  # of the loading thread: about a tenth of a core that others want, too
+_TURN_SECONDS = float(
+    os.environ.get("X_TURN", "0.0005")
+)  # of Python's interpreter lock while a generation is loaded; 0.005 else
+_SETUP_ERRORS = (EncoderError, IndexFault, GpuFault)  # at the first load: a wrong configuration
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +88,7 @@ class Loader:
         self._feeder = feeder
         self._announce = announce
         self._root, self._name = config.generations_dir, config.retriever.name
+        self._placer = Placer(config)
         self._seen: Stamp = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="searcher-loader", daemon=True)
@@ -92,10 +104,12 @@ class Loader:
             self._thread.join()
 
     def _loop(self) -> None:
+        _step_aside()
         poll, wait = self._config.retriever.poll_seconds, 0.0
         while not self._stop.wait(wait):
             try:
-                self._step()
+                with _short_turns():
+                    self._step()
                 wait = poll
             except SearcherClosed:
                 return
@@ -117,7 +131,7 @@ class Loader:
             return
         began = time.perf_counter()
         if number is None:
-            following = self._first()
+            following, choice = self._first()
         else:
             try:
                 if current(self._root, self._name) in (number, None):
@@ -126,14 +140,14 @@ class Loader:
                 if self._swap_query_tower(began):
                     self._seen = stamp
                     return
-                following = self._serving_of(self._load())
+                following, choice = self._load()
             except (DamagedGeneration, NoGeneration) as error:
                 # Refused until CURRENT is written again: reading it again would not mend it.
                 self._seen = stamp
                 self.error = report(f"generation {number} serves on", error, self.error)
                 return
         try:
-            if self._swap_in(following, began):
+            if self._swap_in(following, choice, began):
                 self._seen = stamp
                 return
         except BaseException:
@@ -152,10 +166,13 @@ class Loader:
         if serving.generation is None or number is None:
             return False
         theirs = read_manifest(home_of(self._root, self._name) / folder_name(number))
-        mine = serving.generation.manifest.memory_fingerprint
-        if theirs.memory_fingerprint != mine or serving.delta_rows > MAX_DELTA:
+        mine = serving.generation.manifest
+        if theirs.memory_fingerprint != mine.memory_fingerprint or theirs.index != mine.index:
             return False
-        generation = load(self._root, self._name, number, self._device, rows=False)
+        if serving.delta_rows > MAX_DELTA:
+            return False
+        device = str(serving.encoder.device)
+        generation = load(self._root, self._name, number, device, rows=False)
         try:
             generation.encoder.batch_tokens = self._config.encoder.batch_tokens
             generation.encoder.encode_queries(["warm-up"])
@@ -168,50 +185,60 @@ class Loader:
             raise
         return True
 
-    def _first(self) -> Serving:
+    def _first(self) -> tuple[Serving, Choice]:
         """What to begin with: CURRENT, else an intact older one, else the configured encoder."""
+        choice = self._placer.first()
         if current_stamp(self._root, self._name) is None:
-            return frozen_serving(self._config)
+            return frozen_serving(self._config), choice
         try:
-            return self._serving_of(self._load())
+            return self._load()
         except GenerationError as error:
             self.error = report("CURRENT can't serve", error, self.error)
         try:
-            older = load_current(self._root, self._name, self._device, self._config.retriever.gpu)
+            older = load_current(self._root, self._name, choice.device, choice.place)
         except DamagedGeneration as error:
             log(f"the configured encoder serves: {error}")
             older = None
-        return frozen_serving(self._config) if older is None else self._serving_of(older)
+        return (frozen_serving(self._config) if older is None else self._serving_of(older)), choice
 
-    def _load(self) -> Generation:
-        return load(self._root, self._name, None, self._device, self._config.retriever.gpu)
-
-    @property
-    def _device(self) -> str:
-        return self._config.encoder.device
+    def _load(self) -> tuple[Serving, Choice]:
+        """CURRENT, and where it was put."""
+        number = current(self._root, self._name)
+        if number is None:
+            raise NoGeneration(f"{self._name}: nothing was published yet")
+        manifest = read_manifest(home_of(self._root, self._name) / folder_name(number))
+        files = {name: blob.size for name, blob in manifest.files.items()}
+        choice = self._placer.choose(number, files)
+        generation = load(self._root, self._name, None, choice.device, choice.place)
+        return self._serving_of(generation), choice
 
     def _serving_of(self, generation: Generation) -> Serving:
         generation.encoder.batch_tokens = self._config.encoder.batch_tokens
         try:
-            return Serving.of(generation, self._store, self._config.served_pools)
+            return Serving.of(
+                generation, self._store, self._config.served_pools, self._worker.snapshot()
+            )
         except BaseException:
             generation.close()
             raise
 
-    def _swap_in(self, following: Serving, began: float) -> bool:
+    def _swap_in(self, following: Serving, choice: Choice, began: float) -> bool:
         """Catch ``following`` up and serve it; False if the searcher was closed before that."""
         for _ in range(_ROUNDS):
             gaps = following.behind(self._store)
             if sum(gaps.values()) <= _CLOSE:
                 break
             following.catch_up(self._store, gaps, self._stop.is_set)
-        following.settle(self._config.retriever.gpu)
+        following.settle(choice.place)
         with self._feeder.paused():
             gaps = self._gaps(following)
             following.catch_up(self._store, gaps, self._stop.is_set)
             if self._stop.is_set():
                 return False
             self._swap(following, began)
+        self._placer.serves(choice)
+        if choice.placement == "aside":
+            self._worker.run(lambda: self._placer.move_up(following, choice))
         return True
 
     def _swap(self, following: Serving, began: float) -> None:
@@ -235,3 +262,24 @@ class Loader:
             pool: shard.position - following.shards[pool].position
             for pool, shard in old.shards.items()
         }
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Inside, whoever waits for the interpreter gets it sooner.
+
+    A batch of searches gives it up and takes it again for every operation on tensors. Beside a
+    thread that runs Python, as loading does, it waits a full turn each time.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, _TURN_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _step_aside() -> None:
+    """Leave the cores to others: the calling thread, and the ones that libraries start for it."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class Manifest:
     ``positions``: the change log position of each pool that the vectors stand for. ``spans``: the
     rows ``[start, stop)`` of ``ids.npy`` and ``index.faiss`` that belong to each pool; they tile
     all rows. ``best``: the number of the best generation so far by the gate, itself perhaps.
-    ``created_at``: ISO 8601, UTC.
+    ``created_at``: ISO 8601, UTC. ``index``: the settings (`IndexConfig`) that decide what is in
+    ``index.faiss``; ``recall_at_10``: of each pool whose index is not exact, against exact search.
     """
 
     number: int
@@ -67,6 +68,8 @@ class Manifest:
     positions: dict[str, int]
     spans: dict[str, tuple[int, int]]
     files: dict[str, Blob]
+    index: dict[str, Any] = field(default_factory=dict)
+    recall_at_10: dict[str, float] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -123,10 +126,15 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def in_order(spans: Mapping[str, tuple[int, int]]) -> list[tuple[str, tuple[int, int]]]:
+    """``spans`` in the order of their rows, which is that of the indexes in ``index.faiss``."""
+    return sorted(spans.items(), key=lambda item: item[1])
+
+
 def check_spans(spans: Mapping[str, tuple[int, int]], rows: int) -> None:
     """Raise ValueError unless ``spans`` tile ``rows`` rows without gap or overlap."""
     at = 0
-    for pool, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
+    for pool, (start, stop) in in_order(spans):
         if start != at or stop < start:
             raise ValueError(f"the rows of pool {pool!r} are [{start}, {stop}) but {at} was due")
         at = stop

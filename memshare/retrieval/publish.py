@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from memshare.config import IndexConfig
 from memshare.files import fsync_dir, write_atomic
 from memshare.progress import log
-from memshare.retrieval.blobs import free_bytes, weight_bytes, write_files
+from memshare.retrieval.blobs import free_bytes, index_bytes, weight_bytes, write_files
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import verify_generation
 from memshare.retrieval.manifest import (
@@ -66,6 +67,7 @@ def publish(
     keep: int,
     best: int | None = None,
     built_by: str | None = None,
+    index: IndexConfig | None = None,
 ) -> int:
     """Write a new generation and make it CURRENT, unless a pin says otherwise; returns its number.
 
@@ -74,15 +76,17 @@ def publish(
     made the vectors; any other than ``encoder``'s is refused. ``best``: the best generation so far
     by the gate (0: the configured encoder), None if it is this one. Afterwards all but the newest
     ``keep``, CURRENT, the best and the leased ones are deleted. Files that equal the parent's are
-    hard links to them.
+    hard links to them. ``index``: the kind of index (None: flat).
 
-    Raises `PublishError` for parts that do not belong together and where the files can't be
-    written, a full disk among them; nothing but the old state is left then.
+    Raises `GenerationError` for an index below its recall floor, and `PublishError` for parts that
+    do not belong together and where the files can't be written, a full disk among them; nothing but
+    the old state is left then.
     """
     memory_fingerprint = encoder.memory_fingerprint()
     if built_by is not None and built_by != memory_fingerprint:
         raise PublishError("the vectors were made by another encoder; build them with this one")
     _check(encoder, vectors, ids, spans, positions)
+    settings = index or IndexConfig()
     home = home_of(root, retriever)
     manifest = Manifest(
         number=0,  # this, best and files come later, the number under the lock
@@ -100,7 +104,7 @@ def publish(
     )
     try:
         with scratch(home) as folder:
-            write_files(home, folder, manifest, encoder, vectors, ids, metrics)
+            manifest = write_files(home, folder, manifest, encoder, vectors, ids, metrics, settings)
             manifest = replace(manifest, files=describe(folder))
             with locked(home):
                 held, pinned = read_current(home)
@@ -114,7 +118,8 @@ def publish(
     except GenerationError:
         raise
     except Exception as error:  # tokenizers, safetensors and FAISS raise kinds of their own
-        raise _explain(home, error, _bytes_needed(encoder, vectors, ids)) from error
+        needed = index_bytes(vectors.shape, settings) + sum(map(len, ids)) + _SLACK
+        raise _explain(home, error, weight_bytes(encoder) + needed) from error
     if pinned:
         log(
             f"{retriever}: published generation {number}, but {held} is pinned and stays CURRENT; "
@@ -191,10 +196,6 @@ def _prune(home: Path, keep: int, best: int) -> None:
         prune(home, keep, [best])
     except OSError as error:
         log(f"{home.name}: old generations could not be deleted: {error}")
-
-
-def _bytes_needed(encoder: Encoder, vectors: npt.NDArray[np.float32], ids: Sequence[str]) -> int:
-    return weight_bytes(encoder) + vectors.nbytes + sum(map(len, ids)) + _SLACK
 
 
 def _explain(home: Path, error: Exception, needed: int) -> PublishError:

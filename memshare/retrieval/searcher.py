@@ -53,7 +53,7 @@ class Searcher:
         """Nothing runs until `start`; the store stays open until after `close`."""
         retriever = config.retriever
         self._name = retriever.name
-        self._pools = config.served_pools
+        self._pools = dict.fromkeys(config.served_pools)  # in order, and found at once
         self._closed = False
         self._moved = threading.Condition()  # a position or readiness changed
         self._worker = Worker(retriever.max_batch, retriever.batch_wait_seconds)

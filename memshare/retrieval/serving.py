@@ -14,11 +14,12 @@ from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.records import Memory, SearchAnswer
 from memshare.retrieval.build import Built
-from memshare.retrieval.delta import Shard
+from memshare.retrieval.delta import Shard, Snapshot
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.filters import Filter
 from memshare.retrieval.generation import Generation
-from memshare.retrieval.index import FlatIndex, Gpu
+from memshare.retrieval.gpu import GpuPlace
+from memshare.retrieval.index import FlatIndex
 
 PAGE = 1000  # changes read at a time
 MAX_DELTA = 4096  # rows; a larger delta becomes an index before serving begins
@@ -65,8 +66,17 @@ class Serving:
         return cls(FROZEN, encoder, {pool: Shard(encoder.dim) for pool in pools})
 
     @classmethod
-    def of(cls, generation: Generation, store: PoolStore, pools: Iterable[str]) -> Serving:
-        """A loaded generation; a pool that it does not know starts with everything in the delta."""
+    def of(
+        cls,
+        generation: Generation,
+        store: PoolStore,
+        pools: Iterable[str],
+        before: Mapping[str, Snapshot] | None = None,
+    ) -> Serving:
+        """A loaded generation; a pool that it does not know starts with everything in the delta.
+
+        What ``before``, the rows that serve now, tells by pool is not read from the store again.
+        """
         shards = {}
         for pool in pools:
             if pool in generation.indexes:
@@ -77,22 +87,19 @@ class Serving:
             else:
                 shards[pool] = Shard(generation.encoder.dim)
         serving = cls(generation.number, generation.encoder, shards, generation)
-        serving._load_columns(store)
+        serving._load_columns(store, before or {})
         return serving
 
     @classmethod
-    def of_built(
-        cls, encoder: Encoder, built: Built, store: PoolStore, gpu: Gpu = "off"
-    ) -> Serving:
-        """Rows that are not published yet; for the gate. Its number is -1."""
+    def of_built(cls, encoder: Encoder, built: Built, store: PoolStore) -> Serving:
+        """Rows that are not published yet, searched exactly; for the gate. Its number is -1."""
         shards = {}
         for pool, (start, stop) in built.spans.items():
             index = FlatIndex.build(built.vectors[start:stop])
-            index = index if gpu == "off" else index.to_gpu(gpu)
             ids = np.array([id.encode() for id in built.ids[start:stop]] or [b""], np.bytes_)
             shards[pool] = Shard(encoder.dim, index, ids[: stop - start], built.positions[pool])
         serving = cls(-1, encoder, shards)
-        serving._load_columns(store)
+        serving._load_columns(store, {})
         return serving
 
     def close(self) -> None:
@@ -159,12 +166,29 @@ class Serving:
                 if not self.feed(store, pool, run_here):
                     break
 
-    def settle(self, gpu: Gpu) -> None:
+    def snapshot(self) -> dict[str, Snapshot]:
+        """What is known of every pool's rows now, copied."""
+        return {pool: shard.snapshot() for pool, shard in self.shards.items()}
+
+    def settle(self, place: GpuPlace | None) -> None:
         """Before serving begins: index large deltas, and warm encoder and indexes up."""
         for shard in self.shards.values():
             if shard.delta_rows > MAX_DELTA:
-                shard.freeze(gpu)
-        self.answer([Query(pool, "warm-up", 1) for pool in self.shards])
+                shard.freeze(place)
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """Search every pool once, for one text."""
+        vector = self.encoder.encode_queries(["warm-up"])
+        for shard in self.shards.values():
+            shard.top(vector, 1)
+
+    def move_up(self, device: str, place: GpuPlace | None) -> None:
+        """From the CPU onto ``device`` and ``place``, in the thread that owns this."""
+        self.encoder.move(device)
+        for shard in self.shards.values():
+            shard.to_gpu(place)
+        self.warm_up()
 
     def answer(self, queries: Sequence[Query]) -> list[SearchAnswer]:
         """Search, all queries in one batch of the encoder, all by this generation."""
@@ -197,7 +221,7 @@ class Serving:
             vectors[others] = self.encoder.encode_queries(texts)
         return vectors
 
-    def _load_columns(self, store: PoolStore) -> None:
+    def _load_columns(self, store: PoolStore, before: Mapping[str, Snapshot]) -> None:
         last = {info.name: info.last_seq for info in store.pools()}
         for pool, shard in self.shards.items():
             if shard.position > last.get(pool, 0):
@@ -206,7 +230,9 @@ class Serving:
                     f"which is at {last.get(pool, 0)}: another database? Reading all of it"
                 )
                 shard.position = 0
-            if pool in last and shard.rows:
+            if pool in before and shard.rows:
+                shard.load_columns(store.get_many(shard.adopt(before[pool])).values())
+            elif pool in last and shard.rows:
                 # Held ones too, and to the end: each row's state as of now. What changes from here
                 # on comes after `position` in the log, and is replayed by `feed`.
                 shard.load_columns(store.iter(pool, include_held=True))

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from memshare.records import SearchAnswer
+from memshare.retrieval.delta import Snapshot
 from memshare.retrieval.serving import Query, Serving
 
 
@@ -89,23 +90,36 @@ class Worker:
             self._changed.notify()
         future.result()
 
+    def snapshot(self) -> dict[str, Snapshot]:
+        """What is known of the rows that serve, taken between two batches; empty without any."""
+        taken: dict[str, Snapshot] = {}
+
+        def take() -> None:
+            if self.serving is not None:
+                taken.update(self.serving.snapshot())
+
+        self.run(take)
+        return taken
+
     def swap(self, serving: Serving) -> float:
         """Serve ``serving`` from the next batch on; the old one is closed after its last.
 
-        Returns the seconds for which the worker was kept from searching.
+        What the old one held is free when this returns, by the calling thread: searches don't wait
+        for that. Returns the seconds for which the worker was kept from searching.
         """
         seconds = 0.0
+        old: Serving | None = None
 
         def assign() -> None:
-            nonlocal seconds
+            nonlocal seconds, old
             began = time.perf_counter()
             old, self.serving = self.serving, serving
             if old is not None:
                 old.close()
-            del old  # its vectors are freed here, in the thread that used them
             seconds = time.perf_counter() - began
 
         self.run(assign)
+        del old  # the worker may hold `assign` until its next step
         return seconds
 
     def fail_all(self, error: Exception) -> None:

@@ -19,7 +19,7 @@ from memshare.llm.quoting import looks_like_fence, without_hidden
 from memshare.pool.feedback import Standing
 from memshare.pool.limits import Limits
 from memshare.records import Memory, NewMemory
-from memshare.sharing.near import NearDuplicates
+from memshare.sharing.near import NearDuplicates, Place
 from memshare.training.split import grams, jaccard
 
 # A flag of a country's part is a black flag, tag characters, and their end.
@@ -31,19 +31,17 @@ class NotStored(Exception):
 
 
 @contextmanager
-def placed(
-    near: NearDuplicates, memory: NewMemory
-) -> Iterator[tuple[NewMemory | None, Memory | None]]:
+def placed(near: NearDuplicates, memory: NewMemory) -> Iterator[Place]:
     """`NearDuplicates.place`, but not for what is on hold: it isn't in the pool so far.
 
     `NotStored`, raised inside, ends the block; a near-duplicate that was there then stays there.
     """
     with suppress(NotStored):
         if memory.hold is not None:
-            yield memory, None
+            yield Place(memory)
         else:
-            with near.place(memory) as found:
-                yield found
+            with near.place(memory) as place:
+                yield place
 
 
 class Guard:

@@ -77,6 +77,7 @@ class SharedMemory:
         # Apart from the reads: a write also waits until it can be searched for.
         self._writes = ThreadPoolExecutor(threads, thread_name_prefix="shared-write")
         self._rubrics: dict[str, str] = {}
+        self._known: set[str] = set()
         self.guard = Guard(config)
         self._near = NearDuplicates(store, searcher, config)
         self._uses = UseCounter(UseCounts(store.database))
@@ -106,6 +107,15 @@ class SharedMemory:
     async def write(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a blocking write on a thread."""
         return await _on(self._writes, call, *args, **kwargs)
+
+    async def know(self, pool: str) -> None:
+        """Raise `UnknownPool` unless there is such a pool. Pools stay, so each is asked for once.
+
+        That spares every request a thread and a transaction.
+        """
+        if pool not in self._known:
+            await self.read(self.store.pool, pool)
+            self._known.add(pool)
 
     async def retrieve(
         self,
@@ -199,14 +209,19 @@ class SharedMemory:
             return self._decide(pair, decision, [], job)
         limit = self.config.gateway.max_text_chars
         memory = self.guard.look_at(check_memory(self._memory(pair, decision.score), limit))
-        with self.stage("store"), placed(self._near, memory) as (new, twin):
-            if new is None:
-                assert twin is not None
-                reason = ends.NEAR_DUPLICATE
-                decision = replace(decision, status="duplicate", reason=reason, memory_id=twin.id)
-            decision = self._decide(pair, decision, [] if new is None else [new], job)
+        with self.stage("store"), placed(self._near, memory) as place:
+            if place.new is None:
+                assert place.twin is not None
+                return self._decide(pair, _near_duplicate(decision, place.twin), [], job)
+            decision = self._decide(pair, decision, [place.new], job)
             if decision.status == "rejected":
                 raise NotStored
+            earlier = None
+            if decision.status == "stored":
+                assert decision.memory_id is not None
+                earlier = self._near.confirm(place, decision.memory_id)
+            # On record it stays stored, as it was, until the change log says deleted.
+            return decision if earlier is None else _near_duplicate(decision, earlier)
         return decision
 
     def _decide(
@@ -292,13 +307,19 @@ class SharedMemory:
             return self._append(memories, limits)
 
     def _append_placed(self, memory: NewMemory, limits: Mapping[str, Limits]) -> AppendResult:
-        with placed(self._near, memory) as (new, twin):
-            if new is None:
-                assert twin is not None
-                return AppendResult(twin.id, "duplicate", twin.seq)
-            (result,) = self._append([new], limits)
-            if result.status == "rejected":
-                raise NotStored
+        with placed(self._near, memory) as place:
+            earlier = place.twin
+            if place.new is not None:
+                (result,) = self._append([place.new], limits)
+                if result.status == "rejected":
+                    raise NotStored
+                earlier = (
+                    self._near.confirm(place, result.id) if result.status == "stored" else None
+                )
+                if earlier is None:
+                    return result
+            assert earlier is not None
+            return AppendResult(earlier.id, "duplicate", earlier.seq)
         return result
 
     def _append(
@@ -384,6 +405,10 @@ class SharedMemory:
         if info.rubric not in self._rubrics:
             self._rubrics[info.rubric] = await self.read(load_rubric, info.rubric)
         return self._rubrics[info.rubric]
+
+
+def _near_duplicate(decision: Decision, of: Memory) -> Decision:
+    return replace(decision, status="duplicate", reason=ends.NEAR_DUPLICATE, memory_id=of.id)
 
 
 async def _on(threads: ThreadPoolExecutor, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:

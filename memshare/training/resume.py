@@ -92,6 +92,8 @@ def resume(
         folder, state = found
         restore(folder, model, optimizer)
         best = best_weights(folder, state) if world.main else {}
+    if world.divided is not None:
+        world.divided.follow(optimizer)  # from here on, weights are whole between two steps
     if world.main:
         if found:
             log(f"continuing from {found[0]}: {state.step} steps are done")

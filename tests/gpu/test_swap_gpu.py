@@ -88,3 +88,30 @@ def test_swaps_on_a_gpu(tmp_path: Path) -> None:
     assert answered > 100
     # FAISS keeps scratch space a resource; one leaked generation a swap would be far more.
     assert grown < 256 * 2**20, f"{grown} bytes of GPU memory more after 100 swaps"
+
+
+def test_without_room_for_two_the_next_one_moves_up_after_the_swap(tmp_path: Path) -> None:
+    folders = [tiny_encoder(tmp_path / str(seed), seed=seed, dim=64) for seed in range(2)]
+    config = make_config(tmp_path / "run", folders[0], gpu="on", gpu_memory_gib=0.8)
+    config = config.model_copy(
+        update={"encoder": config.encoder.model_copy(update={"device": "cuda"})}
+    )
+    with open_store(config) as store:
+        memories = fill(store, "p", 200)
+        for folder in folders:
+            publish_now(store, config, Encoder.from_folder(folder, device="cpu"), keep=9)
+        activate(config.generations_dir, "main", 1)
+        with Searcher(store, config) as searcher:
+            searcher.wait_ready(60)
+            activate(config.generations_dir, "main", 2)
+            deadline = time.monotonic() + 60
+            while searcher.stats().generation != 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            serving = searcher._worker.serving
+            assert serving is not None
+            while str(serving.encoder.device) == "cpu":
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            answer = searcher.search("p", memories[0].prompt, 200)
+            assert answer.generation == 2 and len(answer.hits) == 200

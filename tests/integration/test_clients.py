@@ -51,6 +51,7 @@ def test_the_client_does_all_that_the_gateway_does(keyed: tuple[str, str, str]) 
         assert found.generation == 0 and found.memories[0].id == added.id
         assert found.memories[0].similarity is not None
         assert client.search("keep", "red apples", agent="nobody").memories == ()
+        assert client.search("keep", "red apples", metadata={"no": "key"}).memories == ()
         standing = client.feedback(added.id, "up", "it helped")
         assert standing.votes == 1 and client.get(added.id).standing == standing.standing > 0
         page = client.list("keep", limit=3)

@@ -3,7 +3,6 @@ disk, which leaves the old one and says what it would have needed."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from memshare.retrieval.build import build_generation
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import current, verify_generation
 from memshare.retrieval.publish import PublishError, publish
+from tests import disks
 from tests.retrieving import fill, make_config, open_store, publish_now
 from tests.tiny import tiny_encoder
 
@@ -60,13 +60,8 @@ def check_order(steps: list[str], move: int) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1.5 MB."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, b"size=1536k") != 0:
-        pytest.skip(f"mounting a tmpfs needs root: {os.strerror(ctypes.get_errno())}")
-    yield folder
-    libc.umount2(str(folder).encode(), 2)
+    with disks.small_disk(tmp_path / "disk", "1536k") as folder:
+        yield folder
 
 
 def tree(folder: Path) -> set[str]:
@@ -130,7 +125,7 @@ def test_a_full_disk_before_anything_was_published(tmp_path: Path, small_disk: P
     folder = tiny_encoder(tmp_path / "encoder")
     config = make_config(tmp_path / "run", folder)
     encoder = Encoder.from_folder(folder, device="cpu")
-    (small_disk / "ballast").write_bytes(b"\0" * shutil.disk_usage(small_disk).free)
+    disks.fill_up(small_disk)
     with open_store(config) as store:
         fill(store, "p", 5)
         built = build_generation(store, config, encoder)

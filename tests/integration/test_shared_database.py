@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import httpx
 import pytest
@@ -41,6 +42,7 @@ def urls(
         "database_url": database,
         "retriever": {"poll_seconds": 0.5 if request.param == "sqlite" else 10.0},
         "run": {"generations": str(folder / "generations")},
+        "pools": {"near": {"threshold": 0, "near_duplicate": 0.9}},
     }
     with (
         gateway(folder / "a", models, **shared) as a,
@@ -103,6 +105,38 @@ def test_writers_of_both_lose_and_double_nothing(urls: tuple[str, str, str, Path
     assert len(memories) == len({memory.prompt for memory in memories}) == 8 * 5 + 5
     for url in (a, b):
         assert set(found(url, "writer", "strict")) == {memory.id for memory in memories}
+
+
+def test_near_duplicates_written_at_one_moment_leave_the_first(
+    urls: tuple[str, str, str, Path],
+) -> None:
+    """Each gateway searched before the other one's was there; one of the two stays, for both."""
+    a, b, database, _ = urls
+
+    def add(url: str, prompt: str) -> tuple[str, str]:
+        item = {"pool": "near", "prompt": prompt, "answer": "the same answer every time"}
+        moment.wait()
+        reply = httpx.post(f"{url}/v1/memories", json={"items": [item]}, timeout=60)
+        (result,) = reply.raise_for_status().json()["results"]
+        return result["status"], result["id"]
+
+    marks = ".!?;"
+    moment = Barrier(len(marks))
+    overtaken = 0
+    with ThreadPoolExecutor(len(marks)) as threads, PoolStore.open(database) as store:
+        for turn in range(12):
+            subject = " ".join("abcdefghijklmnopqrstuvwx"[2 * turn :][:2] * 8)
+            prompts = [f"{subject} {subject}{mark}" for mark in marks]
+            before = store.last_seq("near")
+            told = list(threads.map(add, (a, b) * 2, prompts))
+            assert sorted(status for status, _ in told) == ["duplicate"] * 3 + ["stored"]
+            (id_,) = {id_ for _, id_ in told}
+            living = [memory for memory in store.iter("near") if memory.seq > before]
+            assert [memory.id for memory in living] == [id_]
+            added = [c for c in store.changes("near", before) if c.kind == "add"]
+            assert added[0].id == id_, "the first one is to stay"
+            overtaken += len(added) - 1
+    print(f"{overtaken} near-duplicates were stored for a moment")
 
 
 def test_a_generation_swaps_in_everywhere(

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from memshare.config import Config
 from memshare.pool import PoolError
 from memshare.records import NewMemory
 from memshare.sharing import Pair, SharedMemory, open_shared
+from memshare.sharing.turn import NEAR_DUPLICATE
 from tests.loop import loop_config
 
 FIRST = "the old lamp in the green tower burns all night"
@@ -95,6 +97,35 @@ def test_writers_side_by_side_slip_nothing_in(run: Run) -> None:
         assert len(prompts(shared)) == len({result.id for result in results}) == 1
 
     run(body, near_duplicate=0.8)
+
+
+def test_what_another_gateway_slipped_in_wins_by_its_place(tmp_path: Path, models: Path) -> None:
+    """The two share a database; the second one hears of nothing but its own writes in time."""
+    pools = {"keep": {"threshold": 0, "near_duplicate": 0.9}}
+    shared_file = f"sqlite:///{tmp_path}/pool.db"
+
+    def config(name: str) -> Config:
+        return loop_config(
+            tmp_path / name, models, pools=pools, database_url=shared_file,
+            retriever={"poll_seconds": 600.0},
+        )  # fmt: skip
+
+    async def inside() -> None:
+        async with open_shared(config("a")) as a, open_shared(config("b")) as b:
+            await a.write(a.append_visible, [new(FAR)])
+            (first,) = await a.write(a.append_visible, [new(FIRST)])
+            (second,) = await b.write(b.append_visible, [new(NEAR, score=99)])
+            assert (second.status, second.id, second.seq) == ("duplicate", first.id, first.seq)
+            assert prompts(a) == [FAR, FIRST]
+            (other,) = await a.write(a.append_visible, [new("an apple in the snow")])
+            assert other.status == "stored"
+            # the scorer's path, the other way round
+            pair = Pair("keep", "an apple in the snow!", "an answer")
+            decision = await b.grade_and_store(pair)
+            assert (decision.status, decision.memory_id) == ("duplicate", other.id)
+            assert decision.reason == NEAR_DUPLICATE
+
+    asyncio.run(inside())
 
 
 @pytest.mark.parametrize(

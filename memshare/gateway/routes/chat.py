@@ -70,10 +70,10 @@ async def chat(
     max_tokens = body.max_completion_tokens or body.max_tokens or agent.max_tokens
     llm = shared.agent.llm
     await llm.ready()
+    parts = (llm, body.messages, found.memories, agent.instruction, max_tokens)
     with shared.stage("prompt"):
-        messages, kept = await shared.read(
-            compose, llm, body.messages, found.memories, agent.instruction, max_tokens
-        )
+        # Only where shots are to fit are there tokens to count, which takes a thread.
+        messages, kept = await shared.read(compose, *parts) if found.memories else compose(*parts)
     note: dict[str, Any] = {
         "generation": found.generation,
         "memories": [memory.id for memory in kept],

@@ -36,6 +36,7 @@ from memshare.pool.keys import Key
 from memshare.pool.rows import read_cursor
 from memshare.pool.validate import check_memory, check_text
 from memshare.records import Memory, NewMemory, Pair
+from memshare.retrieval.filters import terms_of
 from memshare.retrieval.searcher import Filter
 
 router = APIRouter(prefix="/v1/memories", route_class=StrictRoute, tags=["memories"])
@@ -168,7 +169,9 @@ async def search(body: Search, gateway: ReadyGateway, caller: Caller) -> JSONRes
 
 def _filter(body: SearchFilter) -> Filter:
     try:
-        return Filter(body.agent, body.created_after, body.created_before)
+        return Filter(
+            body.agent, body.created_after, body.created_before, terms=terms_of(body.metadata)
+        )
     except ValueError as error:
         raise ApiError(422, f"filter.{error}", param="filter", code="invalid_filter") from error
 

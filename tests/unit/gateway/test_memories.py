@@ -121,6 +121,23 @@ def test_search_is_filtered(client: TestClient) -> None:
     assert found(created_before="2020-01-01T00:00:00Z") == 0
 
 
+def test_search_is_filtered_by_metadata(client: TestClient) -> None:
+    about = {"topic": "eggs", "tags": ["soft", 3], "checked": True}
+    add(client, {"prompt": "metadata me", "answer": "x", "metadata": about})
+    search = {"pool": "keep", "query": "metadata me", "k": 1}
+
+    def found(**wanted: object) -> int:
+        body = {**search, "filter": {"metadata": wanted}}
+        reply = client.post("/v1/memories/search", json=body)
+        return len(reply.json()["memories"]) if reply.status_code == 200 else -reply.status_code
+
+    assert found(topic="eggs") == found(topic="eggs", checked=True, tags="soft") == 1
+    assert found(tags=3) == found(tags=3.0) == 1
+    assert found(topic="ham") == found(checked=1) == found(checked=False) == found(none="x") == 0
+    assert found(topic="eggs", tags="hard") == 0
+    assert found(topic=["eggs"]) == found(topic=None) == -422
+
+
 def test_scored_writes_are_pending_until_the_scorer_decides(tmp_path: Path, models: Path) -> None:
     with running(tmp_path, models, gateway={"score_writes": True}) as client:
         kept = add(client, {"prompt": "a pair", "answer": "to grade"}, {"prompt": "", "answer": ""})

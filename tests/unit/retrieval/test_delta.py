@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memshare.config import IndexConfig
 from memshare.records import Hit, Memory
-from memshare.retrieval.delta import Growing, Shard
+from memshare.retrieval.approximate import build_index
+from memshare.retrieval.columns import Growing
+from memshare.retrieval.delta import Shard
 from memshare.retrieval.filters import Filter, microseconds
 from memshare.retrieval.index import FlatIndex
 
@@ -118,7 +121,7 @@ def test_k_are_found_if_k_exist(
     shard.reconcile(dict.fromkeys(model.gone))
     excluded = frozenset(item.id for item, _ in model.rows if rng.random() < 0.1)
     if freeze:
-        shard.freeze("off")
+        shard.freeze(None)
         assert shard.delta_rows == 0
     queries = vectors_of(3, seed + 1)
     for restrict in (None, Filter(agent, after, before, excluded, most)):
@@ -162,6 +165,64 @@ def test_rows_that_the_pool_lacks_are_masked() -> None:
     shard = Shard(DIM, FlatIndex.build(vectors_of(4, 0)), np.array([m.id.encode() for m in items]))
     shard.load_columns([items[0], replace(items[2], held=True), memory(77)])
     assert [hit.id for hit in shard.top(vectors_of(1, 1), 9)[0]] == ["m00000"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    base=st.integers(0, 40),
+    extra=st.integers(0, 20),
+    newer=st.integers(0, 10),
+    drop=st.integers(0, 10),
+    seed=st.integers(0, 10_000),
+)
+def test_the_next_generation_takes_over_what_the_old_one_knew(
+    base: int, extra: int, newer: int, drop: int, seed: int
+) -> None:
+    """Its rows: other ones, in another order; what the old one lacks is read and told."""
+    old, model = make(base, extra, seed)
+    rng = np.random.default_rng(seed)
+    gone = {item.id for item, _ in model.rows if rng.random() < 0.2}
+    old.reconcile(dict.fromkeys(gone))
+    old.position = 50
+    count = base + extra + newer
+    agents = [["ann", "bob", None][i % 3] for i in range(count)]
+    items = [memory(i, agents[i]) for i in range(count)]
+    order = rng.permutation(count)[drop:]
+    vectors = vectors_of(count, seed + 1)
+    ids = np.array([items[i].id.encode() for i in order] or [b""], np.bytes_)[: len(order)]
+    shard = Shard(DIM, FlatIndex.build(vectors[order].reshape(-1, DIM)), ids, 60)
+    lacked = shard.adopt(old.snapshot())
+    assert set(lacked) == {items[i].id for i in order if i >= base + extra}
+    shard.load_columns(items[int(id[1:])] for id in lacked)
+    assert shard.position == 50
+    expected = Model()
+    expected.rows = [(items[i], vectors[i]) for i in order]
+    expected.gone = gone
+    for restrict in (None, Filter("bob"), Filter(created_after="2026-01-05")):
+        for query, found in zip(
+            vectors_of(2, seed + 2), shard.top(vectors_of(2, seed + 2), 99, restrict), strict=True
+        ):
+            same(found, expected.top(query, 99, restrict))
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_a_large_delta_joins_an_approximate_index(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(3000, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    items = [memory(i) for i in range(3000)]
+    chosen = IndexConfig.model_validate({"kind": kind, "approximate_from": 1000, "nprobe": 500})
+    ids = np.array([item.id.encode() for item in items[:2000]])
+    shard = Shard(16, build_index(vectors[:2000], chosen), ids, 2000)
+    shard.load_columns(items[:2000])
+    shard.add(items[2000:], vectors[2000:])
+    before = shard.top(vectors[2500:2510], 5)
+    shard.freeze(None)
+    assert shard.delta_rows == 0 and shard.rows == 3000
+    found = shard.top(vectors[2500:2510], 5)
+    assert [hits[0].id for hits in found] == [item.id for item in items[2500:2510]]
+    if kind == "ivf":  # every list is probed, so nothing is missed
+        assert found == before
 
 
 def test_an_empty_shard_finds_nothing() -> None:

@@ -21,6 +21,7 @@ from memshare.retrieval.generation import (
     load_current,
 )
 from memshare.retrieval.index import FlatIndex
+from memshare.retrieval.index_file import write_indexes
 from memshare.retrieval.manifest import MANIFEST, describe, read_manifest
 from tests.retrieving import fill, make_config, open_store, publish_now
 from tests.tiny import tiny_encoder
@@ -81,7 +82,7 @@ def no_unpickling(folder: Path) -> None:
 
 
 def short_index(folder: Path) -> None:
-    FlatIndex.build(np.eye(3, 32, dtype=np.float32)).save(folder / "index.faiss")
+    write_indexes(folder / "index.faiss", [FlatIndex.build(np.eye(3, 32, dtype=np.float32))])
     re_described(folder)
 
 

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memshare.retrieval import index as index_module
+from memshare.retrieval.gpu import GpuFault, gpu_place
 from memshare.retrieval.index import FlatIndex, IndexFault
+from memshare.retrieval.index_file import read_indexes, write_indexes
 
 
 def unit(n: int, dim: int = 24, seed: int = 0) -> np.ndarray:
@@ -134,16 +136,16 @@ def test_empty_index_and_no_queries(tmp_path: Path) -> None:
     assert rows.tolist() == [[-1] * 3] * 2
     assert np.isneginf(sims).all()
     assert len(index) == 0
-    index.save(tmp_path / "empty.faiss")
-    assert FlatIndex.load(tmp_path / "empty.faiss").dim == 8
+    write_indexes(tmp_path / "empty.faiss", [index])
+    assert read_indexes(tmp_path / "empty.faiss", [0])[0].dim == 8
     assert FlatIndex.build(unit(4, dim=8)).search(np.empty((0, 8)), 3)[1].shape == (0, 3)
 
 
 def test_save_and_load(tmp_path: Path) -> None:
     vectors, queries = unit(100), unit(4, seed=5)
     index = FlatIndex.build(vectors)
-    index.save(tmp_path / "index.faiss")
-    again = FlatIndex.load(tmp_path / "index.faiss")
+    write_indexes(tmp_path / "index.faiss", [index])
+    (again,) = read_indexes(tmp_path / "index.faiss", [100])
     for left, right in zip(index.search(queries, 5), again.search(queries, 5), strict=True):
         np.testing.assert_array_equal(left, right)
     np.testing.assert_array_equal(again.reconstruct(np.array([7, 3])), vectors[[7, 3]])
@@ -156,24 +158,24 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
     import faiss
 
     with pytest.raises(IndexFault, match="no such index file"):
-        FlatIndex.load(tmp_path / "absent")
+        read_indexes(tmp_path / "absent", [1])
     path = tmp_path / "index.faiss"
-    FlatIndex.build(unit(50)).save(path)
+    write_indexes(path, [FlatIndex.build(unit(50))])
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(IndexFault, match="not a readable FAISS index"):
-        FlatIndex.load(path)
+        read_indexes(path, [1])
     path.write_bytes(b"garbage")
     with pytest.raises(IndexFault, match="not a readable FAISS index"):
-        FlatIndex.load(path)
+        read_indexes(path, [1])
     other = faiss.IndexFlatL2(4)
     faiss.write_index(other, str(path))
-    with pytest.raises(IndexFault, match="expected a flat inner-product index"):
-        FlatIndex.load(path)
+    with pytest.raises(IndexFault, match="expected an inner-product index"):
+        read_indexes(path, [1])
     poisoned = faiss.IndexFlatIP(4)
     poisoned.add(np.full((1, 4), np.nan, dtype=np.float32))
     faiss.write_index(poisoned, str(path))
     with pytest.raises(IndexFault, match="row 0 holds NaN"):
-        FlatIndex.load(path)
+        read_indexes(path, [1])
 
 
 def test_bad_vectors_and_queries_are_refused() -> None:
@@ -198,10 +200,10 @@ def test_gpu_modes_without_a_gpu() -> None:
     if faiss.get_num_gpus() > 0:
         pytest.skip("FAISS sees a GPU here; tests/gpu checks that case")
     index = FlatIndex.build(unit(5))
-    assert index.to_gpu("auto") is index
-    assert not index.to_gpu("off").on_gpu
-    with pytest.raises(IndexFault, match="sees no GPU"):
-        index.to_gpu("on")
+    assert index.to_gpu(gpu_place("auto")) is index
+    assert not index.to_gpu(gpu_place("off")).on_gpu
+    with pytest.raises(GpuFault, match="sees no GPU"):
+        gpu_place("on")
 
 
 def test_torch_is_loaded_before_faiss() -> None:

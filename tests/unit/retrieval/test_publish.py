@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from memshare.config import Config
+from memshare.config import Config, IndexConfig
 from memshare.pool.store import PoolStore
 from memshare.retrieval.build import Built, build_generation
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import (
     DamagedGeneration,
+    GenerationError,
     NoGeneration,
     best,
     current,
@@ -27,6 +28,7 @@ from memshare.retrieval.generation import (
     load,
     verify_generation,
 )
+from memshare.retrieval.manifest import read_manifest
 from memshare.retrieval.publish import PublishError, activate, publish, unpin
 from memshare.retrieval.shelf import Lease, numbers
 from tests.retrieving import fill, make_config, open_store, publish_now
@@ -159,6 +161,46 @@ def test_a_damaged_parent_is_not_linked(store: PoolStore, config: Config, encode
     verify_generation(config.generations_dir, "main", 2)
     with pytest.raises(DamagedGeneration):
         verify_generation(config.generations_dir, "main", 1)
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_recall_is_in_the_manifest_and_a_floor_refuses_the_build(
+    store: PoolStore, config: Config, encoder: Encoder, kind: str
+) -> None:
+    with open_store(config) as more:
+        fill(more, "p", 400, seed=3)
+    good = {"kind": kind, "approximate_from": 100, "nprobe": 100, "ef_search": 200}
+    index = IndexConfig.model_validate(good)
+    one = publish_now(store, config, encoder, index=index)
+    generation = load(config.generations_dir, "main", device="cpu")
+    assert generation.indexes["p"].kind == generation.manifest.index["kind"] == kind
+    assert 0.9 <= generation.manifest.recall_at_10["p"] <= 1.0
+    generation.close()
+    verify_generation(config.generations_dir, "main", one)
+    again = publish_now(store, config, encoder, parent=one, index=index)  # linked, figure and all
+    manifest = read_manifest(home(config) / f"{again:06d}")
+    assert manifest.recall_at_10 == generation.manifest.recall_at_10
+    files = [home(config) / f"{number:06d}" / "index.faiss" for number in (one, again)]
+    assert files[0].samefile(files[1])
+    poor = {**good, "nprobe": 1, "nlist": 10, "links": 4, "ef_search": 1, "ef_construction": 1}
+    strict = IndexConfig.model_validate({**poor, "recall_floor": 1.0})
+    with pytest.raises(GenerationError, match=r"p 0\.\d+; nothing was published\. Raise .*nprobe"):
+        publish_now(store, config, encoder, parent=again, index=strict)
+    assert current(config.generations_dir, "main") == again and leftovers(config) == []
+    flat = publish_now(store, config, encoder, parent=again)
+    assert read_manifest(home(config) / f"{flat:06d}").recall_at_10 == {}
+
+
+def test_half_precision_is_not_copied_into_full(
+    store: PoolStore, config: Config, encoder: Encoder
+) -> None:
+    publish_now(store, config, encoder, index=IndexConfig(precision="float16"))
+    halved = load(config.generations_dir, "main", device="cpu")
+    kept = halved.indexes["p"].reconstruct(np.arange(12))
+    halved.close()
+    built = build_generation(store, config, encoder)
+    assert 0 < np.abs(kept - built.vectors).max() < 5e-4
+    assert (halved.folder / "index.faiss").stat().st_size < 12 * encoder.dim * 4
 
 
 def test_vectors_of_another_encoder_are_refused(
