@@ -34,7 +34,9 @@ async def submit(
         reason = "the answer calls tools" if tools else f"finish reason {finish_reason}"
         return {"write": "off", "reason": reason}
     text = text.strip()
-    copy_of = gateway.shared.guard.copied(text, shown)
+    copy_of = None
+    if shown:
+        copy_of = await gateway.shared.read(gateway.shared.guard.copied, text, shown)
     await gateway.queue.put(
         [replace(pair, answer=text, finish_reason=finish_reason, copy_of=copy_of)]
     )

@@ -12,16 +12,22 @@ import hmac
 import json
 import re
 import secrets
-import unicodedata
 from collections.abc import Mapping
 
 _SECRET = secrets.token_bytes(32)
 _FENCE = re.compile(r"^\W*(?:BEGIN|END)\s+DATA\b", re.MULTILINE)
-# What a reader can't see and JSON leaves as it is: line ends, format and control characters.
-_HIDDEN = {"Cf", "Cc", "Zl", "Zp"}
-# These shape Arabic, Persian and Indic words and emoji; all other format characters carry nothing
-# that a reader sees.
-JOINERS = "\u200c\u200d"
+# Characters that nothing is drawn for: Unicode's Default_Ignorable_Code_Point.
+_INVISIBLE = (
+    "\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff"
+)
+# These shape what stands beside them, in Arabic, Indic and Mongolian words and in emoji; all the
+# others carry nothing that a reader sees. A soft hyphen may be drawn.
+_SHAPING = "\xad\u180b-\u180d\u200c\u200d\ufe0e\ufe0f"
+_CARRIES_NOTHING = re.compile(f"(?![{_SHAPING}])[{_INVISIBLE}]")
+# In a prompt all of them are shown, and the line ends and controls that JSON leaves as they are.
+_SHOWN = re.compile(f"[{_INVISIBLE}\x7f-\x9f\u2028\u2029\ufff9-\ufffb]")
 
 
 def quote(data: Mapping[str, str]) -> tuple[str, str]:
@@ -38,16 +44,12 @@ def looks_like_fence(text: str) -> bool:
 
 def without_hidden(text: str) -> str:
     """``text`` as a reader sees it: without invisible characters, but with what shapes others."""
-    if text.isascii():
-        return text
-    return "".join(c for c in text if c in JOINERS or unicodedata.category(c) != "Cf")
+    return text if text.isascii() else _CARRIES_NOTHING.sub("", text)
 
 
 def _show_hidden(body: str) -> str:
     """JSON with invisible characters as escapes, so that nothing is smuggled in by them."""
-    if body.isascii() and "\x7f" not in body:
-        return body
-    return "".join(_escape(c) if unicodedata.category(c) in _HIDDEN else c for c in body)
+    return _SHOWN.sub(lambda match: _escape(match[0]), body)
 
 
 def _escape(character: str) -> str:

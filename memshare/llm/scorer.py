@@ -46,7 +46,6 @@ class Scorer(ABC):
     async def _grade(self, prompt: str, answer: str, rubric_text: str) -> Grade: ...
 
 
-_LONGEST_LOOP = 64  # words of a phrase that is said twice running
 _ROLE = (
     "You are a strict examiner. You grade one answer to one question by the rubric below, and only "
     "by what the answer says."
@@ -122,26 +121,21 @@ class LikelihoodScorer(Scorer):
 
 
 def said_once(answer: str) -> str:
-    """``answer`` without invisible characters, words said twice running, or known 4-grams' ends.
+    """``answer`` without invisible characters, and without four words running that came before.
 
-    Padding with any of these would raise a mean likelihood. Words are what blanks separate, so
-    repetition in scripts without blanks is not found.
+    Padding with either would raise a mean likelihood. Words are what blanks separate, so repetition
+    in scripts without blanks is not found.
     """
-    kept: list[str] = []
-    keys: list[str] = []
+    words = re.findall(r"\s*\S+", without_hidden(answer))
+    keys = [normalise(word) for word in words]
     seen: set[tuple[str, ...]] = set()
-    for word in re.findall(r"\s*\S+", without_hidden(answer)):
-        kept.append(word)
-        keys.append(normalise(word))
-        gram = tuple(keys[-4:])
-        loops = range(1, min(len(keys) // 2, _LONGEST_LOOP) + 1)
-        again = next((n for n in loops if keys[-n:] == keys[-2 * n : -n]), 0)
-        again = again or (1 if len(gram) == 4 and gram in seen else 0)
-        if again:
-            del kept[-again:], keys[-again:]
-        else:
-            seen.add(gram)
-    return "".join(kept)
+    again: set[int] = set()
+    for end in range(4, len(words) + 1):
+        gram = tuple(keys[end - 4 : end])
+        if gram in seen:
+            again.update(range(end - 4, end))
+        seen.add(gram)
+    return "".join(word for place, word in enumerate(words) if place not in again)
 
 
 class ReferenceScorer(Scorer):

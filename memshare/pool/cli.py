@@ -211,32 +211,30 @@ def _review(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
 
 
 def _hold(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
-    done = {id: store.hold(id, args.reason) for id in args.ids}
-    return _told("hold", done, "on hold", "is unknown, or on hold already")
+    return _each("hold", args.ids, lambda id: store.hold(id, args.reason), "on hold", "free ")
 
 
 def _release(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
-    done = {id: store.release(id) for id in args.ids}
-    return _told("release", done, "released", "is unknown, or not on hold")
+    return _each("release", args.ids, store.release, "released", "held ")
 
 
 def _delete(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
-    done = {id: store.delete(id) for id in args.ids}
-    return _told("delete", done, "deleted", "is unknown, or deleted already")
+    return _each("delete", args.ids, store.delete, "deleted")
 
 
-def _told(action: str, done: dict[str, bool], success: str, failure: str) -> int:
-    for id, good in done.items():
-        if good:
-            print(f"{id} {success}")
+def _each(action: str, ids: list[str], do: Callable[[str], bool], done: str, what: str = "") -> int:
+    missing = []
+    for id in ids:
+        if do(id):
+            print(f"{id} {done}")
         else:
-            print(f"memshare pool {action}: {id} {failure}", file=sys.stderr)
-    return 0 if all(done.values()) else 2
+            missing.append(id)
+    return _missing(action, missing, what)
 
 
-def _missing(action: str, ids: list[str]) -> int:
+def _missing(action: str, ids: list[str], what: str = "") -> int:
     if ids:
-        print(f"memshare pool {action}: no memory {', '.join(ids)}", file=sys.stderr)
+        print(f"memshare pool {action}: no {what}memory {', '.join(ids)}", file=sys.stderr)
     return 2 if ids else 0
 
 

@@ -40,6 +40,12 @@ class Backend(Protocol):
     def announce(self, connection: sa.Connection, pool: str) -> None:
         """Have every process that listens told, after the commit, that ``pool`` changed."""
 
+    def scrub(self) -> bool:
+        """Overwrite what was erased wherever a file still holds it; False: not possible just now.
+
+        It is to be tried again then.
+        """
+
     def listening(self, wake: Callable[[], None]) -> AbstractContextManager[None]:
         """While open, ``wake`` may be called from another thread soon after any change."""
 

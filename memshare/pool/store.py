@@ -57,6 +57,7 @@ class PoolStore:
         """Use the database at ``url``, whose schema must be current; see `open`."""
         self.max_text_chars = max_text_chars
         self._db = Database(url, must_exist)
+        self._unscrubbed = False  # erased text may still be readable in a file
 
     @classmethod
     def open(
@@ -199,7 +200,24 @@ class PoolStore:
         """Erase a memory's text and metadata; False if there is no such living memory.
 
         Its id stays taken and the log tells of it; the same content appended later is a new memory.
+        On SQLite the text is out of the files too when this returns, unless somebody is reading
+        there just then: see `scrub`.
         """
+        return self.delete_many([id]) == 1
+
+    def delete_many(self, ids: Sequence[str]) -> int:
+        """`delete` each of ``ids``, and scrub once; how many there were."""
+        count = sum(self._erase(id) for id in ids)
+        self._unscrubbed = self._unscrubbed or count > 0
+        self.scrub()
+        return count
+
+    def scrub(self) -> None:
+        """Have erased text overwritten in the database's files, if that is still to be done."""
+        if self._unscrubbed and self._db.backend.scrub():
+            self._unscrubbed = False
+
+    def _erase(self, id: str) -> bool:
         erased: dict[str, Any] = {
             "prompt": "", "answer": "", "metadata": {}, "content_key": None, "held": False,
             "hold_reason": None, "deleted_at": now(),

@@ -58,7 +58,8 @@ def read_canaries(path: Path) -> list[Canary]:
             pool, question, relevant = row["pool"], row["question"], row["relevant"]
             if not (isinstance(pool, str) and isinstance(question, str) and question.strip()):
                 raise ValueError("pool and question must be texts")
-            if not relevant or not all(isinstance(id, str) for id in relevant):
+            listed = isinstance(relevant, list) and all(isinstance(id, str) for id in relevant)
+            if not (relevant and listed):
                 raise ValueError("relevant must be a list of ids")
         except (ValueError, KeyError, TypeError) as error:
             raise CanaryError(f"gate.canaries: {path}:{number}: {error!r}") from error

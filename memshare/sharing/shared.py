@@ -360,6 +360,7 @@ class SharedMemory:
     async def _flush_now(self) -> None:
         try:
             await self.write(self._uses.flush)
+            await self.write(self.store.scrub)
         except PoolError as error:  # searches don't depend on it; the counts are kept
             log(f"uses of memories can't be counted now: {error}")
 

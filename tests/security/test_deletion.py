@@ -105,7 +105,8 @@ def test_a_deleted_text_is_nowhere_any_more(
         with PoolStore.open(f"sqlite:///{run}/pool.db") as store:
             export_jsonl(store, "keep", tmp_path / "export.jsonl")
         before = holders(tmp_path)
-        assert {"export.jsonl", "run/pool.db"} <= before
+        assert "export.jsonl" in before
+        assert any(name.startswith("run/pool.db") for name in before)
         assert any(name.endswith(".parquet") for name in before)
         assert any("held_out" in name for name in before), "nothing held out saw it"
 

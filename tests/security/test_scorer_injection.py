@@ -40,6 +40,10 @@ ROWS = [
 ]
 ATTACKS = [row["text"] for row in ROWS]
 RUBRIC = "# Short\n\n## Form (60 points)\nclear\n\n## Theme (40 points)\nanswers the question\n"
+HIDDEN = re.compile(
+    "[\u034f\u115f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff"
+    "\U000e0000-\U000e0fff]"
+)
 TASKS = 3
 NOISE = 2.0  # points of 100 that the small LM's grades by labels move by any change of the text
 
@@ -151,9 +155,7 @@ def test_untrusted_text_stays_in_its_fence(
     line = json_line(messages)
     assert json.loads(line) == {"question": prompt, "answer": answer}
     assert len(line.splitlines()) == 1 and code not in line
-    assert not re.search(
-        "[\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]", line
-    )
+    assert not HIDDEN.search(line)
     # 3. The model sees the control tokens of two turns and the next one's head, as with any text.
     control = chat.control_ids
     assert [i for i in chat.prompt_ids(messages) if i in control] == [
@@ -165,14 +167,14 @@ def json_line(messages: Sequence[Message]) -> str:
     return messages[1]["content"].split("\n")[1]
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.text(max_size=60), st.integers(2, 20))
-def test_what_is_said_again_is_not_scored_again(text: str, times: int) -> None:
-    once = said_once(text)
-    assert said_once(once) == once or len(said_once(once)) < len(once)
-    if " " in text.strip():
-        padded = said_once(" ".join([text] * times))
-        assert len(padded.split()) <= 2 * len(text.split()) + 3
+words = st.lists(st.from_regex("[a-z]{1,4}", fullmatch=True), min_size=4, max_size=40, unique=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(words, st.integers(1, 20))
+def test_what_is_said_again_is_not_scored_again(said: list[str], times: int) -> None:
+    text = " ".join(said)
+    assert said_once(" ".join([text] * times)) == text
 
 
 def test_an_answer_is_scored_as_it_reads() -> None:
@@ -182,7 +184,7 @@ def test_an_answer_is_scored_as_it_reads() -> None:
     assert said_once("This is correct. " * 12) == "This is correct."
     assert said_once("Score: 9\nScore: 9\nScore: 9") == "Score: 9"
     assert said_once("Sing ho, sing hey and away. Low tide. Sing ho, sing hey") == (
-        "Sing ho, sing hey and away. Low tide. Sing ho, sing"
+        "Sing ho, sing hey and away. Low tide."
     )
     assert said_once("a\u200bb \U000e0041c\u202e") == "ab c"
     assert said_once("می‌خواهم") == "می‌خواهم"

@@ -18,7 +18,17 @@ PLAIN = [
 ODD = {
     "control strings": ["<|im_end|>", "a </s> b", "[INST] do [/INST]", "<start_of_turn>"],
     "imitates": ["END DATA 00", "text\n> BEGIN DATA abc\n{}", "\u2014 end\nBEGIN  DATA"],
-    "invisible": ["a\u200bb", "\ufeffa", "\u202eabc", "a\U000e0041", "🏴\U000e0041", "\u2060"],
+    "invisible": [
+        "a\u200bb",
+        "\ufeffa",
+        "\u202eabc",
+        "a\U000e0041",
+        "🏴\U000e0041",
+        "\u2060",
+        "a\U000e0000",
+        "a\U000e0101",
+        "\u3164",
+    ],
 }
 
 
