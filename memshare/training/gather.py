@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from memshare.config import ConfigError
+from memshare.training.allocator import keep_freed_memory
 from memshare.training.order import Ints
 
 _BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32 at a time
@@ -29,9 +30,13 @@ class DifferentData(RuntimeError):
 def launch() -> Accelerator:
     """Join the processes that ``accelerate launch`` started; on the CPU where there is no GPU.
 
+    What is set for a process that trains and does nothing else is set here.
+
     Raises `ConfigError` for what accelerate offers and this trainer does not do.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if accelerator.distributed_type.value not in {"NO", "MULTI_GPU", "MULTI_CPU"}:
         raise ConfigError(f"accelerate: {accelerator.distributed_type.value} is not supported")
     if accelerator.mixed_precision not in {"no", "bf16"}:
