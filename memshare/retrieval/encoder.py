@@ -226,7 +226,7 @@ class Encoder:
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
     def pack(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Token ids without padding, for `embed`; `packing.enable` says for which towers."""
+        """Token ids without padding, for `embed` by towers that `packing.enable` has prepared."""
         return packing.collate(rows, self.device)
 
     def embed(self, batch: Mapping[str, Tensor], side: Side | None = None) -> Tensor:

@@ -26,29 +26,33 @@ _FAMILIES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def enable(model: Any) -> bool:
-    """Give a transformers model attention that takes packed texts; False where it can't have it."""
-    if model.config.model_type not in _FAMILIES:
+def enable(models: Sequence[Any], device: torch.device, *, half: bool, dropout: bool) -> bool:
+    """Give transformers models attention that takes packed texts; False where not all can have it.
+
+    ``half``: they run in half precision, which is what the GPU's kernel is for. ``dropout``: what
+    their configurations say of it is heeded; attention within texts has none.
+    """
+    if any(model.config.model_type not in _FAMILIES for model in models):
+        return False
+    if dropout and any(model.config.attention_probs_dropout_prob for model in models):
+        return False
+    if device.type == "cuda" and not half:
         return False
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    for model in models:
+        model.set_attn_implementation(NAME)
     return True
-
-
-def attention_dropout(model: Any) -> float:
-    """The share of attention weights that a model's own configuration drops while it trains."""
-    return float(getattr(model.config, "attention_probs_dropout_prob", 0.0))
 
 
 def forward(model: Any, ids: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
     """Token vectors (tokens, dim) of texts that follow each other.
 
     ``ids`` and ``positions`` (1, tokens) int64 on the model's device, positions from 0 in each
-    text; ``lengths`` (texts,) int64 on the CPU. `enable` must have been called for the model.
+    text; ``lengths`` (texts,) int64 on the CPU. The model must have been given to `enable`.
     """
     table = model.embeddings.position_embeddings
     # RoBERTa and its kin count positions from the padding index + 1.

@@ -112,9 +112,12 @@ class ContrastiveStep:
         if frozen is None:
             encoder.tower("memory").train(config.dropout)
         self._tables = _learning_tables(encoder) if world.device.type == "cpu" else []
-        self._packed = self._can_pack()
+        half = _in_bf16(autocast, world.device.type)
+        sides: tuple[Side, ...] = SIDES if frozen is None else ("query",)
+        towers = [encoder.tower(side) for side in sides]
+        self._packed = packing.enable(towers, world.device, half=half, dropout=config.dropout)
         self._cost = ModelCost.of(encoder.tower("query"))
-        self._peak = bf16_peak(world.device) if self._in_bf16() else None
+        self._peak = bf16_peak(world.device) if half else None
 
     def backward(self, batch: StepBatch, step: int, stop: bool = False) -> StepResult:
         """Leave the global loss's gradient in ``.grad``; equal on all processes.
@@ -131,7 +134,8 @@ class ContrastiveStep:
         micro: list[tuple[Side, slice]] = []
         for side, part in parts:
             start = micro[-1][1].stop if micro else 0
-            cuts = self._cut(table.lengths[batch.texts[part[world.rank]]])
+            share = table.lengths[batch.texts[part[world.rank]]]
+            cuts = (cut_packed if self._packed else cut)(share, self._config.batch_tokens)
             micro += [(side, slice(start + c.start, start + c.stop)) for c in cuts]
         graphs: dict[int, Tensor] = {}
         padded = 0
@@ -172,30 +176,6 @@ class ContrastiveStep:
             flops=self._cost.step(encoded),
             peak=None if self._peak is None else self._peak * world.size,
         )
-
-    def _cut(self, lengths: Ints) -> list[slice]:
-        """Micro-batches of texts, longest first."""
-        how = cut_packed if self._packed else cut
-        return how(lengths, self._config.batch_tokens)
-
-    def _in_bf16(self) -> bool:
-        kind = self._world.device.type
-        with self._autocast():
-            on = torch.is_autocast_enabled(kind)
-            return on and torch.get_autocast_dtype(kind) == torch.bfloat16
-
-    def _can_pack(self) -> bool:
-        """Whether texts are encoded without padding, which the towers that learn then take.
-
-        Attention without padding has no dropout on a GPU, and there it is for bf16 only.
-        """
-        sides: tuple[Side, ...] = ("query",) if self._frozen is not None else SIDES
-        towers = [self._encoder.tower(side) for side in sides]
-        if self._config.dropout and any(packing.attention_dropout(tower) for tower in towers):
-            return False
-        if self._world.device.type == "cuda" and not self._in_bf16():
-            return False
-        return all([packing.enable(tower) for tower in towers])
 
     def _parts(self, batch: StepBatch) -> list[tuple[Side, list[Ints]]]:
         """What is encoded in this step: tower, and each process's places in ``batch.texts``."""
@@ -250,6 +230,11 @@ class ContrastiveStep:
             total += share.detach()
         gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
         return total, gradient
+
+
+def _in_bf16(autocast: Callable[[], AbstractContextManager[object]], kind: str) -> bool:
+    with autocast():
+        return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def _learning_tables(encoder: Encoder) -> list[nn.Embedding]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
+from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
 
 from memshare.config import LoRAConfig
 from memshare.retrieval import packing
@@ -17,6 +18,11 @@ from memshare.training.lora import add_adapters
 from tests.tiny import tiny_encoder
 
 ROWS = [[5, 9, 7, 6], [8] * 31, [9, 10, 11, 12, 40, 41, 42], [3], [11, 11]]
+
+
+def enable(model: Any, **how: bool) -> bool:
+    options = {"half": False, "dropout": False, **how}
+    return packing.enable([model], torch.device("cpu"), **options)
 
 
 def gradients(encoder: Encoder, vectors: Tensor) -> dict[str, Tensor]:
@@ -35,7 +41,7 @@ def test_equal_to_padded_texts(tmp_path: Path, pooling: str, lora: bool) -> None
         add_adapters(encoder, "query", LoRAConfig(enabled=True, r=4, alpha=8, dropout=0.0), seed=1)
     padded = encoder.embed(encoder.collate(ROWS))
     want = gradients(encoder, padded)
-    assert packing.enable(encoder.tower("query"))
+    assert enable(encoder.tower("query"))
     packed = encoder.embed(encoder.pack(ROWS))
     got = gradients(encoder, packed)
     assert torch.allclose(packed, padded, atol=1e-6)
@@ -46,7 +52,7 @@ def test_equal_to_padded_texts(tmp_path: Path, pooling: str, lora: bool) -> None
 
 def test_a_text_does_not_see_its_neighbours(tmp_path: Path) -> None:
     encoder = Encoder.from_folder(tiny_encoder(tmp_path / "tiny"), device="cpu")
-    packing.enable(encoder.model)
+    enable(encoder.model)
     alone = encoder.embed(encoder.pack(ROWS[2:3]))
     assert torch.allclose(encoder.embed(encoder.pack(ROWS))[2:3], alone, atol=1e-6)
 
@@ -56,7 +62,7 @@ def test_a_model_that_packs_pads_as_before_and_is_saved_as_before(tmp_path: Path
     encoder = Encoder.from_folder(folder, device="cpu")
     texts = ["tea of rain", "iron", "when the moss is big"]
     before, known = encoder.encode(texts), encoder.query_fingerprint()
-    packing.enable(encoder.model)
+    enable(encoder.model)
     assert (encoder.encode(texts) == before).all()
     assert encoder.query_fingerprint() == known
     encoder.save(tmp_path / "again")
@@ -77,7 +83,7 @@ def test_positions_of_a_family_that_counts_them_from_its_padding_token() -> None
     ids = torch.tensor([row + [1] * (width - len(row)) for row in ROWS])
     mask = (ids != 1).long()
     want = pool_embeddings(model(ids, attention_mask=mask).last_hidden_state, mask, "mean")
-    assert packing.enable(model)
+    assert enable(model)
     batch = packing.collate(ROWS, torch.device("cpu"))
     hidden = packing.forward(model, **batch)
     assert hidden.shape == (sum(map(len, ROWS)), 32)
@@ -88,13 +94,20 @@ def test_positions_of_a_family_that_counts_them_from_its_padding_token() -> None
 def test_other_families_are_left_as_they_are() -> None:
     model = DistilBertModel(DistilBertConfig(vocab_size=60, dim=32, n_layers=1, n_heads=4))
     before = copy.deepcopy(model.config.to_dict())
-    assert not packing.enable(model)
+    assert not enable(model)
     assert model.config.to_dict() == before
 
 
-def test_attention_dropout_is_read_from_the_configuration(tmp_path: Path) -> None:
-    encoder = Encoder.from_folder(tiny_encoder(tmp_path / "tiny"), device="cpu")
-    default = BertConfig().attention_probs_dropout_prob
-    assert packing.attention_dropout(encoder.model) == default > 0
-    encoder.model.config.attention_probs_dropout_prob = 0.0
-    assert packing.attention_dropout(encoder.model) == 0.0
+def test_attention_with_dropout_is_not_packed(tmp_path: Path) -> None:
+    model = Encoder.from_folder(tiny_encoder(tmp_path / "tiny"), device="cpu").model
+    assert model.config.attention_probs_dropout_prob > 0
+    assert not enable(model, dropout=True)
+    model.config.attention_probs_dropout_prob = 0.0
+    assert enable(model, dropout=True)
+
+
+def test_a_gpu_packs_in_half_precision_alone(tmp_path: Path) -> None:
+    model = Encoder.from_folder(tiny_encoder(tmp_path / "tiny"), device="cpu").model
+    gpu = torch.device("cuda")
+    assert not packing.enable([model], gpu, half=False, dropout=False)
+    assert packing.enable([model], gpu, half=True, dropout=False)
