@@ -40,12 +40,9 @@ from memshare.config import TrainingConfig
 from memshare.progress import log
 
 SETUP = Setup("all-MiniLM-L6-v2")
-STEPS = {16: 4, 64: 2}  # of one timed run
-MINI_BATCHES = {
-    16: (None, 2, 4),
-    64: (None, 2, 4, 32),
-}  # the peer's, in texts; None: its plain loss
-BATCH_TOKENS = (1024, 2048, 4096)  # ours: of a micro-batch
+STEPS = {16: 3, 64: 2}  # of one timed run
+MINI_BATCHES = {16: (None, 2, 4), 64: (None, 32, 4)}  # the peer's, in texts; None: its plain loss
+BATCH_TOKENS = (1024, 2048)  # ours: of a micro-batch
 BLOCKS = 3  # timed runs of each side
 Process = Callable[..., Run]
 
