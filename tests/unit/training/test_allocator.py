@@ -12,9 +12,9 @@ import pytest
 MEASURE = """
 import resource, sys
 import torch
-from memshare.training.allocator import keep_freed_memory
+from memshare.training.allocator import prepare_allocator
 if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+    assert prepare_allocator()
 def step():
     blocks = [torch.ones(2**20) for _ in range(16)]
     return sum(float(block[0]) for block in blocks)
