@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 
 from memshare.config import EncoderConfig, TrainingConfig
 from memshare.retrieval.encoder import Encoder, resolve_encoder
-from memshare.training.allocator import prepare_allocator
+from memshare.training.allocator import keep_freed_memory
 from memshare.training.batching import Batches
 from memshare.training.gather import World
 from memshare.training.optimizer import make_optimizer, update
@@ -118,9 +118,9 @@ def selected(rows: Sequence[Triplet]) -> list[Selected]:
 
 def ours_once(setup: Setup, rows: Sequence[Triplet], config: TrainingConfig) -> Run:
     """One epoch of ours, as train/contrastive.py runs it on one device."""
-    if torch.device(setup.device).type == "cpu":
-        prepare_allocator()  # as `launch` does: in this process nothing else may be measured
     encoder = setup.encoder()
+    if encoder.device.type == "cpu":
+        keep_freed_memory()  # as `launch` does: in this process nothing else may be measured
     optimizer = make_optimizer(encoder.model, config)
     _reset_peak(encoder.device)
     began = time.perf_counter()

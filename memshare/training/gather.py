@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from memshare.config import ConfigError
-from memshare.training.allocator import prepare_allocator
+from memshare.training.allocator import keep_freed_memory
 from memshare.training.order import Ints
 
 _BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32 at a time
@@ -36,7 +36,7 @@ def launch() -> Accelerator:
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if accelerator.device.type == "cpu":
-        prepare_allocator()
+        keep_freed_memory()
     if accelerator.distributed_type.value not in {"NO", "MULTI_GPU", "MULTI_CPU"}:
         raise ConfigError(f"accelerate: {accelerator.distributed_type.value} is not supported")
     if accelerator.mixed_precision not in {"no", "bf16"}:

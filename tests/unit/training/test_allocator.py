@@ -12,9 +12,9 @@ import pytest
 MEASURE = """
 import resource, sys
 import torch
-from memshare.training.allocator import prepare_allocator
+from memshare.training.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
-    assert prepare_allocator()
+    assert keep_freed_memory()
 def step():
     blocks = [torch.ones(2**20) for _ in range(16)]
     return sum(float(block[0]) for block in blocks)
