@@ -65,7 +65,7 @@ def forward(model: Any, ids: Tensor, positions: Tensor, lengths: Tensor) -> Tens
     return hidden
 
 
-@torch.compiler.disable  # its loop is as long as the batch has texts: nothing to compile
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # its loop is as long as the batch has texts: nothing to compile
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -90,10 +90,10 @@ def attention(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
         return result
-    if query.is_cuda and query.dtype in _HALF and dropout == 0.0:
+    if text_borders is not None and query.is_cuda and query.dtype in _HALF and dropout == 0.0:
         return _flash(query, key, value, text_lengths, text_borders, scaling), None
     sizes = text_lengths.tolist()
-    texts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    texts = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
     found = [
         scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2)
         for q, k, v in texts
@@ -106,14 +106,16 @@ def _flash(
     key: Tensor,
     value: Tensor,
     lengths: Tensor,
-    borders: Tensor | None,
+    borders: Tensor,
     scaling: float | None,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, width)
     most = int(lengths.max())
-    return varlen_attn(q, k, v, borders, borders, most, most, scale=scaling).unsqueeze(0)
+    found = varlen_attn(q, k, v, borders, borders, most, most, scale=scaling)
+    assert isinstance(found, Tensor)  # a pair only where more is asked for
+    return found.unsqueeze(0)
 
 
 def pool(hidden: Tensor, lengths: Tensor, pooling: str) -> Tensor:
