@@ -273,12 +273,14 @@ class TrainingConfig(Section):
     as EPR and LLM-R do: a small set is learned by heart later. ``margin``: nats per token by which
     a positive must beat the likelihood with no example, or the example is dropped.
     ``false_negative_margin``: candidates within it of the worst positive chosen are masked out of
-    the negatives. ``batch_tokens``: padded tokens of a micro-batch; ``graph_tokens``: padded tokens
-    whose activations are kept for the backward pass, the rest of a step is encoded twice (gradient
-    caching), so that memory does not grow with the batch. ``dropout``: as the encoder's own
-    configuration has it, or none. ``distill_weight``: weight of the KL divergence from the LM's
-    preference among the chosen candidates, ``distill_temperature`` softens that preference;
-    ``matryoshka``: widths at which the first entries of the vectors are trained as vectors too.
+    the negatives. ``batch_tokens``: tokens of a micro-batch, padding included where there is any;
+    ``graph_tokens``: tokens whose activations are kept for the backward pass, the rest of a step is
+    encoded twice (gradient caching), so that memory does not grow with the batch. ``compile``: the
+    encoder's layers by torch.compile, which takes a minute or so at the start. ``dropout``: as the
+    encoder's own configuration has it, or none. ``distill_weight``: weight of the KL divergence
+    from the LM's preference among the chosen candidates, ``distill_temperature`` softens that
+    preference; ``matryoshka``: widths at which the first entries of the vectors are trained as
+    vectors too.
     ``towers``: one encoder for queries and memories; one each; or one each of which only the
     queries' is trained, so that the memories' vectors, and with them an index, stay as they are.
     ``pool_temperature`` T gives a pool of n examples n ** (1 / T) of the batches (1: every example
@@ -295,6 +297,7 @@ class TrainingConfig(Section):
     batch_size: PositiveInt = 16  # queries per process and step
     batch_tokens: PositiveInt = 4096
     graph_tokens: NonNegativeInt = 8192
+    compile: bool = False
     dropout: bool = True
     epochs: PositiveFloat = 1.0
     max_steps: PositiveInt | None = None  # wins over epochs

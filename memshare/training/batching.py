@@ -266,3 +266,17 @@ def cut(lengths: Ints, batch_tokens: int) -> list[slice]:
             slices.append(slice(start, end))
             start = end
     return slices
+
+
+def cut_packed(lengths: Ints, batch_tokens: int) -> list[slice]:
+    """Cut texts into micro-batches of at most ``batch_tokens`` tokens; a longer one is alone."""
+    slices: list[slice] = []
+    start = tokens = 0
+    for end, length in enumerate(lengths.tolist()):
+        if end > start and tokens + length > batch_tokens:
+            slices.append(slice(start, end))
+            start, tokens = end, 0
+        tokens += length
+    if len(lengths):
+        slices.append(slice(start, len(lengths)))
+    return slices

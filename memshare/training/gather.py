@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from memshare.config import ConfigError
+from memshare.training.allocator import keep_freed_memory
 from memshare.training.order import Ints
 
 if TYPE_CHECKING:
@@ -35,10 +36,14 @@ class DifferentData(RuntimeError):
 def launch() -> Accelerator:
     """Join the processes that ``accelerate launch`` started; on the CPU where there is no GPU.
 
+    What is set for a process that trains and does nothing else is set here.
+
     Raises `ConfigError` for what accelerate offers and this trainer does not do.
     """
     wants_fsdp()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if accelerator.distributed_type.value not in {"NO", "MULTI_GPU", "MULTI_CPU", "FSDP"}:
         raise ConfigError(f"accelerate: {accelerator.distributed_type.value} is not supported")
     if accelerator.mixed_precision not in {"no", "bf16"}:

@@ -8,7 +8,7 @@ import torch
 
 from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
-from memshare.training.batching import Batches, StepBatch, cut, deal
+from memshare.training.batching import Batches, StepBatch, cut, cut_packed, deal
 from memshare.training.select import select
 from tests.tiny import tiny_encoder
 from tests.training_data import candidate, example, examples
@@ -155,8 +155,24 @@ def test_micro_batches_keep_the_budget_and_little_padding(batch_tokens: int) -> 
         assert lengths.sum() > 0.9 * sum(sizes) and len(pieces) < 40
 
 
+@pytest.mark.parametrize("batch_tokens", [1, 100, 4096, 10**9])
+def test_packed_micro_batches_keep_the_budget_and_fill_it(batch_tokens: int) -> None:
+    lengths = np.random.default_rng(0).lognormal(4.0, 0.6, size=500).astype(np.int64)
+    lengths = -np.sort(-np.minimum(lengths, 256))
+    pieces = cut_packed(lengths, batch_tokens)
+    assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(500))
+    sizes = [int(lengths[piece].sum()) for piece in pieces]
+    assert all(
+        size <= batch_tokens or len(lengths[piece]) == 1
+        for size, piece in zip(sizes, pieces, strict=True)
+    )
+    if batch_tokens == 4096:
+        assert len(pieces) <= 1 + lengths.sum() / (batch_tokens - 256)
+
+
 def test_micro_batches_of_nothing() -> None:
     assert cut(np.zeros(0, dtype=np.int64), 4096) == []
+    assert cut_packed(np.zeros(0, dtype=np.int64), 4096) == []
 
 
 def test_no_examples_is_an_error(encoder: Encoder) -> None:
