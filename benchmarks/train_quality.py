@@ -64,7 +64,7 @@ from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.records import Memory
 from memshare.retrieval.encoder import Encoder, resolve_encoder
-from memshare.retrieval.gate import judge
+from memshare.retrieval.gate import PerQuery, judge
 from memshare.training.examples import read_training, round_dir
 from memshare.training.relevance import HeldOutRelevance
 from memshare.training.select import Selected, select
@@ -92,7 +92,7 @@ NINE: dict[str, Any] = {
     },
 }  # fmt: skip
 Ranks = list[list[str]]  # of every question, best first
-Metrics = dict[str, dict[str, dict[str, float]]]  # retriever -> question number -> metric
+Metrics = dict[str, PerQuery]  # retriever -> question number -> metric
 
 
 def mined(work: Work) -> list[Selected]:
@@ -116,7 +116,7 @@ def theirs(config: Config, items: Sequence[Selected], folder: Path) -> Encoder:
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder / "trainer"), per_device_train_batch_size=training.batch_size,
         max_steps=training.max_steps, learning_rate=training.lr, use_cpu=True,
-        lr_scheduler_type=training.schedule, warmup_ratio=training.warmup_ratio,
+        lr_scheduler_type=training.schedule, warmup_steps=training.warmup_ratio,
         weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm,
         batch_sampler=BatchSamplers.NO_DUPLICATES, seed=config.run.seed, report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True,
@@ -185,7 +185,7 @@ def measure_banking(
     rankers |= {name: dense_ranker(memories, encoder) for name, encoder in encoders.items()}
     qrels = {str(i): dict.fromkeys(ids, 1) for i, ids in enumerate(relevant(memories, questions))}
     prompts = [question.prompt for question in questions]
-    metrics = {
+    metrics: Metrics = {
         name: ir_metrics(dict(zip(qrels, ranker(prompts, 10), strict=True)), qrels)
         for name, ranker in rankers.items()
     }
@@ -218,7 +218,7 @@ def measure_domain(
     runs = {name: {str(i): row for i, row in enumerate(rows)} for name, rows in ranks.items()}
     judged = judge(runs, {str(i): row for i, row in enumerate(gains)}, work.config.gate.gain)
     rows: list[Metrics] = [
-        {name: dict(judged[f"{name} {seed}" if name in TRAINED else name])
+        {name: judged[f"{name} {seed}" if name in TRAINED else name]
          for name in (*FLOORS, *TRAINED, "oracle")}
         for seed in seeds
     ]  # fmt: skip
