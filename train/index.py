@@ -24,7 +24,7 @@ from memshare.config import Config, ConfigError, add_config_arguments, load_conf
 from memshare.files import RunLocked, fsync_dir, run_lock, write_json
 from memshare.llm.base import LLMError
 from memshare.llm.rubric import RubricError
-from memshare.pool.errors import PoolError
+from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolError, PoolUnavailable
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.build import build_generation
@@ -35,6 +35,7 @@ from memshare.retrieval.gate_run import gate_built
 from memshare.retrieval.generation import GenerationError, current, generations
 from memshare.retrieval.manifest import folder_name
 from memshare.retrieval.publish import publish
+from memshare.training.gate_report import report_gate
 from memshare.training.mining import split_memories
 from memshare.training.outcome import read_result
 from memshare.training.relevance import HeldOutRelevance
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome = run(config, store, args.encoder, args.round, gated=not args.no_gate)
     except EXPECTED as error:
         log(f"error: {error}")
-        return 1
+        return EXIT_DATABASE_AWAY if isinstance(error, PoolUnavailable) else 1
     if args.result is not None:
         write_json(args.result, outcome)
     print(json.dumps(outcome, ensure_ascii=False))
@@ -127,21 +128,27 @@ def run(
     }
 
     # 3. Publish, or put the rejection on record.
-    if not verdict.passed:
+    if verdict.passed:
+        outcome, generation = "published", publish(
+            root, name, encoder=encoder, **built.parts(), metrics=metrics,
+            parent=current(root, name), keep=config.retriever.keep, best=verdict.best,
+        )  # fmt: skip
+        log(f"published generation {generation} ({len(built.ids)} memories; {verdict.reason})")
+    else:
+        outcome, generation = "rejected", current(root, name)
         log(f"not published: the gate rejected it ({verdict.reason}); the current one serves on")
         record_rejection(root / name / "rejected.jsonl", metrics)
-        return {"outcome": "rejected", "generation": current(root, name), **metrics}
-    generation = publish(
-        root, name, encoder=encoder, **built.parts(), metrics=metrics, parent=current(root, name),
-        keep=config.retriever.keep, best=verdict.best,
-    )  # fmt: skip
-    log(f"published generation {generation} ({len(built.ids)} memories; gate: {verdict.reason})")
-    return {"outcome": "published", "generation": generation, **metrics}
+
+    # 4. Tell the run of the training, where nothing waits for it any more.
+    if gated and metrics["training"] is not None:
+        report_gate(Path(source).parent, metrics["training"], verdict, config.wandb)
+    return {"outcome": outcome, "generation": generation, **metrics}
 
 
 def latest_encoder(run_dir: Path) -> Path:
     """The encoder that training wrote last. Raises `EncoderError` if there is none."""
-    found = sorted((run_dir / "training").glob("[0-9]*/encoder"))
+    home = run_dir / "training"
+    found = sorted([*home.glob("[0-9]*/encoder"), *home.glob("[0-9]*/iteration-*/encoder")])
     if not found:
         raise EncoderError(
             f"{run_dir / 'training'}: no trained encoder; run train/contrastive.py, or give "

@@ -31,12 +31,12 @@ from memshare.retrieval.encoder import Encoder, resolve_encoder
 from memshare.training.batching import Batches
 from memshare.training.examples import read_training, round_dir
 from memshare.training.gather import World
+from memshare.training.journal import Span
 from memshare.training.labels import open_labeller
 from memshare.training.lora import merge_adapters
 from memshare.training.mining import mine, plan_round, split_memories
 from memshare.training.optimizer import lr_factor, make_optimizer, update
-from memshare.training.proposals import Proposer, open_proposer
-from memshare.training.rounds import Span
+from memshare.training.proposals import open_proposer
 from memshare.training.select import Selected, select
 from memshare.training.step import ContrastiveStep, NonFinite
 from memshare.training.towers import FrozenMemories, prepare
@@ -113,11 +113,8 @@ async def _mine(
     """Mine all memories; ``proposer``: the model whose vectors propose beside BM25."""
     fates = split_memories(store, config)
     spans = {pool: Span(0, store.last_seq(pool)) for pool in config.pools}
-    with open_proposer(config, None) as found:
-        if found is not None and number > 1:
-            encoder = config.encoder.model_copy(update={"model": proposer})
-            found = Proposer(Encoder.load(encoder), None)
-        by = None if found is None else found.number
+    with open_proposer(config, proposer if number > 1 else None) as found:
+        by = None if found is None else found.name
         plan = plan_round(store, config, number, spans, fates, folder, by)
         async with open_labeller(config, store) as labeller:
             marker = await mine(store, config, plan, fates, labeller, folder, found)

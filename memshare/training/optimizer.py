@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from memshare.config import TrainingConfig
 
+_MOMENT = "/exp_avg"
+_LEAST_SHARE = 0.1  # of `training.lr`, so that a loop that runs for months still learns
+
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters; vectors (biases, norms) without weight decay."""
@@ -19,6 +22,11 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=True)
+
+
+def round_lr(config: TrainingConfig, number: int) -> float:
+    """The peak learning rate of continual round ``number`` (1, 2, ...)."""
+    return config.lr * max(_LEAST_SHARE, config.round_lr_decay ** (number - 1))
 
 
 def lr_factor(
@@ -57,6 +65,24 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
         for name, param in model.named_parameters()
         for entry, value in optimizer.state.get(param, {}).items()
     }
+
+
+def warm_start(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
+) -> int:
+    """Take over what `state_tensors` gave of an earlier run, for parameters that are the same.
+
+    The same are those of equal name and shape; all others start without a past. Returns how many
+    there were.
+    """
+    shapes = {name: param.shape for name, param in model.named_parameters()}
+    moments = {
+        key.removesuffix(_MOMENT): t.shape for key, t in tensors.items() if key.endswith(_MOMENT)
+    }
+    same = {name for name, shape in moments.items() if shapes.get(name) == shape}
+    kept = {key: value for key, value in tensors.items() if key.rpartition("/")[0] in same}
+    load_state_tensors(optimizer, model, kept)
+    return len(same)
 
 
 def load_state_tensors(
