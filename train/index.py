@@ -128,6 +128,7 @@ def run(
     }
 
     # 3. Publish, or put the rejection on record.
+    generation: int | None
     if verdict.passed:
         outcome, generation = "published", publish(
             root, name, encoder=encoder, **built.parts(), metrics=metrics,

@@ -177,13 +177,13 @@ def _to_json(item: Selected) -> list[Any]:
 
 
 def _from_json(row: list[Any]) -> Selected:
-    *own, positives, negatives, never = row
+    query_id, query, pool, principal, round_, answer, positives, negatives, never = row
     return Selected(
-        *own,
+        query_id, query, pool, principal, round_, answer,
         positives=tuple(Passage(*passage) for passage in positives),
         negatives=tuple(Passage(*passage) for passage in negatives),
         never_negative=frozenset(never),
-    )
+    )  # fmt: skip
 
 
 def select_one(example: Example, config: TrainingConfig) -> Selected | str:

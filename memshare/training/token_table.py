@@ -42,10 +42,11 @@ class TokenTable:
         for prefix, part in parts.items():
             self._tokenise(prefix, part)
         # Rows are numbered prefix by prefix, each in the order in which its texts came first.
-        bases = np.cumsum([0, *(len(part.index) for part in parts.values())]).tolist()
-        self._index = {
-            p: (base, part.index) for base, (p, part) in zip(bases, parts.items(), strict=False)
-        }
+        self._index: dict[str, tuple[int, dict[bytes, int]]] = {}
+        rows = 0
+        for prefix, part in parts.items():
+            self._index[prefix] = (rows, part.index)
+            rows += len(part.index)
         self.lengths: Ints = _joined([part.lengths for part in parts.values()])
         self._starts: Ints = _joined([part.starts for part in parts.values()])
         self._file.flush()

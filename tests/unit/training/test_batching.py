@@ -133,7 +133,8 @@ def test_masks(encoder: Encoder) -> None:
     ]  # fmt: skip
     data = batches(encoder, made)
     batch = data.batch(0)
-    names = {row: text for (_, text), row in data.table.index.items()}
+    texts = {p.text for item in data.items for p in (*item.positives, *item.negatives)}
+    names = {data.table.row("m: ", text): text for text in texts}
     columns = [names[row] for row in batch.texts[: batch.docs].tolist()]
     row = batch.query_ids.index("a")
     positive, valid = batch.masks(row, row + 1, CPU)
@@ -162,9 +163,14 @@ def test_texts_longer_than_the_model_are_cut_and_counted(encoder: Encoder) -> No
     table = batches(encoder, made).table
     assert table.truncated == 1
     assert table.lengths.max() == encoder.max_length
-    for (prefix, text), row in table.index.items():
+    named = {("q: ", item.query) for item in made}
+    named.add(("m: ", "fine"))
+    assert (
+        sorted(table.row(*text) for text in named) == [0, 1, 2] == list(range(len(table.lengths)))
+    )
+    for prefix, text in named:
         want = encoder.tokenize_to_ids([text], prefix)[0]
-        assert table.rows(np.array([row])) == [want]
+        assert table.rows(np.array([table.row(prefix, text)])) == [want]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])

@@ -18,9 +18,9 @@ from memshare.training.spool import Spool
 from tests.tiny import tiny_encoder
 from tests.training_data import candidate, example
 
-CHARS = 8_000  # of a text
+CHARS = 4_000  # of a text
 TEXTS = 4  # of an example: its query, a positive, two hard negatives
-MOST_BYTES = 4_096  # of an example's texts and all else that is kept of it, in memory
+MOST_BYTES = 2_048  # of an example's texts and all else that is kept of it, in memory
 
 # Writes, for each folder, the anonymous memory of the process once its examples are ready to train
 # on. What the C library keeps for reuse is given back first.
@@ -77,7 +77,7 @@ def long_examples(count: int) -> Iterator[Example]:
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what a process takes")
 def test_texts_do_not_stay_in_memory(tmp_path: Path) -> None:
     folders = []
-    for count in (100, 500):
+    for count in (100, 400):
         folder = tmp_path / str(count)
         folder.mkdir()
         made = list(long_examples(count))
@@ -91,7 +91,7 @@ def test_texts_do_not_stay_in_memory(tmp_path: Path) -> None:
         check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     (few, small), (many, large) = json.loads(done.stdout.splitlines()[-1])
-    assert (few, many) == (100, 500)
+    assert (few, many) == (100, 400)
     # The first one pays for what every further one uses again.
     assert large / many < MOST_BYTES < CHARS * TEXTS / 7, (small, large)
     assert not list(tmp_path.glob("memshare-*"))  # what is on disk has no name
