@@ -22,10 +22,10 @@ from typing import Any
 import torch  # noqa: F401  (before faiss)
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
-from memshare.files import RunLocked, fsync_dir, run_lock, write_json
+from memshare.files import RunLocked, run_lock, write_json
 from memshare.llm.base import LLMError
 from memshare.llm.rubric import RubricError
-from memshare.pool.errors import PoolError
+from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolError, PoolUnavailable
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.build import build_generation
@@ -37,7 +37,8 @@ from memshare.retrieval.gate import GateResult
 from memshare.retrieval.gate_run import gate_built
 from memshare.retrieval.generation import GenerationError, current, generations
 from memshare.retrieval.manifest import folder_name
-from memshare.retrieval.publish import publish
+from memshare.retrieval.publish import publish, record_rejection
+from memshare.training.gate_report import report_gate
 from memshare.training.gather import World, launch
 from memshare.training.mining import split_memories
 from memshare.training.outcome import read_result
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome = run(config, store, args, world)
     except EXPECTED as error:
         log(f"error: {error}")
-        return 1
+        return EXIT_DATABASE_AWAY if isinstance(error, PoolUnavailable) else 1
     finally:
         accelerator.end_training()
     if args.result is not None:
@@ -135,16 +136,23 @@ def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World
     }
 
     # 3. Publish, or put the rejection on record.
-    if not verdict.passed:
+    generation: int | None
+    if verdict.passed:
+        outcome, generation = "published", publish(
+            root, name, encoder=encoder, **built.parts(), metrics=metrics,
+            parent=current(root, name), keep=config.retriever.keep, best=verdict.best,
+            index=config.retriever.index,
+        )  # fmt: skip
+        log(f"published generation {generation} ({len(built.ids)} memories; {verdict.reason})")
+    else:
+        outcome, generation = "rejected", current(root, name)
         log(f"not published: the gate rejected it ({verdict.reason}); the current one serves on")
         record_rejection(root / name / "rejected.jsonl", metrics)
-        return {"outcome": "rejected", "generation": current(root, name), **metrics}
-    generation = publish(
-        root, name, encoder=encoder, **built.parts(), metrics=metrics, parent=current(root, name),
-        keep=config.retriever.keep, best=verdict.best, index=config.retriever.index,
-    )  # fmt: skip
-    log(f"published generation {generation} ({len(built.ids)} memories; gate: {verdict.reason})")
-    return {"outcome": "published", "generation": generation, **metrics}
+
+    # 4. Tell the run of the training, where nothing waits for it any more.
+    if not args.no_gate and metrics["training"] is not None:
+        report_gate(Path(source).parent, metrics["training"], verdict, config.wandb)
+    return {"outcome": outcome, "generation": generation, **metrics}
 
 
 def load_encoder(config: Config, source: str | None, world: World) -> tuple[str, Encoder]:
@@ -158,7 +166,8 @@ def load_encoder(config: Config, source: str | None, world: World) -> tuple[str,
 
 def latest_encoder(run_dir: Path) -> Path:
     """The encoder that training wrote last. Raises `EncoderError` if there is none."""
-    found = sorted((run_dir / "training").glob("[0-9]*/encoder"))
+    home = run_dir / "training"
+    found = sorted([*home.glob("[0-9]*/encoder"), *home.glob("[0-9]*/iteration-*/encoder")])
     if not found:
         raise EncoderError(
             f"{run_dir / 'training'}: no trained encoder; run train/contrastive.py, or give "
@@ -184,15 +193,6 @@ def recorded(config: Config, number: int | None, source: str) -> dict[str, Any] 
         if (metrics.get("round"), metrics.get("encoder")) == (number, source):
             return {"outcome": "published", "generation": manifest.number, **metrics}
     return None
-
-
-def record_rejection(path: Path, metrics: dict[str, Any]) -> None:
-    """Append one line, durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(metrics, ensure_ascii=False) + "\n")
-        handle.flush()
-    fsync_dir(path.parent)
 
 
 if __name__ == "__main__":

@@ -242,18 +242,32 @@ class MiningConfig(Section):
     today's retriever, per new one, so that nothing is forgotten. ``min_standing``: memories
     whose standing is lower are no queries and no candidates; one principal alone can't bring a
     memory below -0.34. ``held_out_queries``: at most so many held-out memories are labelled a
-    round, where ``training.eval_every`` asks for them.
+    round, where ``training.eval_every`` asks for them. ``iterations``: how often a round mines and
+    trains. The second time the encoder that the first has trained proposes, and training starts
+    once more from where the first started (LLM-R).
     """
 
     labels: Literal["none", "given", "likelihood", "prompted", "reward"] = "likelihood"
     candidates: PositiveInt = 16
     dense_candidates: NonNegativeInt = 8
+    iterations: Literal[1, 2] = 1
     replay: Annotated[float, Field(ge=0.0)] = 0.5
     min_standing: Annotated[float, Field(ge=-1.0, le=0.0)] = -0.4
     held_out_queries: PositiveInt = 64
     baseline: bool = True
     given_key: str = "label"  # memory.metadata key that `given` compares
     shard_rows: PositiveInt = 256
+
+    @field_validator("iterations")
+    @classmethod
+    def _proposed(cls, value: int, info: ValidationInfo) -> int:
+        # Settings that are wrong are not in `data`, and are told of themselves.
+        told = info.data
+        if value > 1 and not (told.get("dense_candidates", 1) and told.get("labels") != "none"):
+            raise ValueError(
+                "a second one needs an encoder that proposes: mining.dense_candidates, and labels"
+            )
+        return value
 
 
 class LoRAConfig(Section):
@@ -287,6 +301,9 @@ class TrainingConfig(Section):
     once an epoch); ``max_principal_share`` caps one principal's queries in a batch. ``eval_every``:
     steps between two evaluations on held-out memories (None: none at all), the best of which is
     exported; ``patience``: evaluations in a row without a better nDCG@10 that end the training.
+    ``round_lr_decay``: what each continual round multiplies the learning rate of the one before by,
+    down to a tenth of ``lr`` (1: all rounds alike); ``warm_optimizer``: a round starts from the
+    optimizer state with which the training of the encoder that serves has ended.
     """
 
     positives: PositiveInt = 1
@@ -303,6 +320,8 @@ class TrainingConfig(Section):
     max_steps: PositiveInt | None = None  # wins over epochs
     lr: PositiveFloat = 3e-5
     schedule: Literal["linear", "cosine"] = "linear"  # after the warm-up, down to 0
+    round_lr_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    warm_optimizer: bool = False
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     warmup_ratio: Fraction = 0.1
     max_grad_norm: PositiveFloat = 1.0
@@ -318,6 +337,13 @@ class TrainingConfig(Section):
     checkpoint_every: PositiveInt = 100
     log_every: PositiveInt = 5
     lora: LoRAConfig = LoRAConfig()
+
+    @field_validator("lora")
+    @classmethod
+    def _kept(cls, value: LoRAConfig, info: ValidationInfo) -> LoRAConfig:
+        if value.enabled and info.data.get("warm_optimizer"):
+            raise ValueError("adapters are new in each round: training.warm_optimizer can't be set")
+        return value
 
     @field_validator("patience")
     @classmethod
@@ -428,9 +454,15 @@ class EvaluationConfig(Section):
 
 
 class WandbConfig(Section):
-    """Weights & Biases. ``auto``: online with a key, offline without one."""
+    """Weights & Biases. ``auto``: online with a key, offline without one.
+
+    ``samples``: for so many held-out questions, what the generation before and the new one find is
+    shown as a table. Their texts leave the pool for W&B, where deleting a memory does not reach
+    them; so none are by default.
+    """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = "memshare"
+    samples: NonNegativeInt = 0
     entity: str | None = None
     name: str | None = None

@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    InterfaceError,
+    OperationalError,
+    SQLAlchemyError,
+)
+from sqlalchemy.exc import TimeoutError as NoConnection
 
-from memshare.pool.errors import PoolError
+from memshare.pool.errors import PoolError, PoolUnavailable
 from memshare.pool.schema import HEAD
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+_PASSING = (InterfaceError, OperationalError, NoConnection)  # of the server, not of the statement
 POOLS_LOCK, IDS_LOCK, USES_LOCK = 2, 3, 4  # see `Backend.lock`
 
 
@@ -86,7 +93,9 @@ class Database:
             yield
         except SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
-            raise PoolError(f"{self.name}: {cause}") from error
+            passing = isinstance(error, _PASSING)
+            kind = PoolUnavailable if passing else PoolError
+            raise kind(f"{self.name}: {cause}") from error
 
     def migrate(self) -> None:
         """Bring the schema to `HEAD`; a database newer than this code raises `PoolError`."""

@@ -19,7 +19,7 @@ from memshare.retrieval.build import Built
 from memshare.retrieval.canaries import judge_canaries, read_canaries
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.filters import Filter
-from memshare.retrieval.gate import GateResult, choose_queries, decide, judge
+from memshare.retrieval.gate import GateResult, Runs, Sample, choose_queries, decide, judge
 from memshare.retrieval.generation import (
     DamagedGeneration,
     NoGeneration,
@@ -28,7 +28,9 @@ from memshare.retrieval.generation import (
     load_current,
 )
 from memshare.retrieval.serving import FROZEN, Query, Serving, frozen_serving
+from memshare.retrieval.text import memory_text
 
+_SHOWN = 3  # memories of each retriever in a sample
 _BLOCK = 64  # questions searched at a time
 
 # Gains of candidates for one query's answer: nats per token over no example, or 1 / 0 by labels.
@@ -101,7 +103,34 @@ def _judge_held_out(
         "generations": {name: rival.number for name, rival in rivals.items() if name != "next"},
         "without_relevant": len(chosen) - verdict.queries,
     }
-    return replace(verdict, figures=figures, best=None if is_best else champion.number)
+    shown = [query for query in chosen if query.id in top][: config.wandb.samples]
+    return replace(
+        verdict,
+        figures=figures,
+        best=None if is_best else champion.number,
+        samples=_samples(store, shown, {name: runs[name] for name in ("current", "next")}, gains),
+    )
+
+
+def _samples(
+    store: PoolStore,
+    queries: Sequence[Memory],
+    runs: Mapping[str, Runs],
+    gains: Mapping[str, Mapping[str, float]],
+) -> tuple[Sample, ...]:
+    """The first memories that each retriever found for some questions."""
+    wanted = {id for run in runs.values() for query in queries for id in run[query.id][:_SHOWN]}
+    found = store.get_many(list(wanted))
+    return tuple(
+        Sample(
+            query.prompt, name, rank, memory_text(found[id].prompt, found[id].answer),
+            gains[query.id][id],
+        )
+        for query in queries
+        for name, run in runs.items()
+        for rank, id in enumerate(run[query.id][:_SHOWN], 1)
+        if id in found and id in gains[query.id]
+    )  # fmt: skip
 
 
 def gate_built(

@@ -29,7 +29,14 @@ _TAIL_LINES = 30
 
 
 class ChildFailed(RuntimeError):
-    """A child ended with an error; the message holds the end of its log."""
+    """A child ended with an error; the message holds the end of its log.
+
+    ``code`` is its exit code, None where it left nothing behind though it said that it was done.
+    """
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Stopped(RuntimeError):
@@ -90,7 +97,8 @@ def run_child(
         lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
         raise ChildFailed(
             f"{' '.join(command)}\nended with code {child.returncode}; the end of {log_file}:\n"
-            + "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:])
+            + "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:]),
+            child.returncode,
         )
 
 

@@ -43,10 +43,11 @@ from memshare.training.examples import (
     write_marker,
     write_shard,
 )
+from memshare.training.journal import Span
 from memshare.training.labels import Labeller, Share
 from memshare.training.proposals import PoolProposals, Proposal, Proposer, disliked
 from memshare.training.relevance import judging
-from memshare.training.rounds import Span, new_ids
+from memshare.training.rounds import new_ids
 from memshare.training.split import Fate, kept_split
 
 PLAN = "plan.json"
@@ -64,15 +65,15 @@ class Shard:
 class Plan:
     """What a round mines; ``left_out`` counts new memories that are no queries, by reason.
 
-    ``proposer`` is the generation whose encoder proposes beside BM25 (0: the configured encoder);
-    None: BM25 alone. ``replayed`` counts the queries that are older than the round's spans.
-    ``held_out``: the shards of what only evaluates.
+    ``proposer`` is the generation whose encoder proposes beside BM25 (0: the configured encoder),
+    or the folder of one; None: BM25 alone. ``replayed`` counts the queries that are older than the
+    round's spans. ``held_out``: the shards of what only evaluates.
     """
 
     round: int
     spans: Mapping[str, Span]
     settings: Mapping[str, Any]
-    proposer: int | None
+    proposer: int | str | None
     left_out: Mapping[str, int]
     replayed: int
     shards: tuple[Shard, ...]
@@ -97,7 +98,7 @@ def plan_round(
     spans: Mapping[str, Span],
     fates: Mapping[str, Fate],
     folder: Path,
-    proposer: int | None,
+    proposer: int | str | None,
 ) -> Plan:
     """The plan of round ``number``, read back where it stands already.
 
@@ -206,7 +207,7 @@ def read_plan(folder: Path) -> Plan:
 
 def _settings(config: Config) -> dict[str, Any]:
     """What must not change within a round."""
-    mining = config.mining.model_dump(mode="json")
+    mining = config.mining.model_dump(mode="json", exclude={"iterations"})
     if config.training.eval_every is None:
         mining["held_out_queries"] = 0
     llm = None if config.mining.labels in ("none", "given") else config.scorer_llm.model

@@ -11,6 +11,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from memshare.config import TrainingConfig
 
+_MOMENT = "/exp_avg"
+_LEAST_SHARE = 0.1  # of `training.lr`, so that a loop that runs for months still learns
+
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters; vectors (biases, norms) without weight decay."""
@@ -23,6 +26,11 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
         {"params": [(n, p) for n, p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=True)
+
+
+def round_lr(config: TrainingConfig, number: int) -> float:
+    """The peak learning rate of continual round ``number`` (1, 2, ...)."""
+    return config.lr * max(_LEAST_SHARE, config.round_lr_decay ** (number - 1))
 
 
 def lr_factor(
@@ -64,6 +72,22 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         for name, param in _named(optimizer).items()
         for entry, value in optimizer.state.get(param, {}).items()
     }
+
+
+def warm_start(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> int:
+    """Take over what `state_tensors` gave of an earlier run, for parameters that are the same.
+
+    The same are those of equal name and shape; all others start without a past. Returns how many
+    there were.
+    """
+    shapes = {name: param.shape for name, param in _named(optimizer).items()}
+    moments = {
+        key.removesuffix(_MOMENT): t.shape for key, t in tensors.items() if key.endswith(_MOMENT)
+    }
+    same = {name for name, shape in moments.items() if shapes.get(name) == shape}
+    kept = {key: value for key, value in tensors.items() if key.rpartition("/")[0] in same}
+    load_state_tensors(optimizer, kept)
+    return len(same)
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -39,15 +39,15 @@ class Proposal:
 
 @dataclass(frozen=True, eq=False)
 class Proposer:
-    """The encoder that proposes, and the generation it is from (None: the configured encoder)."""
+    """The encoder that proposes, and the generation it is from, if it is from one.
+
+    ``name``: the generation's number, the folder of an encoder that is in none, or `FROZEN` for the
+    configured one.
+    """
 
     encoder: Encoder
     generation: Generation | None
-
-    @property
-    def number(self) -> int:
-        """The generation's number, `FROZEN` for the configured encoder."""
-        return FROZEN if self.generation is None else self.generation.number
+    name: int | str
 
 
 def disliked(store: PoolStore, config: Config, pool: str) -> frozenset[str]:
@@ -61,8 +61,8 @@ def disliked(store: PoolStore, config: Config, pool: str) -> frozenset[str]:
 
 
 @contextmanager
-def open_proposer(config: Config, number: int | None) -> Iterator[Proposer | None]:
-    """Generation ``number`` (None: the one that serves); None where vectors propose nothing.
+def open_proposer(config: Config, name: int | str | None) -> Iterator[Proposer | None]:
+    """The proposer of this `Proposer.name` (None: what serves); None where vectors propose nothing.
 
     That is so without ``mining.dense_candidates``, and with ``labels: none``: nothing would tell
     whether the nearest memories are useful, and most of them are. Raises `GenerationError`.
@@ -71,17 +71,20 @@ def open_proposer(config: Config, number: int | None) -> Iterator[Proposer | Non
     if mining.dense_candidates == 0 or mining.labels == "none":
         yield None
         return
-    root, name, device = config.generations_dir, config.retriever.name, config.encoder.device
+    if isinstance(name, str):
+        yield Proposer(Encoder.load(config.encoder.model_copy(update={"model": name})), None, name)
+        return
+    root, retriever, device = config.generations_dir, config.retriever.name, config.encoder.device
     generation = None
-    if number is None:
-        generation = load_current(root, name, device)
-    elif number != FROZEN:
-        generation = load(root, name, number, device)
+    if name is None:
+        generation = load_current(root, retriever, device)
+    elif name != FROZEN:
+        generation = load(root, retriever, name, device)
     if generation is None:
-        yield Proposer(Encoder.load(config.encoder), None)
+        yield Proposer(Encoder.load(config.encoder), None, FROZEN)
         return
     try:
-        yield Proposer(generation.encoder, generation)
+        yield Proposer(generation.encoder, generation, generation.number)
     finally:
         generation.close()
 

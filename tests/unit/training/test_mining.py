@@ -36,11 +36,12 @@ from memshare.training.examples import (
     round_dir,
     shard_path,
 )
+from memshare.training.journal import Span
 from memshare.training.labels import Labeller, Share, merge_caches, open_cache, open_labeller
 from memshare.training.mining import mine, plan_round, split_memories
 from memshare.training.proposals import open_proposer
 from memshare.training.relevance import HeldOutRelevance, answer_overlap, mined_gains
-from memshare.training.rounds import Span, open_spans
+from memshare.training.rounds import open_spans
 from tests.tiny import tiny_encoder
 from tests.tiny_lm import tiny_lm
 
@@ -88,7 +89,7 @@ def mine_round(
         folder = round_dir(config.examples_dir, number)
         wanted = spans or open_spans(store, {}, ("main",))
         with open_proposer(config, None) as proposer:
-            by = proposer and proposer.number
+            by = proposer and proposer.name
             plan = plan_round(store, config, number, wanted, fates, folder, by)
             async with open_labeller(config, store) as labeller:
                 return await mine(store, config, plan, fates, labeller, folder, proposer)
