@@ -26,7 +26,8 @@ from memshare.progress import log
 from memshare.version import commit
 
 EXPERIMENTS = (
-    "shots", "growth", "pools", "retriever", "sharing", "threshold", "bootstrap", "labels", "cost",
+    "shots", "growth", "pools", "retriever", "sharing", "threshold", "bootstrap", "pruning",
+    "labels", "cost",
 )  # fmt: skip
 
 
