@@ -37,7 +37,7 @@ def left(stream: Stream, policy: str, cap: int, **settings: object) -> list[int]
 
 
 def test_a_search_finds_the_nearest_living_memories_and_no_copy_of_the_question() -> None:
-    stream = stream_of([0, 40, 10, 20, 0])
+    stream = stream_of([0, 35, 10, 20, 0])
     stream = replace(stream, memories=[*stream.memories[:4], replace(
         stream.memories[4], prompt="QUESTION  0")])  # fmt: skip
     seen = Observed(stream, 60.0)
