@@ -189,11 +189,14 @@ class Lab:
         return replace(domain, tests=tests)
 
     def sampled(self) -> dict[str, Domain]:
-        """`own_pools` with ``evaluation.sample`` questions a dataset.
+        """`own_pools` with ``evaluation.sample`` questions a dataset."""
+        return self.asked(self.config.evaluation.sample)
+
+    def asked(self, most: int | None) -> dict[str, Domain]:
+        """`own_pools` with at most ``most`` questions a dataset.
 
         The pocket world keeps all of its own, whose number the configuration says already.
         """
-        most = self.config.evaluation.sample
         return {n: d if n == WORLD else self.few(d, most) for n, d in self.own_pools.items()}
 
     async def learn(self, pools: Pools, iterations: int = 1, **sections: Any) -> Learned:
