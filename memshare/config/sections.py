@@ -439,7 +439,8 @@ class EvaluationConfig(Section):
     (None: all), ``sample``: in all others. ``world``: seed memories, problems and test questions of
     the pocket world, which is asked beside the data; None: it is left out. ``problems``: at most so
     many problems a domain where the agents answer them themselves. ``labelled``: memories of one
-    domain in the experiment about labels, most of whose labels cost an answer each.
+    domain in the experiment about labels, most of whose labels cost an answer each. ``stream``:
+    problems of the pocket world in the experiment about pruning (None: as in ``world``).
     """
 
     data: Path | None = None
@@ -450,6 +451,7 @@ class EvaluationConfig(Section):
     world: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     problems: PositiveInt | None = None
     labelled: PositiveInt = 100
+    stream: PositiveInt | None = None
     bertscore_model: str = "all-MiniLM-L6-v2"
 
 
