@@ -60,6 +60,7 @@ class LLMProbe:
         """Close the connections."""
         await self._client.aclose()
 
+
 @dataclass
 class Gateway:
     """One gateway's parts. ``failure`` says why the start failed, if it did."""

@@ -36,7 +36,7 @@ async def submit(
     text = text.strip()
     copy_of = None
     if shown:
-        copy_of = await gateway.shared.read(gateway.shared.guard.copied, text, shown)
+        copy_of = await gateway.shared.read(gateway.shared.writer.guard.copied, text, shown)
     await gateway.queue.put(
         [replace(pair, answer=text, finish_reason=finish_reason, copy_of=copy_of)]
     )

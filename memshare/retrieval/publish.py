@@ -8,6 +8,7 @@ generation that nobody serves yet, afterwards the new one.
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

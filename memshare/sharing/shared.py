@@ -25,25 +25,21 @@ from memshare.llm.agent import Agent, AgentAnswer
 from memshare.llm.base import LLM, LLMError, LLMUnavailable
 from memshare.llm.rubric import load_rubric
 from memshare.llm.scorer import Scorer
-from memshare.pool.errors import InvalidMemory, PoolError
-from memshare.pool.limits import Limits
-from memshare.pool.queue import Job, PairQueue
+from memshare.pool.errors import PoolError
+from memshare.pool.queue import Job
 from memshare.pool.store import PoolStore
 from memshare.pool.uses import UseCounter, UseCounts
-from memshare.pool.validate import check_memory
 from memshare.progress import log
-from memshare.records import AppendResult, Memory, NewMemory, Pair, PoolInfo, normalise
+from memshare.records import Memory, Pair, PoolInfo, normalise
 from memshare.retrieval.searcher import Filter, Searcher, SearchTimeout
 from memshare.sharing import turn as ends
-from memshare.sharing.guard import Guard, NotStored, placed
-from memshare.sharing.near import NearDuplicates
-from memshare.sharing.turn import Decision, Retrieved, Turn, prompt_hash
+from memshare.sharing.turn import Decision, Retrieved, Turn
+from memshare.sharing.writer import Writer
 
 T = TypeVar("T")
 _tracer = trace.get_tracer("memshare")
 _USES_SECONDS = 10.0  # between two additions of use counts in the database
 _PATIENCE_SECONDS = 30.0  # between two lines about a long start
-_REASONS = {"duplicate": ends.DUPLICATE, "held": ends.HELD, "rejected": ends.LIMIT}
 
 
 class SharedMemory:
@@ -78,8 +74,7 @@ class SharedMemory:
         self._writes = ThreadPoolExecutor(threads, thread_name_prefix="shared-write")
         self._rubrics: dict[str, str] = {}
         self._known: set[str] = set()
-        self.guard = Guard(config)
-        self._near = NearDuplicates(store, searcher, config)
+        self.writer = Writer(store, searcher, config, self.stage)
         self._uses = UseCounter(UseCounts(store.database))
         self._flusher: asyncio.Task[None] | None = None
 
@@ -178,7 +173,7 @@ class SharedMemory:
         `ClaimLost`, and `LLMUnavailable` with nothing decided if the scorer can't be reached.
         """
         info = await self.read(self.store.pool, pair.pool)
-        decision = self.hopeless(pair) or await self._grade(pair, info)
+        decision = self.writer.hopeless(pair) or await self._grade(pair, info)
         return await self.settle(pair, decision, job)
 
     async def _grade(self, pair: Pair, info: PoolInfo) -> Decision:
@@ -200,50 +195,9 @@ class SharedMemory:
     async def settle(self, pair: Pair, decision: Decision, job: Job | None = None) -> Decision:
         """Carry a decision out: one transaction stores the pair if it is to be stored, puts the
         decision on the pool's record and takes ``job`` out of the queue. Returns what it came to;
-        a stored pair can be searched for by then (see `append_visible`).
+        a stored pair can be searched for by then (see `Writer.append_visible`).
         """
-        return await self.write(self._settle, pair, decision, job)
-
-    def _settle(self, pair: Pair, decision: Decision, job: Job | None) -> Decision:
-        if decision.status != "stored":
-            return self._decide(pair, decision, [], job)
-        limit = self.config.gateway.max_text_chars
-        memory = self.guard.look_at(check_memory(self._memory(pair, decision.score), limit))
-        with self.stage("store"), placed(self._near, memory) as place:
-            if place.new is None:
-                assert place.twin is not None
-                return self._decide(pair, _near_duplicate(decision, place.twin), [], job)
-            decision = self._decide(pair, decision, [place.new], job)
-            if decision.status == "rejected":
-                raise NotStored
-            earlier = None
-            if decision.status == "stored":
-                assert decision.memory_id is not None
-                earlier = self._near.confirm(place, decision.memory_id)
-            # On record it stays stored, as it was, until the change log says deleted.
-            return decision if earlier is None else _near_duplicate(decision, earlier)
-        return decision
-
-    def _decide(
-        self, pair: Pair, decision: Decision, new: list[NewMemory], job: Job | None
-    ) -> Decision:
-        with self.store.database.write() as connection:
-            results = self.store.append_in(connection, new, self.guard.limits)
-            for result in results:
-                decision = replace(decision, memory_id=result.id or None)
-                if result.status != "stored":
-                    reason = _REASONS[result.status]
-                    detail = result.reason or decision.detail
-                    decision = replace(decision, status=result.status, reason=reason, detail=detail)
-            self.store.record_in(
-                connection, pair.pool, decision.reason, prompt_hash(pair.prompt), decision.score,
-                pair.agent, decision.memory_id,
-            )  # fmt: skip
-            if job:
-                PairQueue.finish(connection, job)
-        if new:
-            self._wait_visible(new, results)
-        return decision
+        return await self.write(self.writer.settle, pair, decision, job)
 
     async def turn(
         self,
@@ -285,58 +239,8 @@ class SharedMemory:
             agent,
             self.agent.llm.model,
             metadata or {},
-            self.guard.copied(text, [item for item in shown if item.id in answer.used]),
+            self.writer.guard.copied(text, [item for item in shown if item.id in answer.used]),
         )
-
-    def append_visible(
-        self, memories: list[NewMemory], trusted: bool = False
-    ) -> list[AppendResult]:
-        """Blocking: append, and wait until the memories can be searched for.
-
-        ``trusted``: an administrator's, for whom no limits hold and nothing is suspicious. A pool
-        that this retriever doesn't serve is only stored into. Where a pool's near-duplicates are
-        watched for, memories are stored one by one. Raises `SearchTimeout` with everything stored;
-        appending again is harmless.
-        """
-        limits = {} if trusted else self.guard.limits
-        with self.stage("store"):
-            if not trusted:
-                memories = [self.guard.look_at(memory) for memory in memories]
-            if any(self._near.watches(memory.pool) for memory in memories):
-                return [self._append_placed(memory, limits) for memory in memories]
-            return self._append(memories, limits)
-
-    def _append_placed(self, memory: NewMemory, limits: Mapping[str, Limits]) -> AppendResult:
-        with placed(self._near, memory) as place:
-            earlier = place.twin
-            if place.new is not None:
-                (result,) = self._append([place.new], limits)
-                if result.status == "rejected":
-                    raise NotStored
-                earlier = (
-                    self._near.confirm(place, result.id) if result.status == "stored" else None
-                )
-                if earlier is None:
-                    return result
-            assert earlier is not None
-            return AppendResult(earlier.id, "duplicate", earlier.seq)
-        return result
-
-    def _append(
-        self, memories: list[NewMemory], limits: Mapping[str, Limits]
-    ) -> list[AppendResult]:
-        results = self.store.append(memories, limits)
-        self._wait_visible(memories, results)
-        return results
-
-    def _wait_visible(self, memories: list[NewMemory], results: list[AppendResult]) -> None:
-        for pool in {memory.pool for memory in memories} & set(self.config.served_pools):
-            seqs = [
-                result.seq
-                for memory, result in zip(memories, results, strict=True)
-                if memory.pool == pool
-            ]
-            self.searcher.wait_visible(pool, max(seqs), self.config.gateway.visible_timeout_seconds)
 
     async def start(self) -> None:
         """Load encoder and generation; when this returns, memories can be searched for.
@@ -377,38 +281,10 @@ class SharedMemory:
         await asyncio.to_thread(self._reads.shutdown)
         await asyncio.to_thread(self.store.close)
 
-    def hopeless(self, pair: Pair) -> Decision | None:
-        """Why ``pair`` can't be stored whatever its grade; None if it can."""
-        if not pair.prompt.strip() or not pair.answer.strip():
-            return Decision("rejected", ends.EMPTY)
-        if pair.finish_reason == "length":
-            return Decision("rejected", ends.CUT_OFF)
-        try:
-            check_memory(self._memory(pair, None), self.config.gateway.max_text_chars)
-        except InvalidMemory as error:
-            return Decision("rejected", ends.INVALID, detail=str(error))
-        return None
-
-    def _memory(self, pair: Pair, score: float | None) -> NewMemory:
-        return NewMemory(
-            pair.pool,
-            pair.prompt,
-            pair.answer,
-            score=score,
-            agent=pair.agent,
-            model=pair.model,
-            metadata=pair.metadata,
-            copy_of=pair.copy_of,
-        )
-
     async def _rubric(self, info: PoolInfo) -> str:
         if info.rubric not in self._rubrics:
             self._rubrics[info.rubric] = await self.read(load_rubric, info.rubric)
         return self._rubrics[info.rubric]
-
-
-def _near_duplicate(decision: Decision, of: Memory) -> Decision:
-    return replace(decision, status="duplicate", reason=ends.NEAR_DUPLICATE, memory_id=of.id)
 
 
 async def _on(threads: ThreadPoolExecutor, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:

@@ -81,8 +81,8 @@ def poison(count: int) -> list[NewMemory]:
 
 async def flooded(shared: SharedMemory) -> tuple[int, int, list[float]]:
     """Size of the pool, the attacker's memories in it, and its part of each victim's shots."""
-    shared.append_visible(honest())
-    results = shared.append_visible(poison(5 * len(victims())))
+    shared.writer.append_visible(honest())
+    results = shared.writer.append_visible(poison(5 * len(victims())))
     stored = sum(result.status == "stored" for result in results)
     parts = []
     for question in victims():

@@ -80,7 +80,7 @@ async def add(body: AddMemories, gateway: ReadyGateway, caller: Caller) -> JSONR
             results[place] = ItemResult(id=None, status="pending")
     else:
         stored = await gateway.shared.write(
-            gateway.shared.append_visible, [memory for _, memory in accepted], body.import_
+            gateway.shared.writer.append_visible, [memory for _, memory in accepted], body.import_
         )
         for (place, memory), result in zip(accepted, stored, strict=True):
             # A duplicate's id is another's memory, which not everybody who writes may know.
@@ -273,7 +273,7 @@ async def give_feedback(
     if standing is None:
         raise _unknown(id)
     shared = gateway.shared
-    if reason := shared.guard.sunk(memory.pool, standing):
+    if reason := shared.writer.guard.sunk(memory.pool, standing):
         await shared.write(shared.store.hold, id, reason)
         shared.searcher.notify(memory.pool)
     sign = "up" if value > 0 else "down" if value < 0 else "neutral"
