@@ -51,9 +51,10 @@ class Observed(Evidence):
         self._copies = defaultdict[str, list[int]](list)
         for row, memory in enumerate(stream.memories):
             self._copies[normalise(memory.prompt)].append(row)
-        self.uses = Counter[str]()
+        self._uses = Counter[str]()
         self._votes = defaultdict[str, list[float]](list)
-        self.gains = dict[str, tuple[float, int]]()
+        self._gains = dict[str, tuple[float, int]]()
+        self.uses, self.gains = self._uses, self._gains  # what policies may read, and only read
 
     def search(self, rows: Sequence[int], k: int) -> list[list[int]]:
         """The k living memories nearest to the question of each row, its copies left out."""
@@ -70,12 +71,12 @@ class Observed(Evidence):
     def tell(self, place: int, row: int, gain: float | None) -> None:
         """Keep that ``place`` was found for ``row``; ``gain``: how much it helped, if measured."""
         memory = self._stream.memories[place]
-        self.uses[memory.id] += 1
+        self._uses[memory.id] += 1
         if self._stream.votes is not None:
             self._votes[memory.id].append(self._stream.votes(memory, self._stream.memories[row]))
         if gain is not None:
-            total, number = self.gains.get(memory.id, (0.0, 0))
-            self.gains[memory.id] = total + gain, number + 1
+            total, number = self._gains.get(memory.id, (0.0, 0))
+            self._gains[memory.id] = total + gain, number + 1
 
     def arrive(self, rows: Sequence[int]) -> None:
         """Take the rows into the pool."""
