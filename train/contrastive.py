@@ -3,10 +3,9 @@
     accelerate launch train/contrastive.py --config FILE --examples DIR --output DIR
 
 writes ``DIR/encoder`` (a sentence-transformers folder, LoRA merged), ``DIR/result.json`` (how it
-ended: see memshare/training/outcome.py for its ``status`` and the exit codes), ``DIR/log.jsonl``
-and ``DIR/checkpoints``. With ``training.eval_every``, the encoder is the best by the held-out
-examples. Run again, it continues from the last intact checkpoint; on SIGTERM, on SIGUSR1 and once
-``--stop-file`` is there, it finishes the step, writes a checkpoint and ends.
+ended: see memshare/training/outcome.py), ``DIR/log.jsonl`` and ``DIR/checkpoints``. With
+``training.eval_every``, the encoder is the best by the held-out examples. Run again, it continues
+from the last intact checkpoint; asked to stop, it finishes the step, writes a checkpoint and ends.
 """
 
 from __future__ import annotations

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
 
 import sqlalchemy as sa
 
+from memshare.pool import alter
 from memshare.pool import stats as figures
 from memshare.pool.append import append_to_pool
 from memshare.pool.engine import IDS_LOCK, POOLS_LOCK, Database
 from memshare.pool.errors import InvalidMemory, PoolError
-from memshare.pool.limits import NO_LIMITS, Limits, forget
+from memshare.pool.limits import NO_LIMITS, Limits
 from memshare.pool.rows import (
     ALIVE,
     find_pool,
@@ -30,7 +30,7 @@ from memshare.pool.rows import (
     read_cursor,
     span_end,
 )
-from memshare.pool.schema import changes, decisions, feedback, memories, pools, uses
+from memshare.pool.schema import changes, decisions, memories, pools
 from memshare.pool.stats import PoolStats
 from memshare.pool.validate import (
     MAX_TEXT_CHARS,
@@ -40,7 +40,7 @@ from memshare.pool.validate import (
     check_text,
     now,
 )
-from memshare.records import AppendResult, Change, ChangeKind, Memory, NewMemory, PoolInfo
+from memshare.records import AppendResult, Change, Memory, NewMemory, PoolInfo
 
 PAGE = 1000
 MAX_REASON_CHARS = 500
@@ -218,11 +218,8 @@ class PoolStore:
             self._unscrubbed = False
 
     def _erase(self, id: str) -> bool:
-        erased: dict[str, Any] = {
-            "prompt": "", "answer": "", "metadata": {}, "content_key": None, "held": False,
-            "hold_reason": None, "deleted_at": now(),
-        }  # fmt: skip
-        return self._change(id, "delete", ALIVE, erased)
+        with self._db.write() as connection:
+            return self._announced(connection, alter.delete(connection, id))
 
     def hold(self, id: str, reason: str | None = None) -> bool:
         """Take a memory out of retrieval and training; False if it is held, deleted or unknown.
@@ -231,45 +228,19 @@ class PoolStore:
         """
         if reason is not None:
             check_text("reason", reason, MAX_REASON_CHARS)
-        values = {"held": True, "hold_reason": reason}
-        return self._change(id, "hold", sa.and_(ALIVE, ~memories.c.held), values)
+        with self._db.write() as connection:
+            return self._announced(connection, alter.hold(connection, id, reason))
 
     def release(self, id: str) -> bool:
         """Undo `hold`; False if it is not held."""
-        values = {"held": False, "hold_reason": None}
-        return self._change(id, "release", sa.and_(ALIVE, memories.c.held), values)
-
-    def _change(
-        self, id: str, kind: ChangeKind, condition: sa.ColumnElement[bool], values: dict[str, Any]
-    ) -> bool:
         with self._db.write() as connection:
-            row = connection.execute(
-                sa.select(memories.c.pool, memories.c.agent).where(memories.c.id == id)
-            ).first()
-            if row is None:
-                return False
-            pool, agent = row
-            need_pool(connection, pool, lock=True)
-            done = connection.execute(
-                sa.update(memories).where(memories.c.id == id, condition).values(**values)
-            )
-            if done.rowcount == 0:
-                return False
-            if kind == "delete":  # comments may quote the text
-                connection.execute(sa.delete(feedback).where(feedback.c.memory_id == id))
-                connection.execute(sa.delete(uses).where(uses.c.memory_id == id))
-                forget(connection, pool, id, agent)
-            seq = connection.execute(
-                sa.update(pools)
-                .where(pools.c.name == pool)
-                .values(last_seq=pools.c.last_seq + 1)
-                .returning(pools.c.last_seq)
-            ).scalar_one()
-            connection.execute(
-                sa.insert(changes).values(pool=pool, seq=seq, kind=kind, memory_id=id)
-            )
+            return self._announced(connection, alter.release(connection, id))
+
+    def _announced(self, connection: sa.Connection, pool: str | None) -> bool:
+        """Whether something changed, which others are told of, in ``pool``."""
+        if pool is not None:
             self._db.backend.announce(connection, pool)
-            return True
+        return pool is not None
 
     # Reading memories
 
