@@ -153,7 +153,8 @@ def _ping(connection: BoundedConnection, _record: Any, _proxy: Any) -> None:
     As SQLAlchemy's ``pool_pre_ping``, but with less patience: one that is gone, or doesn't answer,
     must cost a request a connection attempt and no more. All others are given up with it.
     """
-    patience, connection.patience = connection.patience, PING_SECONDS
+    patience = connection.patience
+    connection.patience = PING_SECONDS if patience is None else min(PING_SECONDS, patience)
     try:
         connection.autocommit = True
         connection.execute("SELECT 1")
