@@ -23,6 +23,7 @@ from memshare.pool.transfer import export_jsonl
 from memshare.retrieval.build import build_generation
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.serving import Query, Serving
+from memshare.training.steps import Steps
 from tests.loop import loop_config_file
 from tests.retrieving import fill, make_config, open_store
 from tests.tiny import tiny_encoder
@@ -125,8 +126,8 @@ def idle(file: Path) -> None:
     config, stop = load_config(file), threading.Event()
     module = load_program(ROOT / "train" / "continual.py")
     with PoolStore.open(config.url) as store:
-        loop = module.Loop(config, store, [], stop)
-        thread = threading.Thread(target=loop.run, kwargs={"once": False})
+        steps = Steps(config, store, ROOT / "train", [], stop)
+        thread = threading.Thread(target=module.loop, args=(config, store, steps, stop, False))
         thread.start()
         time.sleep(1.0)
         stop.set()
