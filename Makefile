@@ -9,7 +9,7 @@ VLLM_VENV := .venv-vllm
 # spins by default; two such processes then slow each other tenfold, while one alone is faster so.)
 SHARED := OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test lint integration vllm servers gpu-check clean
+.PHONY: setup demo test lint integration vllm servers gpu-check gpu-bench clean
 
 setup: $(VENV)/.ready
 
@@ -56,6 +56,10 @@ servers:
 
 gpu-check: setup
 	$(BIN)/python -m pytest tests/gpu -m gpu
+
+# Beside sentence-transformers, on this machine's GPU; refuses where there is none.
+gpu-bench: setup
+	$(BIN)/python benchmarks/gpu_train.py --json benchmarks/results/gpu_train.json
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) runs build *.egg-info

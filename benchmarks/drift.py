@@ -12,7 +12,7 @@ Two arms: ``replay``, where half as many earlier memories are mined again beside
 MRR@10 on a domain's questions after its round minus before it, mean over the domains; and
 ``old_mrr10_change_<arm>``, after the last round minus after its own, mean over the earlier domains
 (below 0 is forgetting), with the ``_low`` and ``_high`` ends of its 95 % bootstrap interval over
-questions. ``--plot FILE`` draws MRR@10 by generation.
+questions. ``--plots DIR`` draws MRR@10 by generation, light and dark.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline import Work, build_pocket_lm
 from memshare.evaluation.arms import retrieval
 from memshare.evaluation.data import Pair
 from memshare.evaluation.rankers import bm25_ranker, dense_ranker
-from memshare.evaluation.report import Plot, Series, draw
+from memshare.evaluation.report import Plot, Series, draw_themes
 from memshare.metrics.stats import bootstrap_mean
 from memshare.pocket.world import Task, World
 from memshare.records import Memory
@@ -135,7 +135,7 @@ def picture(found: dict[str, Scores], names: Sequence[str]) -> Plot:
 def main() -> None:
     """Measure and report."""
     options = parser(__doc__)
-    options.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures (PNG)")
+    options.add_argument("--plots", type=Path, metavar="DIR", help="draw the figures (PNG)")
     args = options.parse_args()
     material = domains(args.seed, *((12, 6) if args.quick else SIZES))
     if args.quick:
@@ -159,8 +159,9 @@ def main() -> None:
             work, programs[arm] = run_arm(Path(temporary) / arm, phases, settings)
             found[arm] = scores(work, material)
             claimed |= claims(arm, found[arm], names, args.seed)
-    if args.plot is not None:
-        draw(picture(found, names), args.plot)
+    if args.plots is not None:
+        args.plots.mkdir(parents=True, exist_ok=True)
+        draw_themes(picture(found, names), args.plots)
     write_claims(
         args,
         claimed,

@@ -26,10 +26,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,14 +39,16 @@ from random import Random
 from statistics import median
 from typing import Any
 
+import psutil
 from common import ROOT, parser, write_claims
 from pipeline import Work, build_pocket_lm, environment
 from served import serve, vllm_llm
 
 from memshare.config import BM25Config, Config, MiningConfig
 from memshare.llm.factory import resolve_model
+from memshare.llm.plan import plan_servers
 from memshare.llm.prompts import few_shot
-from memshare.llm.server import plan_servers, server_command
+from memshare.llm.server import server_command
 from memshare.llm.tokens import ChatTokenizer
 from memshare.pocket.world import World
 from memshare.pool.store import PoolStore
@@ -57,7 +60,7 @@ from memshare.training.labels import Labeller, open_labeller
 
 POOL = "world"
 CANDIDATES = MiningConfig().candidates
-BLOCKS = 5  # timed ones; one more before them warms up
+BLOCKS = 4  # timed ones; one more before them warms up
 BLOCK_QUERIES = 32  # of CANDIDATES likelihoods each
 
 Ranking = list[tuple[str, float]]
@@ -136,12 +139,20 @@ def make_triples(
 
 
 class Offline:
-    """vLLM's offline engine in a child process."""
+    """vLLM's offline engine in a child process, which logs to a file."""
 
-    def __init__(self, process: subprocess.Popen[str], config: Config) -> None:
+    def __init__(self, process: subprocess.Popen[str], logfile: Path, config: Config) -> None:
         self._process = process
+        self._logfile = logfile
         self._instruction = config.agent.instruction
         self._tokenizer = ChatTokenizer(resolve_model(config.scorer_llm.model))
+
+    def ready(self) -> None:
+        """Wait until it has loaded. Raises `RuntimeError` if it ended instead."""
+        assert self._process.stdout is not None
+        if self._process.stdout.readline().strip() != "ready":
+            tail = self._logfile.read_text(encoding="utf-8", errors="replace")[-2000:]
+            raise RuntimeError(f"the offline engine did not start; {self._logfile}:\n{tail}")
 
     def measure(self, triples: Sequence[Triple]) -> tuple[float, list[float]]:
         """Seconds of generation, and each answer's nats per token."""
@@ -164,7 +175,7 @@ class Offline:
 
 @contextmanager
 def offline_engine(config: Config, logfile: Path) -> Iterator[Offline]:
-    """The engine as ``config``'s scorer server has it, until the block ends."""
+    """The engine as ``config``'s scorer server has it, from its start until the block ends."""
     (plan,) = plan_servers(config)
     python, *words = server_command(plan)
     child = [python, str(ROOT / "benchmarks" / "offline_vllm.py"), *words[words.index("--model") :]]
@@ -176,13 +187,26 @@ def offline_engine(config: Config, logfile: Path) -> Iterator[Offline]:
         )  # fmt: skip
         assert process.stdin is not None and process.stdout is not None
         try:
-            if process.stdout.readline().strip() != "ready":
-                tail = logfile.read_text(encoding="utf-8", errors="replace")[-2000:]
-                raise RuntimeError(f"the offline engine did not start; {logfile}:\n{tail}")
-            yield Offline(process, config)
+            yield Offline(process, logfile, config)
         finally:
             process.stdin.close()
             process.wait(60.0)
+
+
+def processor_seconds() -> Counter[str]:
+    """Processor time so far: of this process (ours), of the engine's parts, of the HTTP servers."""
+    spent: Counter[str] = Counter()
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        try:
+            words, times = " ".join(process.cmdline()), process.cpu_times()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        part = (
+            "engine" if "VLLM::" in words else "http server" if "api_server" in words else "other"
+        )
+        part = "client" if process.pid == os.getpid() else part
+        spent[part] += times.user + times.system
+    return spent
 
 
 async def measure_all(labeller: Labeller, triples: Sequence[Triple]) -> tuple[float, list[float]]:
@@ -204,10 +228,14 @@ async def alternate(
     ours: list[float] = []
     theirs: list[float] = []
     difference = 0.0
+    spent: Counter[str] = Counter()
     with PoolStore.open(config.url) as store:
         async with open_labeller(config, store) as labeller:
             for triples in blocks:
+                before = processor_seconds()
                 seconds, values = await measure_all(labeller, triples)
+                if ours:  # the first block warms up
+                    spent += processor_seconds() - before
                 engine_seconds, reference = offline.measure(triples)
                 ours.append(len(triples) / seconds)
                 theirs.append(len(triples) / engine_seconds)
@@ -217,6 +245,10 @@ async def alternate(
     return {
         "ours_per_second": ours[1:],
         "offline_per_second": theirs[1:],
+        "processor_ms_a_likelihood": {
+            part: 1000 * seconds / (len(blocks[0]) * (len(blocks) - 1))
+            for part, seconds in spent.items()
+        },
         "likelihoods_a_block": len(blocks[0]),
         "largest_difference_nats": difference,
     }
@@ -232,7 +264,8 @@ def likelihoods(triples: Sequence[Triple], seed: int) -> dict[str, Any]:
         settings = {"run": {"seed": seed}, "pools": {POOL: {}}, "scorer_llm": vllm_llm()}
         work = Work(folder / "run", settings)
         logfile = work.folder / "offline.log"
-        with serve(work), offline_engine(work.config, logfile) as offline:
+        with offline_engine(work.config, logfile) as offline, serve(work):
+            offline.ready()
             found = asyncio.run(alternate(work.config, offline, blocks))
     return {"model": model, **found}
 

@@ -28,7 +28,7 @@ from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.records import Memory, NewMemory, SearchAnswer, normalise
 from memshare.retrieval.searcher import Searcher
-from memshare.training.rounds import Journal
+from memshare.training.journal import Journal
 
 _TAIL_CHARS = 2000
 _SEARCH_SECONDS = 1800.0  # all questions are queued at once, so the last one waits for the others

@@ -26,8 +26,7 @@ import numpy.typing as npt
 from banking77 import judged, relevant
 from common import parser, write_claims
 
-from memshare.config import Config, EncoderConfig, PoolSettings
-from memshare.config.sections import RunConfig
+from memshare.config import Config, EncoderConfig, PoolSettings, RunConfig
 from memshare.evaluation.data import Pair, load_banking77
 from memshare.evaluation.rankers import dense_ranker
 from memshare.metrics.ir import mean_metrics

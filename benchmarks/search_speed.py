@@ -149,9 +149,9 @@ class Bench:
 
     def turns(self, seconds: float) -> dict[str, float]:
         """Both, in turns of about so many ``seconds``."""
-        self.faiss(2)
-        self.ours(4)
-        batches = max(4, int(self.faiss(4) * seconds / BATCH) // 2 * 2)
+        self.faiss(1)
+        self.ours(2)
+        batches = max(4, int(self.faiss(2) * seconds / BATCH) // 2 * 2)
         pairs = [(self.faiss(batches), self.ours(batches)) for _ in range(TURNS)]
         return {
             "faiss_qps": median(bare for bare, _ in pairs),
@@ -164,7 +164,7 @@ class Bench:
 
     def restricted(self, seconds: float, qps: float, restrict: Filter | None) -> float:
         """Questions a second with ``restrict``, or with the tombstones that there are."""
-        self.ours(4, restrict)
+        self.ours(2, restrict)
         return self.ours(max(4, int(qps * seconds / BATCH) // 2 * 2), restrict)[0]
 
     def recall(self, exact: Sequence[SearchAnswer]) -> float:

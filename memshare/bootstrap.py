@@ -220,4 +220,4 @@ async def _answer(shared: SharedMemory, pool: str, question: str, number: int) -
     except LLMError as error:  # this one question is refused (too long, say): the rest goes on
         log(f"a question was refused: {error}")
         return None
-    return shared.pair(pool, question, answer, AGENT, {"source": "bootstrap"})
+    return shared.pair(pool, question, answer, found.memories, AGENT, {"source": "bootstrap"})

@@ -42,8 +42,13 @@ def _main(args: argparse.Namespace) -> int:
     from memshare.retrieval.encoder import EncoderError
     from memshare.sharing import open_shared
 
+    # Whoever bootstraps a pool is no principal among others.
+    alone = {name: p.model_copy(update={"max_principal_share": None})
+             for name, p in config.pools.items()}  # fmt: skip
+    free = config.model_copy(update={"pools": alone})
+
     async def run(name: str) -> BootstrapReport:
-        async with open_shared(config) as shared:
+        async with open_shared(free) as shared:
             return await bootstrap(shared, name)
 
     try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ChangeKind = Literal["add", "delete", "hold", "release"]
-AppendStatus = Literal["stored", "duplicate"]
+AppendStatus = Literal["stored", "duplicate", "held", "rejected"]
 
 
 def normalise(text: str) -> str:
@@ -36,7 +36,9 @@ class NewMemory:
     """A memory on its way into a pool; ``created_at`` is ISO 8601 in UTC, None means now.
 
     ``id`` is None except in an administrator's import, where it makes an export round-trip: it is
-    kept unless a memory, living or deleted, has had it before.
+    kept unless a memory, living or deleted, has had it before. ``hold``: why the memory is on hold
+    from its arrival on, None where it is not. ``copy_of``: the id of the memory shown to its author
+    whose answer it repeats.
     """
 
     pool: str
@@ -48,11 +50,16 @@ class NewMemory:
     created_at: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     id: str | None = None
+    hold: str | None = None
+    copy_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """One stored prompt-answer pair. ``seq`` is its position in the pool (1, 2, ...)."""
+    """One stored prompt-answer pair. ``seq`` is its position in the pool (1, 2, ...).
+
+    ``hold_reason``: why a held one is held, None where nobody said.
+    """
 
     id: str
     pool: str
@@ -65,6 +72,7 @@ class Memory:
     metadata: Mapping[str, Any]
     seq: int
     held: bool = False
+    hold_reason: str | None = None
 
     def wire(self) -> dict[str, Any]:
         """The form on the wire: REST bodies and JSONL exports."""
@@ -85,7 +93,8 @@ class Memory:
 class Pair:
     """A finished answer to a bare question, on its way to the scorer.
 
-    ``finish_reason`` as OpenAI's; ``agent`` and ``model`` say who answered.
+    ``finish_reason`` as OpenAI's; ``agent`` and ``model`` say who answered; ``copy_of`` as in
+    `NewMemory`.
     """
 
     pool: str
@@ -95,15 +104,21 @@ class Pair:
     agent: str | None = None
     model: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    copy_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AppendResult:
-    """What became of one appended memory; a duplicate names the memory that was there first."""
+    """What became of one appended memory; a duplicate names the memory that was there first.
+
+    ``reason``: why it is held, or was rejected. A rejected one has no id (an empty one), or that of
+    the memory it is a copy of, and seq 0.
+    """
 
     id: str
     status: AppendStatus
     seq: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.records import NewMemory
 from memshare.retrieval.generation import current
-from memshare.training.rounds import Journal, count_new
+from memshare.training.journal import Journal
+from memshare.training.rounds import count_new
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 180.0

@@ -3,10 +3,11 @@
     python serve/llm.py --config configs/h200.yaml
 
 One server for each distinct model and URL of ``agent_llm`` and ``scorer_llm`` with backend
-``vllm``. Prints ``ready`` once all of them answer. Ctrl-C or SIGTERM stops them; one that dies ends
-this program with code 1 and its last log lines. ``--check`` starts nothing: it says whether they
-run and serve the right models; ``--for mining`` takes those alone that train/mine.py asks. Servers
-on other hosts are only waited for.
+``vllm``, replicas among them. Prints ``ready`` once all of them answer. Ctrl-C or SIGTERM stops
+them; one that dies ends this program with code 1 and its last log lines, but a replica, whose
+siblings serve on, is started again, up to three times. ``--check`` starts nothing: it says whether
+they run and serve the right models; ``--for mining`` takes those alone that train/mine.py asks.
+Servers on other hosts are only waited for.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from types import FrameType
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.llm.base import LLMError
-from memshare.llm.server import Server, ServerPlan, plan_servers, server_command, serves, wait_ready
+from memshare.llm.plan import ServerPlan, plan_servers
+from memshare.llm.server import Server, server_command, serves, wait_ready
 from memshare.progress import log
+
+RESTARTS = 3  # of one replica
 
 
 class _Stop(Exception):
@@ -48,6 +52,7 @@ def check(plans: list[ServerPlan]) -> int:
 def run(config: Config, plans: list[ServerPlan]) -> int:
     """Start what is local, wait for all of it, and stay until a signal or a death."""
     servers: list[Server] = []
+    restarts: dict[str, int] = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -71,9 +76,13 @@ def run(config: Config, plans: list[ServerPlan]) -> int:
             time.sleep(1.0)
             for server in servers:
                 if (code := server.process.poll()) is not None:
-                    raise LLMError(
-                        f"vLLM ({server.plan.name}) died with code {code}:\n{server.last_words()}"
-                    )
+                    words = f"vLLM ({server.plan.name}) died with code {code}"
+                    left = restarts[server.plan.url] = restarts.get(server.plan.url, RESTARTS) - 1
+                    if len(server.plan.llm.urls) == 1 or left < 0:
+                        raise LLMError(f"{words}:\n{server.last_words()}")
+                    log(f"{words}; started again:\n{server.last_words()}")
+                    server.stop()
+                    server.start()
         return 0
     except _Stop as stop:
         log(f"{stop}: stopping")

@@ -3,8 +3,9 @@
     python serve/up.py --config configs/pocket.yaml
 
 Each part is a child process with its log under the run folder's logs/. The trainer starts once the
-gateway and its LLMs answer. A part that dies stops everything, and the end of its log is shown;
-Ctrl-C and SIGTERM stop everything cleanly: the trainer, then the gateway, then the LLMs.
+gateway and its LLMs answer. Of several GPUs, the LLM servers get the last ones, trainer and
+searcher the first. A part that dies stops everything, and the end of its log is shown; Ctrl-C and
+SIGTERM stop everything cleanly: the trainer, then the gateway, then the LLMs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import httpx
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.files import RunLocked, run_lock
 from memshare.gateway.supervisor import Supervisor, shared_cores
+from memshare.llm.base import LLMError
+from memshare.llm.plan import gpus_left, plan_servers
 from memshare.progress import log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,10 +87,13 @@ def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stoppi
     port = args.port or config.gateway.port
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     uses_vllm = "vllm" in (config.agent_llm.backend, config.scorer_llm.backend)
+    env = shared_cores()
     if uses_vllm and not args.no_llm:
+        if left := gpus_left(plan_servers(config)):
+            log(f"GPUs: {left} for trainer and searcher, the others for LLMs")
+            env["CUDA_VISIBLE_DEVICES"] = left
         supervisor.start("llm", command("serve/llm.py", args))
     options = ["--host", host, "--port", str(port)]
-    env = shared_cores()
     supervisor.start("gateway", command("serve/gateway.py", args, *options), env)
     limit = 120.0
     if uses_vllm:
@@ -139,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 run(config, args, supervisor, stopping)
                 log("stopping")
-            except Failed as error:
+            except (Failed, ConfigError, LLMError) as error:
                 log(f"up: {error}")
                 code = 1
             finally:

@@ -77,6 +77,24 @@ free_port() {
         die "no free port, or no Python: '$MEMSHARE_PYTHON'"
 }
 
+# The options --config and --set among the arguments, in the array `config_words`; and in `ports` more of
+# them, which put the LLM servers that run here on ports that are free: others may serve on this node.
+llm_ports() {
+    local found
+    config_words=() ports=()
+    while (($#)); do
+        case $1 in
+            --config | --set) config_words+=("$1" "${2:?}") && shift ;;
+            --config=* | --set=*) config_words+=("$1") ;;
+        esac
+        shift
+    done
+    found=$("${python[@]}" -m memshare.cli slurm ports "${config_words[@]}") ||
+        die "no ports for the LLM servers; the reason is above"
+    [[ $found ]] && mapfile -t ports <<< "$found"
+    return 0
+}
+
 # Run a command to its end; its exit code is then in `code`. Once the scheduler warns (SIGUSR1) or
 # cancels (SIGTERM), `$1 PID` asks it to stop; what still runs MEMSHARE_GRACE seconds later is
 # ended, so that there is time left to requeue the job.
@@ -118,9 +136,11 @@ serve() {
     local port
     port=$(option --port "$@")
     [[ $port ]] || port=$(free_port) # others may serve on this node, too
+    llm_ports "$@"
     # shellcheck disable=SC2317,SC2329  # called by supervise
     end() { kill -TERM "$1"; }
-    supervise end "${python[@]}" "$MEMSHARE_ROOT/serve/up.py" "$@" --port "$port"
+    supervise end "${python[@]}" "$MEMSHARE_ROOT/serve/up.py" "$@" "${ports[@]}" \
+        --port "$port"
     say "serve/up.py ended with code $code"
     interrupted && requeue
     [[ $cancelled ]] && exit 0

@@ -45,9 +45,13 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
-def launch(processes: int, program: Path, arguments: list[str]) -> subprocess.Popen[str]:
+def launch(
+    processes: int, program: Path, arguments: list[str], *, divided: bool = False
+) -> subprocess.Popen[str]:
+    """Several processes; ``divided`` by FSDP."""
+    fsdp = ["--config_file", str(ROOT / "configs/accelerate/fsdp.yaml")]
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+        sys.executable, "-m", "accelerate.commands.launch", *(fsdp if divided else ["--multi_gpu"]),
         "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
         "--dynamo_backend", "no", "--main_process_port", "0", str(program), *arguments,
     ]  # fmt: skip
@@ -72,9 +76,9 @@ def result(output: Path) -> dict[str, object]:
     return loaded
 
 
-def load_program() -> ModuleType:
-    """The program as a module, to call its main without starting a process each time."""
-    spec = importlib.util.spec_from_file_location("contrastive", PROGRAM)
+def load_program(path: Path = PROGRAM) -> ModuleType:
+    """A program as a module, to call its main without starting a process each time."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -5,54 +5,37 @@
 Every step is a program of its own (train/mine.py, train/contrastive.py under accelerate,
 train/index.py); their logs are in ``logs/`` of the run folder. Earlier memories are mined again
 beside the new ones, so that nothing is forgotten, and each round starts from the encoder that
-serves. ``continual.json`` says which step is next: killed at any point and started again, the loop
-goes on from there.
+serves. With ``mining.iterations`` 2 a round mines and trains twice, the second time with candidates
+from the encoder that the first has trained. ``continual.json`` says which step is next: killed at
+any point and started again, the loop goes on from there. While the pool's database is away, it
+waits.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.files import RunLocked, run_lock
-from memshare.pool.errors import PoolError
+from memshare.pool.errors import PoolError, PoolUnavailable
+from memshare.pool.patience import when_available
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.pruning.policies import PruneError
 from memshare.pruning.prune import check_caps, hold_caps
-from memshare.retrieval.generation import current
-from memshare.retrieval.manifest import folder_name
-from memshare.training.child import (
-    ChildFailed,
-    Stopped,
-    accelerate_command,
-    run_child,
-    stop_orphan,
-)
-from memshare.training.examples import ExamplesError, read_marker, round_dir
-from memshare.training.outcome import read_result
-from memshare.training.rounds import (
-    Journal,
-    JournalError,
-    Round,
-    count_new,
-    erase_deleted,
-    forget_stale_checkpoints,
-    last_begun,
-    last_mined,
-    open_spans,
-    training_dir,
-)
+from memshare.training.child import ChildFailed, Stopped
+from memshare.training.examples import ExamplesError
+from memshare.training.journal import Journal, JournalError
+from memshare.training.rounds import count_new, covered, erase_deleted, next_round
+from memshare.training.steps import Steps
 
-HERE = Path(__file__).resolve().parent
+PROGRAMS = Path(__file__).resolve().parent
 EXPECTED = (ChildFailed, ExamplesError, JournalError, PoolError, PruneError, RunLocked)
 
 
@@ -73,126 +56,72 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = [] if args.config is None else ["--config", str(args.config.resolve())]
     settings += [item for override in args.overrides for item in ("--set", override)]
     try:
-        with run_lock(config.run.dir, "continual"), PoolStore.open(config.url) as store:
-            Loop(config, store, settings, stop).run(once=args.once)
+        with run_lock(config.run.dir, "continual"):
+            check_caps(config)
+            with when_available(stop, PoolStore.open, config.url) as store:
+                when_available(stop, make_pools, config, store)
+                loop(config, store, Steps(config, store, PROGRAMS, settings, stop), stop, args.once)
     except Stopped:
         log("stopped; the next start goes on from here")
+    except PoolUnavailable:
+        log("stopped while the database was away; the next start goes on from here")
     except EXPECTED as error:
         log(f"error: {error}")
         return 1
     return 0
 
 
-class Loop:
-    """One run folder's rounds."""
+def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, once: bool) -> None:
+    """Rounds, one after the other."""
+    if steps.stop_orphan():
+        log("the step that an earlier, killed loop had left running was stopped")
+    path = config.run.dir / "continual.json"
+    journal = Journal.load(path)
+    while not stop.is_set():
+        # 1. Between two rounds: wait until enough memories are new, then put a round on record.
+        if journal.open_round is None:
+            if (
+                config.continual.rounds is not None
+                and len(journal.rounds) >= config.continual.rounds
+            ):
+                return
+            if not when_available(stop, due, config, store, journal):
+                stop.wait(config.continual.poll_seconds)
+                continue
+            journal = journal.begin(when_available(stop, next_round, config, store, journal))
+            journal.save(path)
 
-    def __init__(
-        self, config: Config, store: PoolStore, settings: Sequence[str], stop: threading.Event
-    ) -> None:
-        """``settings``: command-line arguments that give the children the same configuration."""
-        self.config, self.store, self.settings, self.stop = config, store, list(settings), stop
-        self.path = config.run.dir / "continual.json"
-        self.child = config.run.dir / "continual.child.json"
-        self.pools, self.examples = config.served_pools, config.examples_dir
+        # 2. Within one: mine, train, index, as often as it has iterations, each step to its end.
+        now = journal.open_round
+        assert now is not None
+        log(f"round {now.number}: {now.name}")
+        begun = time.monotonic()
+        step = {"mine": steps.mine, "train": steps.train, "index": steps.index}[now.step]
+        result, outcome = when_available(stop, step, now)
+        result["wall_seconds"] = time.monotonic() - begun
+        journal = journal.advance(result, outcome=outcome)
+        journal.save(path)
+        if outcome is not None:
+            log(f"round {now.number}: {outcome}")
+            if once:
+                return
 
-    def run(self, *, once: bool) -> None:
-        """Rounds, one after the other."""
-        for pool, settings in self.config.pools.items():
-            self.store.create_pool(pool, settings.rubric, settings.threshold)
-        check_caps(self.config)
-        journal = Journal.load(self.path)
-        if stop_orphan(self.child):
-            log("the step that an earlier, killed loop had left running was stopped")
-        limit = self.config.continual.rounds
-        while not self.stop.is_set():
-            if journal.open_round is None:
-                if limit is not None and len(journal.rounds) >= limit:
-                    return
-                hold_caps(self.store, self.config)
-                due = self.config.continual.min_new
-                if count_new(self.store, self.covered(journal), self.pools, due) < due:
-                    self.stop.wait(self.config.continual.poll_seconds)
-                    continue
-                journal = self.begin(journal)
-            now = journal.open_round
-            assert now is not None
-            log(f"round {now.number}: {now.step}")
-            begun = time.monotonic()
-            result, outcome = getattr(self, now.step)(now)
-            result["wall_seconds"] = time.monotonic() - begun
-            journal = journal.advance(result, outcome=outcome)
-            journal.save(self.path)
-            if outcome is not None:
-                log(f"round {now.number}: {outcome}")
-                if once:
-                    return
 
-    def covered(self, journal: Journal) -> dict[str, int]:
-        """Up to where each pool is mined already, by this loop or by hand."""
-        mined, begun = last_mined(self.examples)[1], journal.positions
-        return {pool: max(begun.get(pool, 0), mined.get(pool, 0)) for pool in self.pools}
+def make_pools(config: Config, store: PoolStore) -> None:
+    """The configured pools, where they are not there yet."""
+    for pool, settings in config.pools.items():
+        store.create_pool(pool, settings.rubric, settings.threshold)
 
-    def begin(self, journal: Journal) -> Journal:
-        """Put a new round on record."""
-        number = max([item.number for item in journal.rounds] + [last_begun(self.examples)]) + 1
-        spans = open_spans(self.store, self.covered(journal), self.pools)
-        serving = current(self.config.generations_dir, self.config.retriever.name)
-        encoder = self.config.encoder.model
-        if serving is not None:
-            home = self.config.generations_dir / self.config.retriever.name
-            encoder = str(home / folder_name(serving) / "encoder")
-        journal = journal.begin(number, spans, encoder)
-        journal.save(self.path)
-        return journal
 
-    def mine(self, now: Round) -> tuple[dict[str, Any], str | None]:
-        """Step 5: examples from the new memories, and from a sample of the earlier ones."""
-        arguments = ["--round", str(now.number)]
-        for pool, span in now.spans.items():
-            arguments += ["--since-seq", f"{pool}={span.since}"]
-            arguments += ["--until-seq", f"{pool}={span.until}"]
-        self.launch(now, [sys.executable, f"{HERE}/mine.py", *self.settings, *arguments])
-        marker = read_marker(round_dir(self.examples, now.number))
-        return marker, None if marker["examples"] else "empty"
+def due(config: Config, store: PoolStore, journal: Journal) -> bool:
+    """Whether enough memories are new; pools that outgrew their caps are pruned first.
 
-    def train(self, now: Round) -> tuple[dict[str, Any], str | None]:
-        """Step 6: the encoder learns from them."""
-        output = training_dir(self.config.run.dir, now.number)
-        result = read_result(output)
-        if result is None or result["status"] not in ("trained", "empty"):
-            erase_deleted(self.store, self.examples, self.pools)
-            examples = round_dir(self.examples, now.number)
-            forget_stale_checkpoints(output, examples)
-            arguments = [
-                *self.settings, "--examples", str(examples), "--encoder", now.encoder,
-                "--output", str(output), "--round", str(now.number),
-            ]  # fmt: skip
-            try:
-                start = accelerate_command(self.config.continual)
-                self.launch(now, [*start, f"{HERE}/contrastive.py", *arguments])
-            except ChildFailed:  # accelerate makes every exit code but 0 a 1: the result says why
-                if (read_result(output) or {}).get("status") != "empty":
-                    raise
-            result = read_result(output)
-        if result is None:
-            raise ChildFailed(f"{output}: training ended without a result; see the run's logs/")
-        return result, "empty" if result["status"] == "empty" else None
-
-    def index(self, now: Round) -> tuple[dict[str, Any], str | None]:
-        """Step 6, second half: build, judge, publish."""
-        output = training_dir(self.config.run.dir, now.number)
-        report = output / "index.json"
-        arguments = ["--round", str(now.number), "--encoder", str(output / "encoder")]
-        arguments += ["--result", str(report)]
-        if not report.exists():
-            self.launch(now, [sys.executable, f"{HERE}/index.py", *self.settings, *arguments])
-        result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-        return result, str(result["outcome"])
-
-    def launch(self, now: Round, command: Sequence[str]) -> None:
-        """Run one child with its log."""
-        log_file = self.config.run.dir / "logs" / f"round-{now.number:06d}-{now.step}.log"
-        run_child(command, log_file, self.child, self.stop, Path.cwd())
+    What was deleted leaves the examples on the way.
+    """
+    hold_caps(store, config)
+    erase_deleted(store, config.examples_dir, config.served_pools)
+    need = config.continual.min_new
+    return count_new(store, covered(config, journal), config.served_pools, need) >= need
 
 
 if __name__ == "__main__":

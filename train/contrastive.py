@@ -35,9 +35,10 @@ from memshare.training.evaluate import read_held_out
 from memshare.training.examples import ExamplesError, read_training
 from memshare.training.gather import DifferentData, World, launch
 from memshare.training.lora import export
-from memshare.training.optimizer import lr_factor, make_optimizer, update
+from memshare.training.optimizer import lr_factor, make_optimizer, round_lr, update
 from memshare.training.resume import fixed_settings, resume
 from memshare.training.select import select
+from memshare.training.sharding import spread
 from memshare.training.step import ContrastiveStep, NonFinite
 from memshare.training.towers import FrozenMemories, prepare
 from memshare.training.tracking import Tracker, new_run_id
@@ -53,6 +54,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--examples", type=Path, nargs="+", required=True, metavar="DIR")
     parser.add_argument("--held-out", type=Path, nargs="+", metavar="DIR", help="default: theirs")
     parser.add_argument("--encoder", help="folder or name to start from (default: the config's)")
+    parser.add_argument("--warm", metavar="DIR", help="earlier --output: its optimizer")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--round", type=int, default=1, help="continual round: varies the order")
     parser.add_argument(
@@ -91,7 +93,7 @@ def train(
     stop: outcome.StopRequest,
 ) -> int:  # fmt: skip
     """One training run, from examples to an exported encoder; returns the exit code."""
-    settings = config.training
+    settings, peak = config.training, round_lr(config.training, args.round)
     seed = (config.run.seed + 1_000_003 * args.round) % 2**62
     say = log if world.main else lambda message: None
 
@@ -104,7 +106,6 @@ def train(
             outcome.write_result(args.output, "empty", **selection.counts())
         world.barrier()
         return outcome.EXIT_CODES["empty"]
-
     held_out = read_held_out(config, args.held_out, args.examples, selection.items)
     if settings.eval_every:
         say(f"evaluation: {held_out}")
@@ -115,7 +116,7 @@ def train(
     encoder = Encoder.load(config.encoder.model_copy(update=where))
     fingerprint = f"{encoder.query_fingerprint()} {encoder.memory_fingerprint()}"
     prepare(encoder, settings, seed)
-    world.broadcast(p.data for p in encoder.model.parameters())
+    spread(encoder, world)
     optimizer = make_optimizer(encoder.model, settings)
     batches = Batches(
         selection.items, encoder, global_batch=settings.batch_size * world.size, seed=seed,
@@ -125,8 +126,8 @@ def train(
     if batches.table.truncated:
         say(f"{batches.table.truncated} texts have over {encoder.max_length} tokens: cut off")
     fixed = fixed_settings(
-        settings, encoder=fingerprint, examples=batches.digest, held_out=held_out.digest,
-        steps=steps, processes=world.size, mixed_precision=accelerator.mixed_precision,
+        settings, encoder=fingerprint, examples=batches.digest, warm=args.warm, steps=steps,
+        held_out=held_out.digest, processes=world.size, mixed_precision=accelerator.mixed_precision,
     )  # fmt: skip
     world.check_same(repr(fixed), "examples, encoder or settings")
     if args.dry_run:
@@ -139,7 +140,7 @@ def train(
     root = args.output / "checkpoints"
     state, best = resume(
         root, TrainState(0, fixed, seed, new_run_id()), encoder.model, optimizer, world,
-        how=args.resume, allow_change=args.allow_config_change,
+        how=args.resume, allow_change=args.allow_config_change, warm=args.warm,
     )  # fmt: skip
 
     # 4. Train: each step's gradient is the same on all processes, and so are their weights.
@@ -159,7 +160,7 @@ def train(
             began = time.perf_counter()
             batch = batches.batch(step)
             result = gradient.backward(batch, step, stop=stop.asked)
-            lr = settings.lr * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
+            lr = peak * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
             norm = update(optimizer, lr, settings.max_grad_norm)
             if not math.isfinite(norm):
                 raise NonFinite("the gradient", step, batch)
@@ -170,8 +171,9 @@ def train(
             if last or state.step % settings.log_every == 0:
                 figures = {"loss": result.loss, "lr": lr, "grad_norm": norm}
                 tracker.show(state.step, steps, {**figures, **result.rates(seconds)})
-            if world.main and (last or state.step % settings.checkpoint_every == 0):
-                checkpoint.save(root, encoder.model, optimizer, state, validation.weights)
+            if last or state.step % settings.checkpoint_every == 0:
+                best = validation.weights
+                checkpoint.save(root, encoder.model, optimizer, state, best, writes=world.main)
             if last:
                 break
 

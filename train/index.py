@@ -6,6 +6,7 @@ encodes the pools with the encoder trained last, compares the result with the ge
 on held-out memories, and publishes it if it is not worse; serving processes swap it in by
 themselves. A rejection is put on record in ``generations/<retriever>/rejected.jsonl`` and is no
 error. ``--encoder frozen --no-gate`` publishes a first generation of the configured encoder.
+Under ``accelerate launch``, all processes encode; the first one does the rest.
 """
 
 from __future__ import annotations
@@ -21,28 +22,31 @@ from typing import Any
 import torch  # noqa: F401  (before faiss)
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
-from memshare.files import RunLocked, fsync_dir, run_lock, write_json
+from memshare.files import RunLocked, run_lock, write_json
 from memshare.llm.base import LLMError
 from memshare.llm.rubric import RubricError
-from memshare.pool.errors import PoolError
+from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolError, PoolUnavailable
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.build import build_generation
+from memshare.retrieval.canaries import CanaryError, read_canaries
 from memshare.retrieval.card import base_model
+from memshare.retrieval.divided import engage, serve
 from memshare.retrieval.encoder import Encoder, EncoderError
 from memshare.retrieval.gate import GateResult
 from memshare.retrieval.gate_run import gate_built
 from memshare.retrieval.generation import GenerationError, current, generations
 from memshare.retrieval.manifest import folder_name
-from memshare.retrieval.publish import publish
+from memshare.retrieval.publish import publish, record_rejection
+from memshare.training.gate_report import report_gate
+from memshare.training.gather import World, launch
 from memshare.training.mining import split_memories
 from memshare.training.outcome import read_result
 from memshare.training.relevance import HeldOutRelevance
 from memshare.training.split import SplitError
 
-EXPECTED = (
-    EncoderError, GenerationError, LLMError, PoolError, RubricError, RunLocked, SplitError,
-)  # fmt: skip
+EXPECTED = (CanaryError, EncoderError, GenerationError, LLMError, PoolError, RubricError, RunLocked,
+            SplitError)  # fmt: skip
 FROZEN = "frozen"
 
 
@@ -64,48 +68,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     try:
         config = load_config(args.config, args.overrides)
+        accelerator = launch()
     except ConfigError as error:
         log(f"error: {error}")
         return 2
+    world = World(accelerator.device)
     try:
+        if not world.main:
+            with PoolStore.open(config.url) as store:
+                serve(store, load_encoder(config, args.encoder, world)[1], world)
+            return 0
         with run_lock(config.run.dir, "index"), PoolStore.open(config.url) as store:
-            outcome = run(config, store, args.encoder, args.round, gated=not args.no_gate)
+            outcome = run(config, store, args, world)
     except EXPECTED as error:
         log(f"error: {error}")
-        return 1
+        return EXIT_DATABASE_AWAY if isinstance(error, PoolUnavailable) else 1
+    finally:
+        accelerator.end_training()
     if args.result is not None:
         write_json(args.result, outcome)
     print(json.dumps(outcome, ensure_ascii=False))
     return 0
 
 
-def run(
-    config: Config, store: PoolStore, source: str | None, number: int | None, *, gated: bool
-) -> dict[str, Any]:
-    """Encode, judge, publish; what became of it as a dict."""
+def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World) -> dict[str, Any]:
+    """Encode, judge, publish; what became of it as a dict. Of several processes, the first's."""
     root, name, pools = config.generations_dir, config.retriever.name, config.served_pools
+    if not args.no_gate and config.gate.canaries is not None:
+        read_canaries(config.gate.canaries)  # a mistake there is found now, not after the encoding
     for pool in pools:
         store.create_pool(pool, config.pools[pool].rubric, config.pools[pool].threshold)
-    source = source or str(latest_encoder(config.run.dir))
-    settings = config.encoder
-    if source != FROZEN:
-        settings = settings.model_copy(update={"model": source})
-    encoder = Encoder.load(settings)
-    earlier = recorded(config, number, source)
-    if earlier is not None:
-        log(f"round {number}: generation {earlier['generation']} was published before")
+    source, encoder = load_encoder(config, args.encoder, world)
+    if (earlier := recorded(config, args.round, source)) is not None:
+        engage(world, None)
+        log(f"round {args.round}: generation {earlier['generation']} was published before")
         return earlier
 
     # 1. Encode every pool.
     begun = time.monotonic()
-    built = build_generation(store, config, encoder)
+    built = build_generation(store, config, encoder, peers=world)
     build_seconds = time.monotonic() - begun
     log(f"{len(built.ids)} memories encoded in {build_seconds:.1f} s")
 
     # 2. Judge on the held-out memories.
     verdict = GateResult(True, "not asked for", 0)
     begun = time.monotonic()
-    if gated:
+    if not args.no_gate:
         fates = split_memories(store, config)
         held_out = [
             memory
@@ -113,13 +121,14 @@ def run(
             for memory in store.iter(pool, until_seq=built.positions[pool])
             if fates.get(memory.id) == "held_out"
         ]
-        relevance = HeldOutRelevance(config, store)
-        verdict = gate_built(store, config, encoder, built, held_out, relevance)
+        verdict = gate_built(
+            store, config, encoder, built, held_out, HeldOutRelevance(config, store)
+        )
     metrics: dict[str, Any] = {
         "gate": verdict.record(),
-        "round": number,
+        "round": args.round,
         "encoder": source,
-        "base_model": base_model(settings.model),
+        "base_model": base_model(config.encoder.model if source == FROZEN else source),
         "training": training_of(source),
         "build_seconds": build_seconds,
         "gate_seconds": time.monotonic() - begun,
@@ -127,21 +136,38 @@ def run(
     }
 
     # 3. Publish, or put the rejection on record.
-    if not verdict.passed:
+    generation: int | None
+    if verdict.passed:
+        outcome, generation = "published", publish(
+            root, name, encoder=encoder, **built.parts(), metrics=metrics,
+            parent=current(root, name), keep=config.retriever.keep, best=verdict.best,
+            index=config.retriever.index,
+        )  # fmt: skip
+        log(f"published generation {generation} ({len(built.ids)} memories; {verdict.reason})")
+    else:
+        outcome, generation = "rejected", current(root, name)
         log(f"not published: the gate rejected it ({verdict.reason}); the current one serves on")
         record_rejection(root / name / "rejected.jsonl", metrics)
-        return {"outcome": "rejected", "generation": current(root, name), **metrics}
-    generation = publish(
-        root, name, encoder=encoder, **built.parts(), metrics=metrics, parent=current(root, name),
-        keep=config.retriever.keep, best=verdict.best, index=config.retriever.index,
-    )  # fmt: skip
-    log(f"published generation {generation} ({len(built.ids)} memories; gate: {verdict.reason})")
-    return {"outcome": "published", "generation": generation, **metrics}
+
+    # 4. Tell the run of the training, where nothing waits for it any more.
+    if not args.no_gate and metrics["training"] is not None:
+        report_gate(Path(source).parent, metrics["training"], verdict, config.wandb)
+    return {"outcome": outcome, "generation": generation, **metrics}
+
+
+def load_encoder(config: Config, source: str | None, world: World) -> tuple[str, Encoder]:
+    """The encoder that is asked for, on this process's device, and what it is called."""
+    source = source or str(latest_encoder(config.run.dir))
+    changes = {} if source == FROZEN else {"model": source}
+    if world.size > 1:
+        changes["device"] = str(world.device)
+    return source, Encoder.load(config.encoder.model_copy(update=changes))
 
 
 def latest_encoder(run_dir: Path) -> Path:
     """The encoder that training wrote last. Raises `EncoderError` if there is none."""
-    found = sorted((run_dir / "training").glob("[0-9]*/encoder"))
+    home = run_dir / "training"
+    found = sorted([*home.glob("[0-9]*/encoder"), *home.glob("[0-9]*/iteration-*/encoder")])
     if not found:
         raise EncoderError(
             f"{run_dir / 'training'}: no trained encoder; run train/contrastive.py, or give "
@@ -167,15 +193,6 @@ def recorded(config: Config, number: int | None, source: str) -> dict[str, Any] 
         if (metrics.get("round"), metrics.get("encoder")) == (number, source):
             return {"outcome": "published", "generation": manifest.number, **metrics}
     return None
-
-
-def record_rejection(path: Path, metrics: dict[str, Any]) -> None:
-    """Append one line, durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(metrics, ensure_ascii=False) + "\n")
-        handle.flush()
-    fsync_dir(path.parent)
 
 
 if __name__ == "__main__":

@@ -24,16 +24,17 @@ from memshare.config import Config, ConfigError, add_config_arguments, load_conf
 from memshare.files import RunLocked, run_lock
 from memshare.llm.base import LLMError
 from memshare.llm.rubric import RubricError
-from memshare.pool.errors import PoolError
+from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolError, PoolUnavailable
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.encoder import EncoderError
 from memshare.retrieval.generation import GenerationError
 from memshare.training.examples import ExamplesError, is_whole, read_marker, round_dir
+from memshare.training.journal import Span
 from memshare.training.labels import Share, merge_caches, open_labeller
 from memshare.training.mining import PLAN, mine, plan_round, read_plan, split_memories
 from memshare.training.proposals import open_proposer
-from memshare.training.rounds import Span, erase_deleted, last_begun, last_mined, open_spans
+from memshare.training.rounds import erase_deleted, last_begun, last_mined, open_spans
 from memshare.training.split import SplitError
 
 EXPECTED = (
@@ -47,6 +48,8 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Mine training examples from new memories.")
     add_config_arguments(parser)
     parser.add_argument("--round", type=int, help="default: the unfinished one, or the next")
+    parser.add_argument("--iteration", type=int, default=1, help="of the round (default: 1)")
+    parser.add_argument("--proposer", metavar="FOLDER", help="encoder (default: what serves)")
     parser.add_argument("--share", type=share_of, metavar="I/K", help="this part of a round")
     for name, what in (("since", "after which"), ("until", "up to which")):
         parser.add_argument(
@@ -62,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.share is not None and args.round is None:
             raise ConfigError("--share needs --round N: all shares must mine the same one")
+        if args.iteration > 1 and (args.round is None or args.proposer is None):
+            raise ConfigError("--iteration needs --round N and --proposer FOLDER")
         config = load_config(args.config, args.overrides)
         since = positions(args.since_seq, config.served_pools)
         until = positions(args.until_seq, config.served_pools)
@@ -71,10 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     role = "mining" if args.share is None else f"mining-{args.share.name}"
     try:
         with run_lock(config.run.dir, role), PoolStore.open(config.url) as store:
-            marker = asyncio.run(run(config, store, args.round, since, until, args.share))
+            marker = asyncio.run(
+                run(
+                    config,
+                    store,
+                    args.round,
+                    args.iteration,
+                    args.proposer,
+                    since,
+                    until,
+                    args.share,
+                )
+            )
     except EXPECTED as error:
         log(f"error: {error}")
-        return 1
+        return EXIT_DATABASE_AWAY if isinstance(error, PoolUnavailable) else 1
     if marker is not None:
         print(json.dumps(marker, ensure_ascii=False))
     return 0
@@ -84,11 +100,16 @@ async def run(
     config: Config,
     store: PoolStore,
     number: int | None,
+    iteration: int,
+    proposer: str | None,
     since: Mapping[str, int],
     until: Mapping[str, int],
     share: Share | None = None,
 ) -> dict[str, Any] | None:
-    """One round of mining, from the change log to its marker; None: other shares are not done."""
+    """One round of mining, from the change log to its marker; None: other shares are not done.
+
+    ``proposer``: the folder of an encoder that proposes in place of the one that serves.
+    """
     pools, examples = config.served_pools, config.examples_dir
     with ExitStack() as opened, ExitStack() as planning:
         if share is not None:  # one plans, the others read its plan
@@ -99,7 +120,7 @@ async def run(
         # 1. What is new: the spans of the change log that no round has covered yet.
         last, done = last_mined(examples)
         number = number or max(last_begun(examples), last + 1)
-        folder = round_dir(examples, number)
+        folder = round_dir(examples, number, iteration)
         if is_whole(folder):
             log(f"round {number}: mined already, in {folder}")
             return read_marker(folder)
@@ -119,13 +140,13 @@ async def run(
 
         # 3. BM25 and the serving retriever propose, the labeller measures, and each shard is
         # written when it is complete.
-        opening = open_proposer(config, begun.proposer if begun else None)
-        proposer = opened.enter_context(opening)
-        by = None if proposer is None else proposer.number
+        opening = open_proposer(config, begun.proposer if begun else proposer)
+        proposing = opened.enter_context(opening)
+        by = None if proposing is None else proposing.name
         plan = plan_round(store, config, number, spans, fates, folder, by)
         planning.close()
         async with open_labeller(config, store, share) as labeller:
-            marker = await mine(store, config, plan, fates, labeller, folder, proposer, share)
+            marker = await mine(store, config, plan, fates, labeller, folder, proposing, share)
     if marker is None:
         log(f"round {number}: this share is done, others are not")
         return None

@@ -5,27 +5,31 @@ and ``--set training.lr=1e-5`` on a command line wins over both. `load_config` f
 before anything starts, all at once, each with the key it belongs to.
 """
 
-from memshare.config.load import Config, ConfigError, add_config_arguments, load_config
-from memshare.config.sections import (
-    AgentConfig,
-    BM25Config,
-    BootstrapConfig,
+from memshare.config.learning import (
     ContinualConfig,
-    EncoderConfig,
-    EvaluationConfig,
     GateConfig,
-    GatewayConfig,
-    IndexConfig,
-    LLMConfig,
     LoRAConfig,
     MiningConfig,
+    SplitConfig,
+    TrainingConfig,
+)
+from memshare.config.llm import (
+    AgentConfig,
+    LLMConfig,
+    ScorerConfig,
+    VLLMServerConfig,
+)
+from memshare.config.load import Config, ConfigError, add_config_arguments, load_config
+from memshare.config.sections import (
+    BM25Config,
+    BootstrapConfig,
+    EncoderConfig,
+    EvaluationConfig,
+    GatewayConfig,
+    IndexConfig,
     PoolSettings,
     RetrieverConfig,
     RunConfig,
-    ScorerConfig,
-    SplitConfig,
-    TrainingConfig,
-    VLLMServerConfig,
     WandbConfig,
 )
 

@@ -16,23 +16,27 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from memshare.config.sections import (
+from memshare.config.learning import (
+    ContinualConfig,
+    GateConfig,
+    MiningConfig,
+    SplitConfig,
+    TrainingConfig,
+)
+from memshare.config.llm import (
     AgentConfig,
+    LLMConfig,
+    ScorerConfig,
+)
+from memshare.config.sections import (
     BM25Config,
     BootstrapConfig,
-    ContinualConfig,
     EncoderConfig,
     EvaluationConfig,
-    GateConfig,
     GatewayConfig,
-    LLMConfig,
-    MiningConfig,
     PoolSettings,
     RetrieverConfig,
     RunConfig,
-    ScorerConfig,
-    SplitConfig,
-    TrainingConfig,
     WandbConfig,
 )
 

@@ -1,23 +1,25 @@
-"""The sections of a configuration: every setting with its default, and what it means."""
+"""The sections about pools, the retriever, the gateway, experiments and a run's files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    Field,
+)
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Score = Annotated[float, Field(ge=0.0, le=100.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from memshare.config.base import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Score,
+    Section,
+    Share,
+    Standing,
+)
+from memshare.config.llm import LLMConfig
 
 
 class RunConfig(Section):
@@ -38,6 +40,14 @@ class PoolSettings(Section):
     ``near_duplicate``: the cosine from which a written memory counts as one that is there already
     (None: never). Then the new one is dropped, or they are merged: the better graded one stays.
     ``max_memories``: a cap that the continual loop holds, pruning by the policy ``prune_by``.
+    ``max_principal_share``: of the pool's memories, as many one principal may have; more are
+    refused (None: any number). ``principal_floor``: so many each may have however small the pool
+    is, so the share binds from ``principal_floor / max_principal_share`` memories on. It takes more
+    than ``1 / max_principal_share`` principals to grow a pool beyond that. ``max_copies``: memories
+    that repeat one memory's answer under other questions, by agents that were shown it (None: any
+    number). ``hold_suspicious``: written text that seems meant for a model's eyes waits on hold for
+    a review. ``hold_below``: a memory whose standing sinks below it is put on hold (None: never);
+    at -0.4 it takes two principals at least.
     """
 
     rubric: str = "general"
@@ -46,6 +56,11 @@ class PoolSettings(Section):
     near_duplicate_action: Literal["drop", "merge"] = "drop"
     max_memories: PositiveInt | None = None
     prune_by: str = "near-duplicates"
+    max_principal_share: Share | None = None
+    principal_floor: PositiveInt = 20
+    max_copies: NonNegativeInt | None = 16
+    hold_suspicious: bool = False
+    hold_below: Standing | None = -0.5
 
 
 class EncoderConfig(Section):
@@ -91,12 +106,15 @@ class RetrieverConfig(Section):
     ``gpu_memory_gib``: what its generations may take of a GPU together, beside vLLM's share (None:
     whatever is free). Where two don't fit, the next one serves from the CPU until the old one is
     gone.
+    ``max_principal_share``: of the k memories that a search returns, at most so many, but one at
+    least, are by one principal; unless the search asks for one principal's own.
     """
 
     name: str = Field(default="main", pattern=r"^[a-z0-9][a-z0-9_-]*$")
     pools: tuple[str, ...] = ()  # empty means every pool of `Config.pools`
     keep: PositiveInt = 3
     index: IndexConfig = IndexConfig()
+    max_principal_share: Share = 1.0
     gpu: Literal["auto", "on", "off"] = "auto"
     gpu_memory_gib: PositiveFloat | None = None
     batch_wait_seconds: Annotated[float, Field(ge=0.0)] = 0.003
@@ -111,186 +129,6 @@ class BM25Config(Section):
     k1: PositiveFloat = 1.5
     b: Fraction = 0.75
     delta: Annotated[float, Field(ge=0.0)] = 1.0
-
-
-class VLLMServerConfig(Section):
-    """How ``serve/llm.py`` starts vLLM; ``args`` are passed to its server as they stand."""
-
-    python: Path = Path(".venv-vllm/bin/python")
-    port: int = 0  # 0: the port of the LLM's url
-    max_model_len: PositiveInt | None = None
-    dtype: str = "auto"
-    tensor_parallel_size: PositiveInt = 1
-    gpu_memory_utilization: Fraction = 0.45
-    enable_prefix_caching: bool = True
-    args: tuple[str, ...] = ()
-    env: dict[str, str] = Field(default_factory=dict)
-    start_timeout_seconds: PositiveFloat = 600.0
-
-
-class LLMConfig(Section):
-    """One LLM. ``model``: a folder, a hub name, or ``pocket`` (the small one trained here).
-
-    ``openai``: any OpenAI-compatible endpoint, by its own name for the model; it gives no
-    likelihoods, and ``context_length`` says how much fits, since it can't be asked.
-    """
-
-    backend: Literal["transformers", "vllm", "openai"] = "transformers"
-    model: str = "pocket"
-    url: str = "http://127.0.0.1:8001"
-    api_key_env: str = "MEMSHARE_LLM_API_KEY"
-    context_length: PositiveInt = 8192
-    timeout_seconds: PositiveFloat = 120.0
-    retries: NonNegativeInt = 4
-    max_concurrency: PositiveInt = 32
-    batch_size: PositiveInt = 16
-    batch_tokens: PositiveInt = 8192  # padded tokens per forward pass of the transformers backend
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
-    server: VLLMServerConfig = VLLMServerConfig()
-
-
-class AgentConfig(Section):
-    """How agents answer: instruction, number of shots, sampling."""
-
-    instruction: str = ""
-    shots: Annotated[int, Field(ge=0, le=64)] = 3
-    max_tokens: PositiveInt = 256
-    temperature: Annotated[float, Field(ge=0.0)] = 0.0
-
-
-class ScorerConfig(Section):
-    """How a pair is graded 0-100.
-
-    ``rubric``: the scorer LLM grades against the pool's rubric (``grading``: structured output, or
-    the expected value over label tokens). ``likelihood``: 100 * exp(l / likelihood_scale) clipped,
-    where l is the mean log-likelihood per token (nats) of the answer after the bare question.
-    ``reference``: 100 * BERTScore F1 against the known answer in ``references`` (JSONL of
-    ``{"prompt", "answer"}`` or chat rows).
-    """
-
-    kind: Literal["rubric", "likelihood", "reference"] = "rubric"
-    grading: Literal["structured", "labels"] = "structured"
-    likelihood_scale: PositiveFloat = 2.0
-    references: tuple[Path, ...] = ()
-    bertscore_model: str = "all-MiniLM-L6-v2"
-    max_tokens: PositiveInt = 256
-
-
-class MiningConfig(Section):
-    """Step 5 of the loop: who proposes candidates per memory, and what labels them.
-
-    ``candidates``: BM25's best; ``dense_candidates``: the serving retriever's best, beside them (0:
-    BM25 alone; so, too, with ``labels: none``). ``replay``: earlier memories mined again, with
-    today's retriever, per new one, so that nothing is forgotten. ``held_out_queries``: at most so
-    many held-out memories are labelled a round, where ``training.eval_every`` asks for them.
-    """
-
-    labels: Literal["none", "given", "likelihood", "prompted", "reward"] = "likelihood"
-    candidates: PositiveInt = 16
-    dense_candidates: NonNegativeInt = 8
-    replay: Annotated[float, Field(ge=0.0)] = 0.5
-    held_out_queries: PositiveInt = 64
-    baseline: bool = True
-    given_key: str = "label"  # memory.metadata key that `given` compares
-    shard_rows: PositiveInt = 256
-
-
-class LoRAConfig(Section):
-    """Low-rank adapters through peft; merged into the weights on export."""
-
-    enabled: bool = False
-    r: PositiveInt = 16
-    alpha: PositiveInt = 32
-    dropout: Fraction = 0.05
-    target_modules: tuple[str, ...] = ("query", "key", "value", "dense")
-
-
-class TrainingConfig(Section):
-    """Step 6: InfoNCE over v positives, hard negatives and in-batch negatives.
-
-    ``positives_per_step`` draws so many of the v positives afresh at each step (None: all of them),
-    as EPR and LLM-R do: a small set is learned by heart later. ``margin``: nats per token by which
-    a positive must beat the likelihood with no example, or the example is dropped.
-    ``false_negative_margin``: candidates within it of the worst positive chosen are masked out of
-    the negatives. ``batch_tokens``: padded tokens of a micro-batch; ``graph_tokens``: padded tokens
-    whose activations are kept for the backward pass, the rest of a step is encoded twice (gradient
-    caching), so that memory does not grow with the batch. ``dropout``: as the encoder's own
-    configuration has it, or none. ``distill_weight``: weight of the KL divergence from the LM's
-    preference among the chosen candidates, ``distill_temperature`` softens that preference;
-    ``matryoshka``: widths at which the first entries of the vectors are trained as vectors too.
-    ``towers``: one encoder for queries and memories; one each; or one each of which only the
-    queries' is trained, so that the memories' vectors, and with them an index, stay as they are.
-    ``pool_temperature`` T gives a pool of n examples n ** (1 / T) of the batches (1: every example
-    once an epoch); ``max_principal_share`` caps one principal's queries in a batch. ``eval_every``:
-    steps between two evaluations on held-out memories (None: none at all), the best of which is
-    exported; ``patience``: evaluations in a row without a better nDCG@10 that end the training.
-    """
-
-    positives: PositiveInt = 1
-    positives_per_step: PositiveInt | None = None
-    hard_negatives: NonNegativeInt = 3
-    margin: Annotated[float, Field(ge=0.0)] = 0.0
-    false_negative_margin: Annotated[float, Field(ge=0.0)] = 0.0
-    batch_size: PositiveInt = 16  # queries per process and step
-    batch_tokens: PositiveInt = 4096
-    graph_tokens: NonNegativeInt = 8192
-    dropout: bool = True
-    epochs: PositiveFloat = 1.0
-    max_steps: PositiveInt | None = None  # wins over epochs
-    lr: PositiveFloat = 3e-5
-    schedule: Literal["linear", "cosine"] = "linear"  # after the warm-up, down to 0
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    warmup_ratio: Fraction = 0.1
-    max_grad_norm: PositiveFloat = 1.0
-    temperature: PositiveFloat = 0.05
-    distill_weight: Annotated[float, Field(ge=0.0)] = 0.0
-    distill_temperature: PositiveFloat = 1.0
-    matryoshka: tuple[PositiveInt, ...] = ()
-    towers: Literal["shared", "separate", "query-only"] = "shared"
-    pool_temperature: Annotated[float, Field(ge=1.0)] = 1.0
-    max_principal_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    eval_every: PositiveInt | None = None
-    patience: PositiveInt | None = None
-    checkpoint_every: PositiveInt = 100
-    log_every: PositiveInt = 5
-    lora: LoRAConfig = LoRAConfig()
-
-    @field_validator("patience")
-    @classmethod
-    def _evaluated(cls, value: int | None, info: ValidationInfo) -> int | None:
-        # A wrong eval_every is not in `data`, and is told of itself.
-        if value is not None and info.data.get("eval_every", 1) is None:
-            raise ValueError("counts evaluations, and training.eval_every asks for none")
-        return value
-
-
-class SplitConfig(Section):
-    """Held-out queries: split off by hash, near-duplicate clusters kept together."""
-
-    held_out: Fraction = 0.1
-    near_duplicate: Fraction = 0.8  # Jaccard similarity of word 3-gram sets
-
-
-class GateConfig(Section):
-    """Next passes if the paired bootstrap's lower bound of each metric difference is > -margin."""
-
-    margin: Annotated[float, Field(ge=0.0)] = 0.02
-    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
-    resamples: PositiveInt = 2000
-    max_queries: PositiveInt = 200
-    depth: PositiveInt = 10
-    gain: Annotated[float, Field(ge=0.0)] = 0.05  # nats per token over no example to be relevant
-
-
-class ContinualConfig(Section):
-    """When a round starts. ``rounds`` None: until stopped."""
-
-    min_new: PositiveInt = 256
-    poll_seconds: PositiveFloat = 2.0
-    rounds: PositiveInt | None = None
-    num_processes: PositiveInt = 1
-    accelerate_config: Path | None = None
 
 
 class GatewayConfig(Section):
@@ -345,7 +183,8 @@ class EvaluationConfig(Section):
     (None: all), ``sample``: in all others. ``world``: seed memories, problems and test questions of
     the pocket world, which is asked beside the data; None: it is left out. ``problems``: at most so
     many problems a domain where the agents answer them themselves. ``labelled``: memories of one
-    domain in the experiment about labels, most of whose labels cost an answer each.
+    domain in the experiment about labels, most of whose labels cost an answer each. ``stream``:
+    problems of the pocket world in the experiment about pruning (None: as in ``world``).
     """
 
     data: Path | None = None
@@ -356,13 +195,20 @@ class EvaluationConfig(Section):
     world: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     problems: PositiveInt | None = None
     labelled: PositiveInt = 100
+    stream: PositiveInt | None = None
     bertscore_model: str = "all-MiniLM-L6-v2"
 
 
 class WandbConfig(Section):
-    """Weights & Biases. ``auto``: online with a key, offline without one."""
+    """Weights & Biases. ``auto``: online with a key, offline without one.
+
+    ``samples``: for so many held-out questions, what the generation before and the new one find is
+    shown as a table. Their texts leave the pool for W&B, where deleting a memory does not reach
+    them; so none are by default.
+    """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = "memshare"
+    samples: NonNegativeInt = 0
     entity: str | None = None
     name: str | None = None

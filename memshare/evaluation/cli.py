@@ -24,6 +24,7 @@ SUMMARIES = {
     "sharing": "own memories against everyone's, diverse against homogeneous",
     "threshold": "what each scorer lets in at which threshold, and what it is worth",
     "bootstrap": "questions the agents wrote themselves against real ones",
+    "pruning": "which memories to let go of, down to a part of the pool, and what is lost",
     "labels": "what teaches the retriever, how many candidates and negatives",
     "cost": "tokens, seconds and GPU seconds by stage",
 }

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,8 @@ from memshare.progress import log
 from memshare.version import commit
 
 EXPERIMENTS = (
-    "shots", "growth", "pools", "retriever", "sharing", "threshold", "bootstrap", "labels", "cost",
+    "shots", "growth", "pools", "retriever", "sharing", "threshold", "bootstrap", "pruning",
+    "labels", "cost",
 )  # fmt: skip
 
 
@@ -79,7 +81,7 @@ async def run_experiment(experiment: Experiment, lab: Lab, *, quick: bool) -> di
     Returns the first: ``rows``, ``paired`` differences, and what made them. What was asked before
     is not asked again, so a run that was killed goes on where it stopped.
     """
-    began, known = time.perf_counter(), lab.cache.hits
+    began, busy, known = time.perf_counter(), time.process_time(), lab.cache.hits
     rows: list[Row] = []
     async for row in experiment.rows(lab):
         rows.append(row)
@@ -95,6 +97,8 @@ async def run_experiment(experiment: Experiment, lab: Lab, *, quick: bool) -> di
         **provenance(lab, quick),
         "cached_results": lab.cache.hits - known,
         "seconds": time.perf_counter() - began,
+        "processor_seconds": time.process_time() - busy,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     questions = [
         {**row.key._asdict(), "questions": row.questions} for row in rows if row.dataset != AVERAGE

@@ -75,21 +75,26 @@ async def attempt(
         for i, completion in zip(at, found, strict=True):
             completions[i] = completion
 
-    async def grade(problem: Pair, completion: Completion | None) -> Grade:
+    async def graded(problem: Pair, completion: Completion | None) -> Grade:
         if completion is None:
             return Grade(None, FAILED)
         if completion.finish_reason == "length":
             return Grade(None, ends.CUT_OFF)
-        try:
-            return await scorer.grade(problem.prompt, completion.text.strip(), rubric)
-        except LLMUnavailable:
-            raise
-        except LLMError as error:  # this pair can't be graded; asking again won't help
-            log(f"not graded: {error}")
-            return Grade(None, ends.REFUSED)
+        return await grade(scorer, problem.prompt, completion.text.strip(), rubric)
 
-    grades = await asyncio.gather(*map(grade, problems, completions))
+    grades = await asyncio.gather(*map(graded, problems, completions))
     return [Attempt(*row) for row in zip(problems, completions, grades, strict=True)]
+
+
+async def grade(scorer: Scorer, prompt: str, answer: str, rubric: str) -> Grade:
+    """The scorer's grade; none where it refuses the pair. Raises `LLMUnavailable`."""
+    try:
+        return await scorer.grade(prompt, answer, rubric)
+    except LLMUnavailable:
+        raise
+    except LLMError as error:  # this pair can't be graded; asking again won't help
+        log(f"not graded: {error}")
+        return Grade(None, ends.REFUSED)
 
 
 async def _shots(

@@ -48,6 +48,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "questions": 2,
         "sample": 1,
         "world": (8, 8, 3),
+        "stream": 16,
         "problems": 2,
         "labelled": 8,
     },
@@ -118,6 +119,12 @@ def world_domain(seed: int, sizes: tuple[int, int, int]) -> Domain:
     return Domain(WORLD, tuple(parts[0]), tuple(parts[1]), {WORLD: tuple(parts[2])}, keys)
 
 
+def long_world(config: Config) -> Domain | None:
+    """The pocket world with ``evaluation.stream`` problems, if the configuration wants it."""
+    sizes, problems = config.evaluation.world, config.evaluation.stream
+    return sizes and world_domain(config.run.seed, (sizes[0], problems or sizes[1], sizes[2]))
+
+
 class Lab:
     """The parts, opened by `open_lab`."""
 
@@ -140,9 +147,11 @@ class Lab:
         self.domains = {name: decontaminate(domain) for name, domain in self.published.items()}
         if config.evaluation.world is not None:
             self.domains[WORLD] = world_domain(self.seed, config.evaluation.world)
+        self.stream = long_world(config)
         # Every problem has a known answer: that is what a scorer of kind `reference` grades by.
         known = self.work / "references.jsonl"
-        write_references(known, [pair for d in self.domains.values() for pair in d.pairs])
+        told = [*self.domains.values(), *([self.stream] if self.stream else [])]
+        write_references(known, [pair for domain in told for pair in domain.pairs])
         references = {"references": (*config.scorer.references, known)}
         self.config = config.model_copy(
             update={"scorer": config.scorer.model_copy(update=references)}
@@ -180,11 +189,14 @@ class Lab:
         return replace(domain, tests=tests)
 
     def sampled(self) -> dict[str, Domain]:
-        """`own_pools` with ``evaluation.sample`` questions a dataset.
+        """`own_pools` with ``evaluation.sample`` questions a dataset."""
+        return self.asked(self.config.evaluation.sample)
+
+    def asked(self, most: int | None) -> dict[str, Domain]:
+        """`own_pools` with at most ``most`` questions a dataset.
 
         The pocket world keeps all of its own, whose number the configuration says already.
         """
-        most = self.config.evaluation.sample
         return {n: d if n == WORLD else self.few(d, most) for n, d in self.own_pools.items()}
 
     async def learn(self, pools: Pools, iterations: int = 1, **sections: Any) -> Learned:

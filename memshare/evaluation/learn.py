@@ -31,13 +31,13 @@ from memshare.retrieval.encoder import Encoder, resolve_encoder
 from memshare.training.batching import Batches
 from memshare.training.examples import read_training, round_dir
 from memshare.training.gather import World
+from memshare.training.journal import Span
 from memshare.training.labels import open_labeller
 from memshare.training.lora import merge_adapters
 from memshare.training.mining import mine, plan_round, split_memories
 from memshare.training.optimizer import lr_factor, make_optimizer, update
-from memshare.training.proposals import Proposer, open_proposer
-from memshare.training.rounds import Span
-from memshare.training.select import select
+from memshare.training.proposals import open_proposer
+from memshare.training.select import Selected, select
 from memshare.training.step import ContrastiveStep, NonFinite
 from memshare.training.towers import FrozenMemories, prepare
 
@@ -113,11 +113,8 @@ async def _mine(
     """Mine all memories; ``proposer``: the model whose vectors propose beside BM25."""
     fates = split_memories(store, config)
     spans = {pool: Span(0, store.last_seq(pool)) for pool in config.pools}
-    with open_proposer(config, None) as found:
-        if found is not None and number > 1:
-            encoder = config.encoder.model_copy(update={"model": proposer})
-            found = Proposer(Encoder.load(encoder), None)
-        by = None if found is None else found.number
+    with open_proposer(config, proposer if number > 1 else None) as found:
+        by = None if found is None else found.name
         plan = plan_round(store, config, number, spans, fates, folder, by)
         async with open_labeller(config, store) as labeller:
             marker = await mine(store, config, plan, fates, labeller, folder, found)
@@ -126,23 +123,34 @@ async def _mine(
 
 
 def _train(config: Config, examples: Path, output: Path) -> dict[str, Any]:
-    """The steps of train/contrastive.py on one process, without checkpoints; exports the encoder.
+    """Train on the examples of one round and export the encoder. Raises `NonFinite`."""
+    began = time.perf_counter()
+    selection = select(read_training([examples]), config.training)
+    if not selection.items:
+        log(f"nothing to learn from: {selection}; the encoder stays as it is")
+    encoder, report = train_encoder(config, selection.items)
+    shutil.rmtree(output, ignore_errors=True)  # of a run that was killed while it saved
+    encoder.save(output)
+    return {**selection.counts(), **report, "seconds": time.perf_counter() - began}
 
-    Raises `NonFinite` where training diverges.
+
+def train_encoder(config: Config, items: Sequence[Selected]) -> tuple[Encoder, dict[str, Any]]:
+    """`config.encoder`, trained by the steps of train/contrastive.py on one process.
+
+    Also returns what became of it: steps done, and the last one's loss if there was one. Without
+    ``items`` the encoder is as it came. Raises `NonFinite` where training diverges.
     """
-    settings, began = config.training, time.perf_counter()
-    selection = select(read_training([examples]), settings)
+    settings, seed = config.training, config.run.seed
     encoder = Encoder.load(config.encoder)
-    report: dict[str, Any] = {**selection.counts(), "steps": 0}
-    if selection.items:
+    report: dict[str, Any] = {"steps": 0}
+    if items:
         world = World(torch.device(encoder.device))
-        prepare(encoder, settings, config.run.seed)
+        prepare(encoder, settings, seed)
         batches = Batches(
-            selection.items, encoder, global_batch=settings.batch_size, seed=config.run.seed,
-            settings=settings,
-        )  # fmt: skip
+            items, encoder, global_batch=settings.batch_size, seed=seed, settings=settings
+        )
         gradient = ContrastiveStep(
-            encoder, batches.table, settings, world, seed=config.run.seed,
+            encoder, batches.table, settings, world, seed=seed,
             frozen=FrozenMemories.of(encoder, batches, world, settings),
         )  # fmt: skip
         optimizer = make_optimizer(encoder.model, settings)
@@ -155,11 +163,6 @@ def _train(config: Config, examples: Path, output: Path) -> dict[str, Any]:
             if not math.isfinite(norm):
                 raise NonFinite("the gradient", step, batch)
             report["steps"] = step + 1
-    else:
-        log(f"nothing to learn from: {selection}; the encoder stays as it is")
     merge_adapters(encoder)
     encoder.model.eval()
-    shutil.rmtree(output, ignore_errors=True)  # of a run that was killed while it saved
-    encoder.save(output)
-    report["seconds"] = time.perf_counter() - began
-    return report
+    return encoder, report

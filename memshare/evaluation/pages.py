@@ -53,7 +53,9 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
         f"{len(last['machine']['gpus'])} GPUs",
         "commit": last["commit"],
         "sizes": "quick: a few of everything, no findings" if last["quick"] else "as configured",
+        "finished": last["finished_at"],
         "seconds in all": round(sum(record["seconds"] for record in records)),
+        "processor seconds": round(sum(record["processor_seconds"] for record in records)),
     }
 
 

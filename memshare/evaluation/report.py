@@ -115,8 +115,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
         for plot in section.plots:
-            for suffix in _THEMES:
-                draw(plot, folder / f"{plot.name}{suffix}.png", suffix)
+            draw_themes(plot, folder)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = _cell
     source = resources.files("memshare.evaluation").joinpath("report.html").read_text("utf-8")
@@ -145,6 +144,12 @@ def _cell(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def draw_themes(plot: Plot, folder: Path) -> None:
+    """Write ``plot`` into ``folder`` twice, light and dark: NAME.png and NAME-dark.png."""
+    for suffix in _THEMES:
+        draw(plot, folder / f"{plot.name}{suffix}.png", suffix)
 
 
 def draw(plot: Plot, path: Path, theme: str = "") -> None:

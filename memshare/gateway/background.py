@@ -57,7 +57,7 @@ class ScoringQueue:
         """
         worth = []
         for pair in pairs:
-            if decision := self._shared.hopeless(pair):
+            if decision := self._shared.writer.hopeless(pair):
                 self._tell(pair, await self._shared.settle(pair, decision))
             else:
                 worth.append(pair)

@@ -20,7 +20,7 @@ class MemoryIn(Body):
     """One memory to add.
 
     Provenance isn't the client's to claim: `id`, `score`, `agent` and `created_at` are ignored,
-    except in an admin's import; `similarity`, `standing` and `votes`, which replies have, always.
+    except in an admin's import; what replies have besides, always.
     """
 
     pool: PoolName
@@ -35,6 +35,7 @@ class MemoryIn(Body):
     similarity: Any = Field(default=None, description="ignored")
     standing: Any = Field(default=None, description="ignored")
     votes: Any = Field(default=None, description="ignored")
+    hold_reason: Any = Field(default=None, description="ignored")
 
 
 class AddMemories(Body):
@@ -131,10 +132,29 @@ class SearchResults(BaseModel):
     memories: list[FoundMemory]
 
 
+class PagedMemory(MemoryOut):
+    """A memory in a page; with ``hold_reason`` in a page of those on hold."""
+
+    hold_reason: str | None = None
+
+
+class Hold(Body):
+    """Takes a memory out of retrieval and training until it is released."""
+
+    reason: StrictStr | None = Field(default=None, min_length=1, max_length=500)
+
+
+class HoldReply(BaseModel):
+    """Whether a memory is on hold now."""
+
+    id: str
+    held: bool
+
+
 class MemoryPage(BaseModel):
     """One page of a pool in the order of storing; ``next_cursor`` null at the end."""
 
-    memories: list[MemoryOut]
+    memories: list[PagedMemory]
     next_cursor: str | None
 
 

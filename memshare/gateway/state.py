@@ -40,19 +40,24 @@ class LLMProbe:
             return self._state
         async with self._lock:
             if time.monotonic() - self._asked > _PROBE_SECONDS:
-                url = self._config.url.rstrip("/").removesuffix("/v1") + "/v1/models"
-                try:
-                    reply = await self._client.get(url)
-                    # 401 and 403 come from a server that is up; its key is the backend's affair.
-                    up = reply.status_code < 500
-                    self._state = "reachable" if up else f"unreachable: HTTP {reply.status_code}"
-                except httpx.HTTPError as error:
-                    self._state = f"unreachable: {url}: {type(error).__name__}"
+                states = await asyncio.gather(*map(self._probe, self._config.urls))
+                # One replica that answers is enough to answer.
+                self._state = next((s for s in states if s == "reachable"), "; ".join(states))
                 self._asked = time.monotonic()
         return self._state
 
+    async def _probe(self, url: str) -> str:
+        """``reachable`` or ``unreachable: why``."""
+        path = f"{url}/v1/models"
+        try:
+            reply = await self._client.get(path)
+        except httpx.HTTPError as error:
+            return f"unreachable: {path}: {type(error).__name__}"
+        # 401 and 403 come from a server that is up; its key is the backend's affair.
+        return "reachable" if reply.status_code < 500 else f"unreachable: HTTP {reply.status_code}"
+
     async def aclose(self) -> None:
-        """Close the connection."""
+        """Close the connections."""
         await self._client.aclose()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -12,7 +12,7 @@ from memshare.gateway.errors import error_body, error_of
 from memshare.gateway.logs import logger, where
 from memshare.gateway.state import Gateway
 from memshare.gateway.write import submit
-from memshare.records import Pair
+from memshare.records import Memory, Pair
 
 
 class _Spoken:
@@ -42,6 +42,7 @@ async def events(
     chunks: AsyncIterator[Mapping[str, Any]],
     note: Mapping[str, Any],
     pair: Pair | None,
+    shown: Sequence[Memory],
 ) -> StreamingResponse:
     """Pass ``chunks`` on, the first with ``memshare``; queue the pair once the answer is whole.
 
@@ -63,7 +64,7 @@ async def events(
                 yield _event(chunk)
             if pair:
                 text = "".join(spoken.text)
-                await submit(gateway, pair, text, spoken.finish_reason, spoken.tools)
+                await submit(gateway, pair, shown, text, spoken.finish_reason, spoken.tools)
         except Exception as error:
             known = error_of(error)
             logger.warning("a stream broke off", extra={"failure": where(error)})

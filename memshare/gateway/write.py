@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from memshare.gateway.errors import ApiError
 from memshare.gateway.state import Gateway
-from memshare.records import Pair
+from memshare.records import Memory, Pair
 
 
 async def check_room(gateway: Gateway) -> None:
@@ -18,11 +19,25 @@ async def check_room(gateway: Gateway) -> None:
 
 
 async def submit(
-    gateway: Gateway, pair: Pair, text: str, finish_reason: str, tools: bool
+    gateway: Gateway,
+    pair: Pair,
+    shown: Sequence[Memory],
+    text: str,
+    finish_reason: str,
+    tools: bool,
 ) -> dict[str, Any]:
-    """Hand a finished answer to the scoring queue, durably; returns what to say about it."""
+    """Hand a finished answer to the scoring queue, durably; returns what to say about it.
+
+    ``shown``: the memories that were in its prompt.
+    """
     if tools or finish_reason not in ("stop", "length"):
         reason = "the answer calls tools" if tools else f"finish reason {finish_reason}"
         return {"write": "off", "reason": reason}
-    await gateway.queue.put([replace(pair, answer=text.strip(), finish_reason=finish_reason)])
+    text = text.strip()
+    copy_of = None
+    if shown:
+        copy_of = await gateway.shared.read(gateway.shared.writer.guard.copied, text, shown)
+    await gateway.queue.put(
+        [replace(pair, answer=text, finish_reason=finish_reason, copy_of=copy_of)]
+    )
     return {"write": "pending"}

@@ -34,7 +34,7 @@ class EndpointBackend:
         self.config = config
         self._name = model
         self._http = Transport(
-            config.url,
+            config.urls,
             model,
             timeout=config.timeout_seconds,
             retries=config.retries,
@@ -42,7 +42,7 @@ class EndpointBackend:
             api_key=os.environ.get(config.api_key_env),
             backoff=backoff_seconds,
         )
-        self.model = f"{model}@{urlsplit(self._http.url).netloc}"
+        self.model = f"{model}@{urlsplit(config.urls[0]).netloc}"
 
     @property
     def context_length(self) -> int:

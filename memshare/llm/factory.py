@@ -60,7 +60,7 @@ def resolve_model(name: str) -> str:
 def llm_identity(config: LLMConfig) -> str:
     """What identifies a configured LLM's weights, as far as that can be known from here."""
     if config.backend == "openai":
-        return f"{config.model}@{config.url}"
+        return f"{config.model}@{config.urls[0]}"
     return model_identity(resolve_model(config.model))
 
 

@@ -26,7 +26,13 @@ _KNOWN = (
     r"<(?:start|end)_of_turn>",
     r"<(?:bos|eos|pad|unk)>",
 )
+_KNOWN_PATTERN = re.compile("|".join(_KNOWN))
 _BRACKETS = re.compile(r"[<>\[\]|｜]")
+
+
+def has_control_string(text: str) -> bool:
+    """Whether ``text`` has a control string of a common chat format in it, for whatever model."""
+    return _KNOWN_PATTERN.search(text) is not None
 
 
 def is_control(content: str, special: bool) -> bool:

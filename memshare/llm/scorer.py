@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from memshare.config import ScorerConfig
 from memshare.llm.base import LLM, ContextTooLong, LLMError, Message
 from memshare.llm.labels import expected_fraction
 from memshare.llm.prompts import few_shot
-from memshare.llm.quoting import quote, warning
+from memshare.llm.quoting import quote, warning, without_hidden
 from memshare.llm.rubric import criteria
 from memshare.llm.structured import read_integers
 from memshare.records import Grade, normalise
@@ -32,7 +33,7 @@ class Scorer(ABC):
 
         Raises `LLMUnavailable` when the scorer LLM can't be reached: that is no verdict.
         """
-        if not normalise(answer):
+        if not normalise(without_hidden(answer)):
             return Grade(None, "the answer is empty")
         if normalise(answer) == normalise(prompt):
             return Grade(None, "the answer repeats the question")
@@ -103,7 +104,8 @@ class LikelihoodScorer(Scorer):
     """How natural the scorer LLM finds the answer: 100 * exp(l / likelihood_scale), clipped.
 
     l is the mean log-likelihood (nats per token) of the answer after the bare question, so 0 nats
-    give 100 and ``-likelihood_scale`` nats give 36.8.
+    give 100 and ``-likelihood_scale`` nats give 36.8. What can't be seen and what was said before
+    is easy to predict, so the answer is judged without it (`said_once`).
     """
 
     def __init__(self, llm: LLM, config: ScorerConfig) -> None:
@@ -111,11 +113,29 @@ class LikelihoodScorer(Scorer):
         self.config = config
 
     async def _grade(self, prompt: str, answer: str, rubric_text: str) -> Grade:
-        mean = (await self.llm.loglikelihood(few_shot("", (), prompt), answer)).mean
+        mean = (await self.llm.loglikelihood(few_shot("", (), prompt), said_once(answer))).mean
         if not math.isfinite(mean):
             return Grade(None, "the likelihood is not finite")
         value = 100 * math.exp(min(0.0, mean) / self.config.likelihood_scale)
         return Grade(value, f"{mean:.4f} nats per token")
+
+
+def said_once(answer: str) -> str:
+    """``answer`` without invisible characters, and without four words running that came before.
+
+    Padding with either would raise a mean likelihood. Words are what blanks separate, so repetition
+    in scripts without blanks is not found.
+    """
+    words = re.findall(r"\s*\S+", without_hidden(answer))
+    keys = [normalise(word) for word in words]
+    seen: set[tuple[str, ...]] = set()
+    again: set[int] = set()
+    for end in range(4, len(words) + 1):
+        gram = tuple(keys[end - 4 : end])
+        if gram in seen:
+            again.update(range(end - 4, end))
+        seen.add(gram)
+    return "".join(word for place, word in enumerate(words) if place not in again)
 
 
 class ReferenceScorer(Scorer):

@@ -1,4 +1,4 @@
-"""Starting vLLM servers: which ones a configuration needs, their commands, and waiting for them."""
+"""Starting vLLM servers: their commands, and waiting for them."""
 
 from __future__ import annotations
 
@@ -14,70 +14,11 @@ from pathlib import Path
 
 import httpx
 
-from memshare.config import Config, ConfigError, LLMConfig, VLLMServerConfig
+from memshare.config import VLLMServerConfig
 from memshare.llm.base import LLMError
-from memshare.llm.factory import resolve_model
+from memshare.llm.plan import ServerPlan
 
-_LOCAL = frozenset({"127.0.0.1", "localhost", "0.0.0.0", "::1", "[::1]"})
 _POLL_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class ServerPlan:
-    """One vLLM server: what it serves, where, and for which roles (agent, scorer)."""
-
-    model: str
-    url: str
-    roles: tuple[str, ...]
-    llm: LLMConfig
-
-    @property
-    def local(self) -> bool:
-        """Whether this machine is to run it; any other host is only checked."""
-        host = httpx.URL(self.url).host
-        return host in _LOCAL or host in (socket.gethostname(), socket.getfqdn())
-
-    @property
-    def port(self) -> int:
-        """The port it listens on."""
-        return self.llm.server.port or httpx.URL(self.url).port or 80
-
-    @property
-    def name(self) -> str:
-        """A short name for logs."""
-        return f"{'+'.join(self.roles)}:{self.port}"
-
-
-def plan_servers(config: Config, *, mining: bool = False) -> list[ServerPlan]:
-    """One server for each distinct model and URL among agent and scorer LLM.
-
-    For ``mining``, only what train/mine.py asks: `memshare.training.labels` says when it asks whom.
-    Raises `ConfigError` where two models claim one URL, or one server gets two different settings.
-    """
-    wanted = [("agent", config.agent_llm), ("scorer", config.scorer_llm)]
-    labels = config.mining.labels
-    if mining and labels != "reward":
-        wanted = wanted[1:] if labels in ("likelihood", "prompted") else []
-    plans: dict[str, ServerPlan] = {}
-    for role, llm in wanted:
-        if llm.backend != "vllm" or (
-            role == "scorer"
-            and config.scorer.kind == "reference"
-            and labels not in ("likelihood", "prompted")
-        ):
-            continue  # fmt: skip
-        url = llm.url.rstrip("/").removesuffix("/v1")
-        model = resolve_model(llm.model)
-        before = plans.get(url)
-        if before is None:
-            plans[url] = ServerPlan(model, url, (role,), llm)
-        elif before.model != model:
-            raise ConfigError(f"{url} can't serve two models: {before.model} and {model}")
-        elif before.llm.server != llm.server:
-            raise ConfigError(f"agent_llm.server and scorer_llm.server differ, but share {url}")
-        else:
-            plans[url] = ServerPlan(model, url, (*before.roles, role), llm)
-    return list(plans.values())
 
 
 def server_command(plan: ServerPlan) -> list[str]:
@@ -167,9 +108,13 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.plan.llm.server.env},
+                env=self._environment(),
                 start_new_session=True,
             )
+
+    def _environment(self) -> dict[str, str]:
+        share = {"CUDA_VISIBLE_DEVICES": self.plan.devices} if self.plan.devices else {}
+        return {**os.environ, **self.plan.llm.server.env, **share}
 
     def check(self) -> bool:
         """Whether it is ready. Raises `LLMError` with its last words if it has died."""

@@ -1,7 +1,8 @@
-"""HTTP to an LLM server: bounded concurrency, retries with backoff, errors that say where.
+"""HTTP to an LLM server or its replicas: bounded concurrency, retries, errors that say where.
 
-Retried: no connection, timeouts, 408, 429 and 5xx; ``Retry-After`` is obeyed. Refused at once: any
-other 4xx, with the server's own message.
+Retried: no connection, timeouts, 408, 429 and 5xx, on another replica where there is one, else with
+backoff; ``Retry-After`` is obeyed. Refused at once: any other 4xx, with the server's own message.
+A replica that can't be reached is left out for a while (`memshare.llm.replicas`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import email.utils
 import json
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -26,9 +27,13 @@ from tenacity import (
 
 from memshare.llm.base import LLMError, LLMUnavailable
 from memshare.llm.lanes import Lanes
+from memshare.llm.replicas import Replicas
 
 T = TypeVar("T")
 MAX_WAIT_SECONDS = 60.0  # of a Retry-After that asks for more
+
+
+_GONE = (502, 503, 504)  # what stands before a server says so of one that is away
 
 
 class _Passing(Exception):
@@ -40,15 +45,16 @@ class _Passing(Exception):
 
 
 class Transport:
-    """A JSON client for one server; safe to use from several event loops.
+    """A JSON client for one server, or equal ones; safe to use from several event loops.
 
     ``name`` (the model) goes into every error beside the URL. ``retries`` counts attempts after
-    the first; the pause before the n-th is about ``backoff * 2**n`` seconds with jitter.
+    the first on each server; the pause before the n-th is about ``backoff * 2**n`` seconds with
+    jitter, and none where another server has not been tried yet.
     """
 
     def __init__(
         self,
-        url: str,
+        urls: str | Sequence[str],
         name: str,
         *,
         timeout: float,
@@ -57,14 +63,10 @@ class Transport:
         api_key: str | None = None,
         backoff: float = 0.5,
     ) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        each = [_checked(url, name) for url in ([urls] if isinstance(urls, str) else urls)]
+        self.replicas = Replicas(each)
+        self.url = ", ".join(each)
         self.name = name
-        try:
-            usable = httpx.URL(self.url).scheme in ("http", "https") and httpx.URL(self.url).host
-        except httpx.InvalidURL:
-            usable = False
-        if not usable:
-            raise LLMError(f"{url!r} is no URL of an LLM server (model {name}): http://host:port")
         self._timeout = timeout
         self._retries = retries
         self._concurrency = concurrency
@@ -77,37 +79,43 @@ class Transport:
 
     async def get(self, path: str) -> dict[str, Any]:
         """GET ``path`` and return its JSON object."""
-        return await self._retried(lambda: self._whole("GET", path, None))
+        return await self._retried(lambda url: self._whole("GET", url, path, None))
 
     async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """POST ``body`` and return the answer's JSON object."""
-        return await self._retried(lambda: self._whole("POST", path, body))
+        return await self._retried(lambda url: self._whole("POST", url, path, body))
 
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """POST ``body`` and yield each server-sent event's JSON until ``[DONE]``.
 
-        Retried only until the server accepts the request: what was yielded can't be taken back.
-        A stream that breaks later raises `LLMUnavailable`.
+        Retried only until the first event has come: what was yielded can't be taken back. A stream
+        that breaks later raises `LLMUnavailable`.
         """
         _, semaphore = self._mine()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(semaphore)
 
-            async def opened() -> httpx.Response:
+            async def opened(url: str) -> tuple[str, AsyncIterator[str]]:
                 async with AsyncExitStack() as attempt:
-                    response = await attempt.enter_async_context(self._request("POST", path, body))
+                    asked = self._request("POST", url, path, body)
+                    data = _data((await attempt.enter_async_context(asked)).aiter_lines())
+                    try:
+                        first = await anext(data, "")
+                    except httpx.HTTPError as error:
+                        raise self._lost(url, error) from error
                     stack.push_async_exit(attempt.pop_all())
-                    return response
+                    return first, data
 
-            response = await self._retried(opened, bounded=False)
+            first, rest = await self._retried(opened, bounded=False)
             try:
-                async for line in response.aiter_lines():
-                    data = line.removeprefix("data:").strip()
-                    if not line.startswith("data:") or not data:
-                        continue
+                if first and first != "[DONE]":
+                    yield self._event(first)
+                async for data in rest:
                     if data == "[DONE]":
                         return
                     yield self._event(data)
+                if first == "[DONE]":
+                    return
             except httpx.HTTPError as error:
                 raise self._unavailable(f"the stream broke: {_reason(error)}") from error
         raise self._unavailable("the stream ended before it was complete")
@@ -122,7 +130,6 @@ class Transport:
         loop = asyncio.get_running_loop()
         if loop not in self._loops:
             client = httpx.AsyncClient(
-                base_url=self.url,
                 headers=self._headers,
                 timeout=httpx.Timeout(self._timeout, connect=min(10.0, self._timeout), pool=None),
                 transport=Lanes(),
@@ -130,79 +137,95 @@ class Transport:
             self._loops[loop] = (client, asyncio.Semaphore(self._concurrency))
         return self._loops[loop]
 
-    async def _retried(self, attempt: Callable[[], Awaitable[T]], bounded: bool = True) -> T:
-        """Run ``attempt`` until it succeeds, is refused, or the retries are used up."""
+    async def _retried(self, attempt: Callable[[str], Awaitable[T]], bounded: bool = True) -> T:
+        """Run ``attempt(url)`` until it succeeds, is refused, or the retries are used up."""
         _, semaphore = self._mine()
+        most = (self._retries + 1) * len(self.replicas.urls)
+        tried: list[str] = []
         try:
             async for trial in AsyncRetrying(
                 retry=retry_if_exception_type(_Passing),
-                stop=stop_after_attempt(self._retries + 1),
-                wait=self._pause,
+                stop=stop_after_attempt(most),
+                wait=lambda state: self._pause(state, tried),
                 reraise=True,
             ):
                 with trial:
                     if not bounded:
-                        return await attempt()
+                        return await self._once(attempt, tried)
                     # Given back while waiting, so that one slow recovery does not block the rest.
                     async with semaphore:
-                        return await attempt()
+                        return await self._once(attempt, tried)
         except _Passing as error:
-            raise self._unavailable(f"{error}, after {self._retries + 1} attempt(s)") from error
+            raise self._unavailable(f"{error}, after {len(tried)} attempt(s)") from error
         raise AssertionError("unreachable: tenacity ends by a result or an exception")
 
-    def _pause(self, state: RetryCallState) -> float:
+    async def _once(self, attempt: Callable[[str], Awaitable[T]], tried: list[str]) -> T:
+        url = self.replicas.pick(tried)
+        tried.append(url)
+        return await attempt(url)
+
+    def _pause(self, state: RetryCallState, tried: Sequence[str]) -> float:
+        """Seconds before the next attempt: none before a server that was not tried yet."""
+        if any(url not in tried for url in self.replicas.urls):
+            return 0.0
         error = state.outcome.exception() if state.outcome else None
         asked = error.wait if isinstance(error, _Passing) else None
         return self._backoff(state) if asked is None else min(asked, MAX_WAIT_SECONDS)
 
+    def _lost(self, url: str, error: httpx.HTTPError) -> _Passing:
+        self.replicas.failed(url)
+        return _Passing(_reason(error))
+
     async def _whole(
-        self, method: str, path: str, body: Mapping[str, Any] | None
+        self, method: str, url: str, path: str, body: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        async with self._request(method, path, body) as response:
+        async with self._request(method, url, path, body) as response:
             try:
                 text = await response.aread()
             except httpx.HTTPError as error:
-                raise _Passing(_reason(error)) from error
+                raise self._lost(url, error) from error
         try:
             value = json.loads(text)
         except ValueError as error:
-            raise LLMError(
-                f"{self.url}{path} ({self.name}) sent no JSON: {text[:200]!r}"
-            ) from error
+            raise LLMError(f"{url}{path} ({self.name}) sent no JSON: {text[:200]!r}") from error
         if not isinstance(value, dict):
-            raise LLMError(f"{self.url}{path} ({self.name}) sent no JSON object: {text[:200]!r}")
+            raise LLMError(f"{url}{path} ({self.name}) sent no JSON object: {text[:200]!r}")
         return value
 
     @asynccontextmanager
     async def _request(
-        self, method: str, path: str, body: Mapping[str, Any] | None
+        self, method: str, url: str, path: str, body: Mapping[str, Any] | None
     ) -> AsyncIterator[httpx.Response]:
         """An accepted response, its body unread; anything else raises."""
         client, _ = self._mine()
         try:
-            request = client.build_request(method, path, json=body)
+            request = client.build_request(method, url + path, json=body)
             response = await client.send(request, stream=True)
         except httpx.HTTPError as error:
-            raise _Passing(_reason(error)) from error
+            raise self._lost(url, error) from error
         except ValueError as error:  # a body that JSON can't hold: NaN, a lone surrogate
             raise LLMError(f"the request can't be sent: {error}") from error
         try:
+            if response.status_code in _GONE:
+                self.replicas.failed(url)
+            else:
+                self.replicas.worked(url)
             if response.is_success:
                 yield response
             else:
                 try:
                     text = (await response.aread()).decode(errors="replace")
                 except httpx.HTTPError as error:
-                    raise _Passing(_reason(error)) from error
-                self._refuse(response, path, text)
+                    raise self._lost(url, error) from error
+                self._refuse(response, url + path, text)
         finally:
             await response.aclose()
 
-    def _refuse(self, response: httpx.Response, path: str, text: str) -> None:
+    def _refuse(self, response: httpx.Response, where: str, text: str) -> None:
         reason = f"status {response.status_code}: {_message(text)}"
         if response.status_code in (408, 429) or response.status_code >= 500:
             raise _Passing(reason, _retry_after(response.headers.get("retry-after")))
-        raise LLMError(f"{self.url}{path} refused the request (model {self.name}): {reason}")
+        raise LLMError(f"{where} refused the request (model {self.name}): {reason}")
 
     def _event(self, data: str) -> dict[str, Any]:
         try:
@@ -218,6 +241,26 @@ class Transport:
             f"LLM unavailable at {self.url} (model {self.name}): {reason}; "
             "start it (python serve/llm.py) or correct the url in the configuration"
         )
+
+
+def _checked(url: str, name: str) -> str:
+    """``url`` without ``/v1`` at its end; raises `LLMError` if it can't be a server's."""
+    bare = url.rstrip("/").removesuffix("/v1")
+    try:
+        usable = httpx.URL(bare).scheme in ("http", "https") and httpx.URL(bare).host
+    except httpx.InvalidURL:
+        usable = False
+    if not usable:
+        raise LLMError(f"{url!r} is no URL of an LLM server (model {name}): http://host:port")
+    return bare
+
+
+async def _data(lines: AsyncIterator[str]) -> AsyncIterator[str]:
+    """What server-sent events carry."""
+    async for line in lines:
+        data = line.removeprefix("data:").strip()
+        if line.startswith("data:") and data:
+            yield data
 
 
 def _reason(error: Exception) -> str:

@@ -42,7 +42,7 @@ class VLLMBackend:
         self._served: str | None = None
         self._context_length: int | None = None
         self._http = Transport(
-            config.url,
+            config.urls,
             model,
             timeout=config.timeout_seconds,
             retries=config.retries,

@@ -7,40 +7,47 @@ from collections.abc import Iterable, Sequence
 import sqlalchemy as sa
 
 from memshare.pool.ids import new_id
+from memshare.pool.limits import NO_LIMITS, Limits, Tally
 from memshare.pool.schema import changes, memories, pools
-from memshare.records import AppendResult, NewMemory, content_key
+from memshare.records import AppendResult, AppendStatus, NewMemory, content_key
 
 _KEYS_PER_QUERY = 500
 
 
 def append_to_pool(
-    connection: sa.Connection, pool: str, new: Sequence[NewMemory]
+    connection: sa.Connection,
+    pool: str,
+    new: Sequence[NewMemory],
+    limits: Limits = NO_LIMITS,
 ) -> list[AppendResult]:
     """Append checked memories to ``pool``, whose row the caller has locked; results in order."""
     keys = [content_key(pool, memory.prompt, memory.answer) for memory in new]
     there = _present(connection, pool, keys)
-    first: dict[str, int] = {}  # key -> place of the memory that brings it
-    for place, key in enumerate(keys):
-        if key not in there:
-            first.setdefault(key, place)
-    seq = connection.execute(
-        sa.update(pools)
-        .where(pools.c.name == pool)
-        .values(last_seq=pools.c.last_seq + len(first))
-        .returning(pools.c.last_seq)
-    ).scalar_one() - len(first)
-    taken = _taken_ids(connection, (new[place].id for place in first.values()))
+    taken = _taken_ids(connection, (memory.id for memory in new))
+    tally = Tally(connection, pool, {m.agent for m in new if m.agent is not None}, limits)
+    results: list[AppendResult | None] = []
+    accepted: list[tuple[int, str]] = []  # place, id
+    for place, (key, memory) in enumerate(zip(keys, new, strict=True)):
+        if key in there:
+            results.append(None)  # a duplicate, perhaps of one whose seq is not known yet
+            continue
+        if refusal := tally.refuse(memory):
+            results.append(AppendResult(refusal.id, "rejected", 0, refusal.reason))
+            continue
+        id = new_id() if memory.id is None or memory.id in taken else memory.id
+        taken.add(id)
+        there[key] = (id, 0)
+        tally.add(memory, id)
+        accepted.append((place, id))
+        results.append(None)
+    seq = _take_seqs(connection, pool, len(accepted))
     rows = []
-    log = []
-    for key, place in first.items():
-        memory = new[place]
+    for place, id in accepted:
+        memory, key = new[place], keys[place]
         seq += 1
-        if memory.id is None or memory.id in taken:
-            id = new_id()
-        else:
-            id = memory.id
-            taken.add(id)
         there[key] = (id, seq)
+        status: AppendStatus = "stored" if memory.hold is None else "held"
+        results[place] = AppendResult(id, status, seq, memory.hold or "")
         rows.append(
             {
                 "id": id,
@@ -54,19 +61,32 @@ def append_to_pool(
                 "model": memory.model,
                 "created_at": memory.created_at,
                 "metadata": memory.metadata,
-                "held": False,
+                "held": memory.hold is not None,
+                "hold_reason": memory.hold,
             }
         )
-        log.append({"pool": pool, "seq": seq, "kind": "add", "memory_id": id})
     if rows:
+        log = [
+            {"pool": pool, "seq": row["seq"], "kind": "add", "memory_id": row["id"]} for row in rows
+        ]
         connection.execute(sa.insert(memories), rows)
         connection.execute(sa.insert(changes), log)
+        tally.save()
     return [
-        AppendResult(
-            there[key][0], "stored" if first.get(key) == place else "duplicate", there[key][1]
-        )
-        for place, key in enumerate(keys)
+        result or AppendResult(there[key][0], "duplicate", there[key][1])
+        for key, result in zip(keys, results, strict=True)
     ]
+
+
+def _take_seqs(connection: sa.Connection, pool: str, count: int) -> int:
+    """The seq after which ``count`` are the caller's."""
+    last: int = connection.execute(
+        sa.update(pools)
+        .where(pools.c.name == pool)
+        .values(last_seq=pools.c.last_seq + count, size=pools.c.size + count)
+        .returning(pools.c.last_seq)
+    ).scalar_one()
+    return last - count
 
 
 def _present(

@@ -1,4 +1,4 @@
-"""``memshare pool create|add|import|export|list|show|delete|stats``."""
+"""``memshare pool create|add|import|export|list|show|review|hold|release|delete|stats``."""
 
 from __future__ import annotations
 
@@ -60,6 +60,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     show = _action(actions, "show", _show, "print whole memories", pool=False)
     show.add_argument("ids", nargs="+", metavar="ID")
+
+    review = _action(actions, "review", _review, "list the memories on hold, with the reasons")
+    review.add_argument("--json", action="store_true", help="one JSON object a line")
+
+    hold = _action(actions, "hold", _hold, "take memories out of retrieval and training",
+                   pool=False)  # fmt: skip
+    hold.add_argument("ids", nargs="+", metavar="ID")
+    hold.add_argument("--reason", help="for who reviews them")
+
+    release = _action(actions, "release", _release, "end the hold on memories", pool=False)
+    release.add_argument("ids", nargs="+", metavar="ID")
 
     delete = _action(actions, "delete", _delete, "erase memories for good", pool=False)
     delete.add_argument("ids", nargs="+", metavar="ID")
@@ -157,7 +168,7 @@ def _export(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
 
 
 def _list(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
-    page, cursor = store.list(args.pool, args.cursor, args.limit, include_held=args.held)
+    page, cursor = store.list(args.pool, args.cursor, args.limit, held=None if args.held else False)
     for memory in page:
         print(json.dumps(_full(memory), ensure_ascii=False) if args.json else _line(memory))
     if cursor is not None:
@@ -173,7 +184,8 @@ def _line(memory: Memory) -> str:
 
 
 def _full(memory: Memory) -> dict[str, Any]:
-    return {**memory.wire(), "seq": memory.seq, "held": memory.held}
+    hold = {"held": memory.held, "hold_reason": memory.hold_reason}
+    return {**memory.wire(), "seq": memory.seq, **hold}
 
 
 def _show(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
@@ -184,19 +196,45 @@ def _show(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
     return _missing("show", [id for id in args.ids if id not in found])
 
 
+def _review(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
+    cursor = None
+    while True:
+        page, cursor = store.list(args.pool, cursor, 1000, held=True)
+        for memory in page:
+            if args.json:
+                print(json.dumps(_full(memory), ensure_ascii=False))
+            else:
+                reason = memory.hold_reason or "no reason given"
+                print(f"{_line(memory)}\n    {memory.agent or 'unknown'}: {reason}")
+        if cursor is None:
+            return 0
+
+
+def _hold(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
+    return _each("hold", args.ids, lambda id: store.hold(id, args.reason), "on hold", "free ")
+
+
+def _release(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
+    return _each("release", args.ids, store.release, "released", "held ")
+
+
 def _delete(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
+    return _each("delete", args.ids, store.delete, "deleted")
+
+
+def _each(action: str, ids: list[str], do: Callable[[str], bool], done: str, what: str = "") -> int:
     missing = []
-    for id in args.ids:
-        if store.delete(id):
-            print(f"{id} deleted")
+    for id in ids:
+        if do(id):
+            print(f"{id} {done}")
         else:
             missing.append(id)
-    return _missing("delete", missing)
+    return _missing(action, missing, what)
 
 
-def _missing(action: str, ids: list[str]) -> int:
+def _missing(action: str, ids: list[str], what: str = "") -> int:
     if ids:
-        print(f"memshare pool {action}: no memory {', '.join(ids)}", file=sys.stderr)
+        print(f"memshare pool {action}: no {what}memory {', '.join(ids)}", file=sys.stderr)
     return 2 if ids else 0
 
 

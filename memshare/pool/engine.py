@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    InterfaceError,
+    OperationalError,
+    SQLAlchemyError,
+)
+from sqlalchemy.exc import TimeoutError as NoConnection
 
-from memshare.pool.errors import PoolError
+from memshare.pool.errors import PoolError, PoolUnavailable
 from memshare.pool.schema import HEAD
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+_PASSING = (InterfaceError, OperationalError, NoConnection)  # of the server, not of the statement
 POOLS_LOCK, IDS_LOCK, USES_LOCK = 2, 3, 4  # see `Backend.lock`
 
 
@@ -39,6 +46,12 @@ class Backend(Protocol):
 
     def announce(self, connection: sa.Connection, pool: str) -> None:
         """Have every process that listens told, after the commit, that ``pool`` changed."""
+
+    def scrub(self) -> bool:
+        """Overwrite what was erased wherever a file still holds it; False: not possible just now.
+
+        It is to be tried again then.
+        """
 
     def listening(self, wake: Callable[[], None]) -> AbstractContextManager[None]:
         """While open, ``wake`` may be called from another thread soon after any change."""
@@ -80,7 +93,9 @@ class Database:
             yield
         except SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
-            raise PoolError(f"{self.name}: {cause}") from error
+            passing = isinstance(error, _PASSING)
+            kind = PoolUnavailable if passing else PoolError
+            raise kind(f"{self.name}: {cause}") from error
 
     def migrate(self) -> None:
         """Bring the schema to `HEAD`; a database newer than this code raises `PoolError`."""

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
+EXIT_DATABASE_AWAY = os.EX_UNAVAILABLE  # of a program that met `PoolUnavailable`: try again later
+
 
 class PoolError(RuntimeError):
     """The pool's database can't do what was asked; the message says why and what to do."""
+
+
+class PoolUnavailable(PoolError):
+    """The database can't be reached, or is too busy to answer: it may work later."""
 
 
 class UnknownPool(PoolError):

@@ -19,7 +19,7 @@ from memshare.pool.rows import ALIVE, need_pool
 from memshare.pool.schema import feedback, memories
 from memshare.pool.validate import check_text, now
 
-_NEUTRAL_VOTES = 2
+NEUTRAL_VOTES = 2
 _MAX_COMMENT_CHARS = 2000
 _IDS_PER_QUERY = 500
 
@@ -88,7 +88,7 @@ class Feedback:
             return _by_id(connection.execute(query))
 
 
-_VALUE = sa.func.sum(feedback.c.value) / (sa.func.count() + _NEUTRAL_VOTES)
+_VALUE = sa.func.sum(feedback.c.value) / (sa.func.count() + NEUTRAL_VOTES)
 _SELECT = sa.select(
     feedback.c.memory_id, _VALUE.label("value"), sa.func.count().label("votes")
 ).group_by(feedback.c.memory_id)

@@ -108,6 +108,10 @@ class PostgreSQL:
         """Notifications are part of the transaction: sent after the commit, in its order."""
         connection.execute(sa.select(sa.func.pg_notify(CHANNEL, pool)))
 
+    def scrub(self) -> bool:
+        """Nothing to do: (auto)vacuum and the recycling of the log do it in their time."""
+        return True
+
     @contextmanager
     def listening(self, wake: Callable[[], None]) -> Iterator[None]:
         """Call ``wake`` whenever any process, this one too, has changed a pool.

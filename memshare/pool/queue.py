@@ -60,6 +60,7 @@ class PairQueue:
                 "agent": pair.agent,
                 "model": pair.model,
                 "metadata": dict(pair.metadata),
+                "copy_of": pair.copy_of,
                 "attempts": 0,
                 "free_at": 0.0,
             }
@@ -145,7 +146,8 @@ class PairQueue:
 
 def _job(row: Any) -> Job:
     pair = Pair(
-        row.pool, row.prompt, row.answer, row.finish_reason, row.agent, row.model, row.metadata
+        row.pool, row.prompt, row.answer, row.finish_reason, row.agent, row.model, row.metadata,
+        row.copy_of,
     )  # fmt: skip
     return Job(row.id, row.claim, row.attempts, pair)
 

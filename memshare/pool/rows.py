@@ -43,20 +43,33 @@ def memory_of(row: Any) -> Memory:
     """A row of ``memories``."""
     return Memory(
         row.id, row.pool, row.prompt, row.answer, row.score, row.agent, row.model, row.created_at,
-        row.metadata, row.seq, row.held,
+        row.metadata, row.seq, row.held, row.hold_reason,
     )  # fmt: skip
 
 
 def page_of(
-    connection: sa.Connection, pool: str, after: int, until: int, limit: int, include_held: bool
+    connection: sa.Connection, pool: str, after: int, until: int, limit: int, held: bool | None
 ) -> list[Memory]:
-    """Up to ``limit`` living memories with ``after < seq <= until``, in order."""
+    """Up to ``limit`` living memories with ``after < seq <= until``, in order.
+
+    ``held``: only those on hold, only the others, or (None) both.
+    """
     query = sa.select(memories).where(
         memories.c.pool == pool, memories.c.seq > after, memories.c.seq <= until, ALIVE
     )
-    if not include_held:
-        query = query.where(~memories.c.held)
+    if held is not None:
+        query = query.where(memories.c.held if held else ~memories.c.held)
     return [memory_of(r) for r in connection.execute(query.order_by(memories.c.seq).limit(limit))]
+
+
+def span_end(connection: sa.Connection, pool: str, after: int, until: int, count: int) -> int:
+    """The seq of the ``count``-th living, not held memory with ``after < seq <= until``, or it."""
+    query = sa.select(memories.c.seq).where(
+        memories.c.pool == pool, memories.c.seq > after, memories.c.seq <= until, ALIVE
+    )
+    query = query.where(~memories.c.held).order_by(memories.c.seq).offset(count - 1).limit(1)
+    found = connection.scalar(query)
+    return until if found is None else int(found)
 
 
 def make_cursor(seq: int) -> str:

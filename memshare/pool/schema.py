@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-HEAD = "0003"
+HEAD = "0004"
 
 metadata = sa.MetaData(
     naming_convention={
@@ -25,6 +25,8 @@ pools = sa.Table(
     sa.Column("rubric", sa.Text, nullable=False),
     sa.Column("threshold", sa.Double, nullable=False),
     sa.Column("last_seq", sa.BigInteger, nullable=False),
+    # Living memories, held ones too.
+    sa.Column("size", sa.BigInteger, nullable=False, server_default=sa.text("0")),
 )
 
 # A deleted memory stays as a row without text: its id is never used again. Its content key is
@@ -44,6 +46,7 @@ memories = sa.Table(
     sa.Column("created_at", sa.String(32), nullable=False),
     sa.Column("metadata", sa.JSON, nullable=False),
     sa.Column("held", sa.Boolean, nullable=False),
+    sa.Column("hold_reason", sa.Text),
     sa.Column("deleted_at", sa.String(32)),
     sa.UniqueConstraint("pool", "seq"),
     sa.UniqueConstraint("pool", "content_key"),
@@ -99,6 +102,7 @@ pending = sa.Table(
     sa.Column("agent", sa.String(256)),
     sa.Column("model", sa.String(256)),
     sa.Column("metadata", sa.JSON, nullable=False),
+    sa.Column("copy_of", sa.String(64)),  # the memory shown whose answer it repeats
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("claim", sa.String(64)),  # who grades it; NULL: nobody
     sa.Column("free_at", sa.Double, nullable=False),  # seconds since 1970: claimable from then on
@@ -122,4 +126,23 @@ uses = sa.Table(
     metadata,
     sa.Column("memory_id", sa.ForeignKey("memories.id"), primary_key=True),
     sa.Column("count", sa.BigInteger, nullable=False),
+)
+
+# How many living memories of a pool each agent wrote, held ones too.
+authors = sa.Table(
+    "authors",
+    metadata,
+    sa.Column("pool", sa.ForeignKey("pools.name"), primary_key=True),
+    sa.Column("agent", sa.String(256), primary_key=True),
+    sa.Column("count", sa.BigInteger, nullable=False),
+)
+
+# A living memory whose answer was copied from another that its author was shown, and that one; or,
+# where that is a copy too, the one that it was first copied from.
+copies = sa.Table(
+    "copies",
+    metadata,
+    sa.Column("memory_id", sa.ForeignKey("memories.id"), primary_key=True),
+    sa.Column("origin_id", sa.ForeignKey("memories.id"), nullable=False),
+    sa.Index(None, "origin_id"),
 )

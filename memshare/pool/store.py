@@ -7,7 +7,7 @@ finds a new row there later. Appends, deletes, holds and releases share one sequ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ from memshare.pool import stats as figures
 from memshare.pool.append import append_to_pool
 from memshare.pool.engine import IDS_LOCK, POOLS_LOCK, Database
 from memshare.pool.errors import InvalidMemory, PoolError
+from memshare.pool.limits import NO_LIMITS, Limits, forget
 from memshare.pool.rows import (
     ALIVE,
     find_pool,
@@ -27,6 +28,7 @@ from memshare.pool.rows import (
     page_of,
     pool_info,
     read_cursor,
+    span_end,
 )
 from memshare.pool.schema import changes, decisions, feedback, memories, pools, uses
 from memshare.pool.stats import PoolStats
@@ -41,6 +43,8 @@ from memshare.pool.validate import (
 from memshare.records import AppendResult, Change, ChangeKind, Memory, NewMemory, PoolInfo
 
 PAGE = 1000
+MAX_REASON_CHARS = 500
+NONE: Mapping[str, Limits] = {}  # no pool has limits
 _IDS_PER_QUERY = 500
 
 
@@ -53,6 +57,7 @@ class PoolStore:
         """Use the database at ``url``, whose schema must be current; see `open`."""
         self.max_text_chars = max_text_chars
         self._db = Database(url, must_exist)
+        self._unscrubbed = False  # erased text may still be readable in a file
 
     @classmethod
     def open(
@@ -148,22 +153,31 @@ class PoolStore:
 
     # Writing memories
 
-    def append(self, new: Sequence[NewMemory]) -> list[AppendResult]:
+    def append(
+        self, new: Sequence[NewMemory], limits: Mapping[str, Limits] = NONE
+    ) -> list[AppendResult]:
         """Append in one transaction; durable when this returns. Results are in input order.
 
         A memory whose content (normalised prompt and answer) its pool has already, or that came
-        earlier in ``new``, is a duplicate and changes nothing. Nothing is written when one memory
-        is invalid (`InvalidMemory`) or its pool unknown (`UnknownPool`).
+        earlier in ``new``, is a duplicate and changes nothing. One that breaks the ``limits`` of
+        its pool is rejected, and the others are appended. Nothing is written when one memory is
+        invalid (`InvalidMemory`) or its pool unknown (`UnknownPool`).
         """
-        return self.append_checked([check_memory(memory, self.max_text_chars) for memory in new])
+        checked = [check_memory(memory, self.max_text_chars) for memory in new]
+        return self.append_checked(checked, limits)
 
-    def append_checked(self, checked: Sequence[NewMemory]) -> list[AppendResult]:
+    def append_checked(
+        self, checked: Sequence[NewMemory], limits: Mapping[str, Limits] = NONE
+    ) -> list[AppendResult]:
         """As `append`, for memories that `check_memory` has returned."""
         with self._db.write() as connection:
-            return self.append_in(connection, checked)
+            return self.append_in(connection, checked, limits)
 
     def append_in(
-        self, connection: sa.Connection, checked: Sequence[NewMemory]
+        self,
+        connection: sa.Connection,
+        checked: Sequence[NewMemory],
+        limits: Mapping[str, Limits] = NONE,
     ) -> list[AppendResult]:
         """As `append_checked`, in a write transaction of the caller's."""
         results: list[AppendResult | None] = [None] * len(checked)
@@ -174,10 +188,11 @@ class PoolStore:
         for name in sorted({memory.pool for memory in checked}):
             need_pool(connection, name, lock=True)
             places = [i for i, memory in enumerate(checked) if memory.pool == name]
-            stored = append_to_pool(connection, name, [checked[i] for i in places])
+            mine = [checked[i] for i in places]
+            stored = append_to_pool(connection, name, mine, limits.get(name, NO_LIMITS))
             for i, result in zip(places, stored, strict=True):
                 results[i] = result
-            if any(result.status == "stored" for result in stored):
+            if any(result.status in ("stored", "held") for result in stored):
                 self._db.backend.announce(connection, name)
         return [result for result in results if result is not None]
 
@@ -185,30 +200,55 @@ class PoolStore:
         """Erase a memory's text and metadata; False if there is no such living memory.
 
         Its id stays taken and the log tells of it; the same content appended later is a new memory.
+        On SQLite the text is out of the files too when this returns, unless somebody is reading
+        there just then: see `scrub`.
         """
+        return self.delete_many([id]) == 1
+
+    def delete_many(self, ids: Sequence[str]) -> int:
+        """`delete` each of ``ids``, and scrub once; how many there were."""
+        count = sum(self._erase(id) for id in ids)
+        self._unscrubbed = self._unscrubbed or count > 0
+        self.scrub()
+        return count
+
+    def scrub(self) -> None:
+        """Have erased text overwritten in the database's files, if that is still to be done."""
+        if self._unscrubbed and self._db.backend.scrub():
+            self._unscrubbed = False
+
+    def _erase(self, id: str) -> bool:
         erased: dict[str, Any] = {
             "prompt": "", "answer": "", "metadata": {}, "content_key": None, "held": False,
-            "deleted_at": now(),
+            "hold_reason": None, "deleted_at": now(),
         }  # fmt: skip
         return self._change(id, "delete", ALIVE, erased)
 
-    def hold(self, id: str) -> bool:
-        """Take a memory out of retrieval and training; False if it is held, deleted or unknown."""
-        return self._change(id, "hold", sa.and_(ALIVE, ~memories.c.held), {"held": True})
+    def hold(self, id: str, reason: str | None = None) -> bool:
+        """Take a memory out of retrieval and training; False if it is held, deleted or unknown.
+
+        Raises `InvalidMemory` for an unusable ``reason``.
+        """
+        if reason is not None:
+            check_text("reason", reason, MAX_REASON_CHARS)
+        values = {"held": True, "hold_reason": reason}
+        return self._change(id, "hold", sa.and_(ALIVE, ~memories.c.held), values)
 
     def release(self, id: str) -> bool:
         """Undo `hold`; False if it is not held."""
-        return self._change(id, "release", sa.and_(ALIVE, memories.c.held), {"held": False})
+        values = {"held": False, "hold_reason": None}
+        return self._change(id, "release", sa.and_(ALIVE, memories.c.held), values)
 
     def _change(
         self, id: str, kind: ChangeKind, condition: sa.ColumnElement[bool], values: dict[str, Any]
     ) -> bool:
         with self._db.write() as connection:
-            pool = connection.execute(
-                sa.select(memories.c.pool).where(memories.c.id == id)
-            ).scalar()
-            if pool is None:
+            row = connection.execute(
+                sa.select(memories.c.pool, memories.c.agent).where(memories.c.id == id)
+            ).first()
+            if row is None:
                 return False
+            pool, agent = row
             need_pool(connection, pool, lock=True)
             done = connection.execute(
                 sa.update(memories).where(memories.c.id == id, condition).values(**values)
@@ -218,6 +258,7 @@ class PoolStore:
             if kind == "delete":  # comments may quote the text
                 connection.execute(sa.delete(feedback).where(feedback.c.memory_id == id))
                 connection.execute(sa.delete(uses).where(uses.c.memory_id == id))
+                forget(connection, pool, id, agent)
             seq = connection.execute(
                 sa.update(pools)
                 .where(pools.c.name == pool)
@@ -268,9 +309,11 @@ class PoolStore:
         return self._db.backend.listening(wake)
 
     def list(
-        self, pool: str, cursor: str | None = None, limit: int = 100, include_held: bool = False
+        self, pool: str, cursor: str | None = None, limit: int = 100, held: bool | None = False
     ) -> tuple[list[Memory], str | None]:
         """One page in seq order and the cursor of the next, None at the end.
+
+        ``held``: only memories on hold, only the others, or (None) both.
 
         Raises `UnknownPool`, and `PoolError` for a cursor that this store did not make.
         """
@@ -279,7 +322,7 @@ class PoolStore:
         after = 0 if cursor is None else read_cursor(cursor)
         with self._db.read() as connection:
             info = need_pool(connection, pool)
-            page = page_of(connection, pool, after, info.last_seq, limit + 1, include_held)
+            page = page_of(connection, pool, after, info.last_seq, limit + 1, held)
         if len(page) <= limit:
             return page, None
         return page[:limit], make_cursor(page[limit - 1].seq)
@@ -298,16 +341,25 @@ class PoolStore:
         left out. Raises `UnknownPool` at once.
         """
         last = self.last_seq(pool)
-        return self._pages(pool, after_seq, last if until_seq is None else until_seq, include_held)
+        until = last if until_seq is None else until_seq
+        return self._pages(pool, after_seq, until, None if include_held else False)
 
-    def _pages(self, pool: str, after: int, until: int, include_held: bool) -> Iterator[Memory]:
+    def _pages(self, pool: str, after: int, until: int, held: bool | None) -> Iterator[Memory]:
         while after < until:
             with self._db.read() as connection:
-                page = page_of(connection, pool, after, until, PAGE, include_held)
+                page = page_of(connection, pool, after, until, PAGE, held)
             yield from page
             if len(page) < PAGE:
                 return
             after = page[-1].seq
+
+    def span_end(self, pool: str, after_seq: int, until_seq: int, count: int) -> int:
+        """Where ``count`` memories of `iter` after ``after_seq`` end; no text is read.
+
+        ``until_seq`` where there are fewer of them.
+        """
+        with self._db.read() as connection:
+            return span_end(connection, pool, after_seq, until_seq, count)
 
     # Decisions
 

@@ -44,8 +44,7 @@ def prune(
             raise PruneError(f"policy {policy!r} does not rank each memory of {pool} once")
         ids = tuple(ranked[: len(known) - cap])
     if not dry_run:
-        for id in ids:
-            store.delete(id)
+        store.delete_many(ids)
     return PruneReport(pool, policy, len(known), ids, dry_run)
 
 

@@ -16,6 +16,7 @@ from memshare.config import Config
 from memshare.pool.store import PoolStore
 from memshare.progress import log, track
 from memshare.records import Memory
+from memshare.retrieval.divided import Peers, Rows, deal, dismiss, engage
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import Generation, GenerationError, current, load
 from memshare.retrieval.manifest import folder_name, read_manifest
@@ -44,7 +45,11 @@ class Built:
 
 
 def build_generation(
-    store: PoolStore, config: Config, encoder: Encoder, pools: Sequence[str] | None = None
+    store: PoolStore,
+    config: Config,
+    encoder: Encoder,
+    pools: Sequence[str] | None = None,
+    peers: Peers | None = None,
 ) -> Built:
     """The living, not held memories of ``pools`` (None: those that the retriever serves), encoded.
 
@@ -52,6 +57,9 @@ def build_generation(
     encoder's. Streamed from the store. Each pool is read up to its position now; what is added or
     deleted meanwhile comes after that position, so a reader that replays the log from there misses
     nothing. Raises `UnknownPool`.
+
+    With several ``peers``, this is process 0's part; the others call `memshare.retrieval.divided.
+    serve`, and all encode. Where vectors can be copied, the little that is new is encoded here.
     """
     ids: list[str] = []
     blocks: list[npt.NDArray[np.float32]] = [np.empty((0, encoder.dim), dtype=np.float32)]
@@ -59,16 +67,29 @@ def build_generation(
     fingerprint = encoder.memory_fingerprint()
     with _current_by(config, fingerprint) as generation:
         vectors = MemoryVectors(encoder, generation)
+        divided = peers if peers is not None and peers.size > 1 and generation is None else None
+        if peers is not None:
+            engage(peers, None if divided is None else fingerprint)
         for pool in config.served_pools if pools is None else pools:
-            start, positions[pool] = len(ids), store.last_seq(pool)
-            memories = store.iter(pool, until_seq=positions[pool])
-            total = store.stats(pool).memories
-            shown = track(memories, f"encoding {pool}", total)
-            while block := list(islice(shown, _BLOCK)):
-                blocks.append(vectors.of(block))
-                ids.extend(item.id for item in block)
-            spans[pool] = (start, len(ids))
+            start, position = len(ids), store.last_seq(pool)
+            rows = _alone(store, vectors, pool, position)
+            if divided is not None:
+                rows = deal(store, encoder, pool, position, _BLOCK, divided)
+            for names, block in rows:
+                blocks.append(block)
+                ids.extend(names)
+            spans[pool], positions[pool] = (start, len(ids)), position
+        if divided is not None:
+            dismiss(divided)
     return Built(np.concatenate(blocks), ids, spans, positions, fingerprint)
+
+
+def _alone(store: PoolStore, vectors: MemoryVectors, pool: str, position: int) -> Iterator[Rows]:
+    """Ids and vectors of the living memories of ``pool`` up to ``position``, in blocks."""
+    memories = store.iter(pool, until_seq=position)
+    shown = track(memories, f"encoding {pool}", store.stats(pool).memories)
+    while block := list(islice(shown, _BLOCK)):
+        yield [item.id for item in block], vectors.of(block)
 
 
 def memory_vectors(

@@ -71,6 +71,12 @@ class Columns:
         view: Mask = self._visible.view
         return view
 
+    @property
+    def agents(self) -> npt.NDArray[np.int32]:
+        """(rows,) Equal numbers for memories by the same agent, -1 where none is named."""
+        view: npt.NDArray[np.int32] = self._agents.view
+        return view
+
     def append(self, memories: Sequence[Memory]) -> None:
         """Add a row for each, not masked."""
         start = len(self)

@@ -6,6 +6,7 @@ and every search is over the rows that remain, so k asked for are k returned if 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -150,6 +151,38 @@ class Shard:
         As exact as the index is; fewer than k only where fewer exist, filter or not.
         """
         mask = self._mask(restrict)
+        if restrict is None or restrict.max_per_agent is None:
+            rows = self._top(queries, k, mask)
+        else:
+            most = restrict.max_per_agent
+            rows = [self._spread(query, k, mask.copy(), most) for query in queries]
+        return [
+            tuple(Hit(self._id(row), similarity) for similarity, row in hits[:k]) for hits in rows
+        ]
+
+    def _spread(self, query: Floats, k: int, mask: Mask, most: int) -> list[tuple[float, int]]:
+        """The k best for one query (dim,) of which no agent wrote more than ``most``.
+
+        Whoever has that many is masked, and the search goes on for the rest: exact, and never
+        short while others have memories. ``mask`` is used up.
+        """
+        kept: list[tuple[float, int]] = []
+        counts: Counter[int] = Counter()
+        while len(kept) < k:
+            for similarity, row in self._top(query[None], k - len(kept), mask)[0]:
+                agent = int(self._columns.agents[row])
+                if agent >= 0 and counts[agent] == most:
+                    mask &= self._columns.agents != agent
+                    break
+                counts[agent] += 1
+                mask[row] = False
+                kept.append((similarity, row))
+            else:
+                break
+        return kept
+
+    def _top(self, queries: Floats, k: int, mask: Mask) -> list[list[tuple[float, int]]]:
+        """(similarity, row) of the k best rows that ``mask`` allows, for each query."""
         base = len(self._base_ids)
         found: list[list[tuple[float, int]]] = [[] for _ in queries]
         if self._index is not None:
@@ -159,9 +192,7 @@ class Shard:
             _collect(found, newer, base)
             for hits in found:
                 hits.sort(key=lambda hit: (-hit[0], hit[1]))
-        return [
-            tuple(Hit(self._id(row), similarity) for similarity, row in hits[:k]) for hits in found
-        ]
+        return [hits[:k] for hits in found]
 
     def _mask(self, restrict: Filter | None) -> Mask:
         mask = self._columns.mask(restrict)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memshare.config import EncoderConfig
-from memshare.retrieval import encoder_folder
+from memshare.retrieval import encoder_folder, packing
 from memshare.retrieval.encoder_folder import resolve_encoder
 from memshare.retrieval.encoder_format import (
     EncoderError,
@@ -230,8 +230,16 @@ class Encoder:
             mask[i, : len(row)] = 1
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
+    def pack(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Token ids without padding, for `embed` by towers that `packing.enable` has prepared."""
+        return packing.collate(rows, self.device)
+
     def embed(self, batch: Mapping[str, Tensor], side: Side | None = None) -> Tensor:
-        """Unit rows (batch, dim) float32, with gradients, of what `collate` gives."""
+        """Unit rows (batch, dim) float32, with gradients, of what `collate` or `pack` gives."""
+        if "lengths" in batch:
+            hidden = packing.forward(self.tower(side), **batch)
+            pooled = packing.pool(hidden, batch["lengths"], self.pooling)
+            return functional.normalize(pooled, dim=-1)
         mask = batch["attention_mask"]
         output = self.tower(side)(input_ids=batch["input_ids"], attention_mask=mask)
         return pool_embeddings(output.last_hidden_state, mask, self.pooling)

@@ -50,7 +50,8 @@ class Filter:
     """Only memories by ``agent``, made at or after ``created_after`` and before ``created_before``.
 
     Times are ISO 8601; None restricts nothing. ``exclude``: ids that are left out. ``terms``: what
-    their metadata has, all of it (see `terms_of`). Raises ValueError for a text that is no time.
+    their metadata has, all of it (see `terms_of`). ``max_per_agent``: at most so many by one agent;
+    memories that name none are nobody's. Raises ValueError for a text that is no time.
     """
 
     agent: str | None = None
@@ -58,6 +59,7 @@ class Filter:
     created_before: str | None = None
     exclude: frozenset[str] = frozenset()
     terms: frozenset[str] = frozenset()
+    max_per_agent: int | None = None
 
     def __post_init__(self) -> None:
         """Check the times."""

@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from memshare.config import GateConfig
 from memshare.metrics.ir import ir_metrics, mean_metrics
@@ -27,6 +27,16 @@ PerQuery = Mapping[str, Mapping[str, float]]
 Runs = Mapping[str, Sequence[str]]  # query id -> memory ids, best first
 
 
+class Sample(NamedTuple):
+    """One memory that a retriever found for a held-out question, for people to look at."""
+
+    question: str
+    retriever: str
+    rank: int  # from 1
+    memory: str
+    gain: float
+
+
 @dataclass(frozen=True, slots=True)
 class GateResult:
     """The verdict. ``queries`` were judged; ``best`` goes to `publish`.
@@ -34,6 +44,7 @@ class GateResult:
     ``best``: the number of the earlier generation that is better than the next one (0: the
     configured encoder); None: none is.
     ``figures``: means of each retriever and the intervals of the differences, for metrics.json.
+    ``samples`` are texts, so they are for nobody but who asked for them.
     """
 
     passed: bool
@@ -41,6 +52,7 @@ class GateResult:
     queries: int
     best: int | None = None
     figures: dict[str, Any] = field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """The ``gate`` entry of metrics.json."""

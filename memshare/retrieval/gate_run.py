@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -16,9 +16,10 @@ from memshare.progress import log, track
 from memshare.records import Memory, normalise
 from memshare.retrieval.bm25 import PoolBM25
 from memshare.retrieval.build import Built
+from memshare.retrieval.canaries import judge_canaries, read_canaries
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.filters import Filter
-from memshare.retrieval.gate import GateResult, choose_queries, decide, judge
+from memshare.retrieval.gate import GateResult, Runs, Sample, choose_queries, decide, judge
 from memshare.retrieval.generation import (
     DamagedGeneration,
     NoGeneration,
@@ -27,7 +28,9 @@ from memshare.retrieval.generation import (
     load_current,
 )
 from memshare.retrieval.serving import FROZEN, Query, Serving, frozen_serving
+from memshare.retrieval.text import memory_text
 
+_SHOWN = 3  # memories of each retriever in a sample
 _BLOCK = 64  # questions searched at a time
 
 # Gains of candidates for one query's answer: nats per token over no example, or 1 / 0 by labels.
@@ -50,8 +53,29 @@ def run_gate(
     ``gate.max_queries`` of ``queries`` (held-out memories) are used. A question is never answered
     with itself or a copy of it. ``relevance`` gives the gain of each candidate; where it is a
     coroutine function, all queries are judged concurrently in an event loop of this call's own.
+    Where ``gate.canaries`` names some, they must be found as well as before, too. Raises
+    `CanaryError` where the file can't be used.
     """
     rivals = {"current": current, "next": following} | ({} if best is None else {"best": best})
+    verdict = _judge_held_out(store, config, rivals, queries, relevance)
+    if config.gate.canaries is None:
+        return verdict
+    canaries = judge_canaries(store, config.gate, read_canaries(config.gate.canaries), rivals)
+    figures = {**verdict.figures, "canaries": canaries.figures}
+    if not canaries.failures:
+        return replace(verdict, figures=figures)
+    failures = canaries.failures if verdict.passed else (verdict.reason, *canaries.failures)
+    return replace(verdict, passed=False, reason="; ".join(failures), figures=figures)
+
+
+def _judge_held_out(
+    store: PoolStore,
+    config: Config,
+    rivals: Mapping[str, Serving],
+    queries: Sequence[Memory],
+    relevance: Relevance,
+) -> GateResult:
+    current, following, best = rivals["current"], rivals["next"], rivals.get("best")
     chosen = choose_queries(
         [query for query in queries if query.pool in following.shards],
         config.gate.max_queries,
@@ -79,7 +103,34 @@ def run_gate(
         "generations": {name: rival.number for name, rival in rivals.items() if name != "next"},
         "without_relevant": len(chosen) - verdict.queries,
     }
-    return replace(verdict, figures=figures, best=None if is_best else champion.number)
+    shown = [query for query in chosen if query.id in top][: config.wandb.samples]
+    return replace(
+        verdict,
+        figures=figures,
+        best=None if is_best else champion.number,
+        samples=_samples(store, shown, {name: runs[name] for name in ("current", "next")}, gains),
+    )
+
+
+def _samples(
+    store: PoolStore,
+    queries: Sequence[Memory],
+    runs: Mapping[str, Runs],
+    gains: Mapping[str, Mapping[str, float]],
+) -> tuple[Sample, ...]:
+    """The first memories that each retriever found for some questions."""
+    wanted = {id for run in runs.values() for query in queries for id in run[query.id][:_SHOWN]}
+    found = store.get_many(list(wanted))
+    return tuple(
+        Sample(
+            query.prompt, name, rank, memory_text(found[id].prompt, found[id].answer),
+            gains[query.id][id],
+        )
+        for query in queries
+        for name, run in runs.items()
+        for rank, id in enumerate(run[query.id][:_SHOWN], 1)
+        if id in found and id in gains[query.id]
+    )  # fmt: skip
 
 
 def gate_built(
@@ -118,7 +169,7 @@ def gate_built(
             except (NoGeneration, DamagedGeneration) as error:
                 log(f"the gate can't compare with the best so far: {error}")
         following = Serving.of_built(encoder, built, store)
-        if queries:
+        if queries or config.gate.canaries is not None:
             for rival in (current, following, champion):
                 if rival is not None:
                     rival.catch_up(store)
@@ -191,7 +242,7 @@ def _gains(
     for query in track(queries, "gate: judging"):
         union = sorted({id for run in runs.values() for id in run[query.id]})
         living = store.get_many(union)
-        candidates = [living[id] for id in union if id in living]
+        candidates = [living[id] for id in union if id in living and not living[id].held]
         names.append((query.id, [memory.id for memory in candidates]))
         found = relevance(query, candidates)
         if inspect.isawaitable(found):

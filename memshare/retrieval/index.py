@@ -162,7 +162,7 @@ class FlatIndex:
         """Few masked rows: search past them, wider until k are found. Many: gather the others."""
         total, enough = len(self), min(k, count)
         wide = min(total, enough * total // count + _WIDEN)
-        while 2 * count >= total and wide <= max(_WIDEST, 4 * enough):
+        while 4 * count >= total and wide <= max(_WIDEST, 4 * enough):
             similarities, rows = self._search_all(queries, wide)
             good = allowed[rows]  # wide <= total, so no row is padding
             if wide == total or int(good.sum(axis=1).min()) >= enough:
@@ -171,7 +171,7 @@ class FlatIndex:
                 found[0][:, :enough] = np.take_along_axis(similarities, first, axis=1)
                 found[1][:, :enough] = np.take_along_axis(rows, first, axis=1)
                 return found
-            wide = min(total, 4 * wide)
+            wide = min(total, 8 * wide)
         return self._scan(queries, np.flatnonzero(allowed), k)
 
     def _measure(self, start: int) -> None:

@@ -15,8 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from memshare.config import Config
@@ -46,7 +45,6 @@ from memshare.retrieval.worker import SearcherClosed, Worker
 _CLOSE = 64  # changes that may be left for when the feeder pauses
 _ROUNDS = 10  # of catching up before that, should writes come faster than they are encoded
 _NICENESS = 10  # of the loading thread: about a tenth of a core that others want, too
-_TURN_SECONDS = 0.0005  # of the interpreter lock while a generation is loaded, else 0.005
 _SETUP_ERRORS = (EncoderError, IndexFault, GpuFault)  # at the first load: a wrong configuration
 
 
@@ -122,12 +120,8 @@ class Loader:
         stamp = current_stamp(self._root, self._name)
         # Numbers only: a reference to the old `Serving` would keep its memory through the swap.
         number = None if self._worker.serving is None else self._worker.serving.number
-        if number is None or stamp != self._seen:
-            with _short_turns():
-                self._replace(number, stamp)
-
-    def _replace(self, number: int | None, stamp: Stamp) -> None:
-        """Bring in what CURRENT, written at ``stamp``, names; ``number`` serves (None: nothing)."""
+        if number is not None and stamp == self._seen:
+            return
         began = time.perf_counter()
         if number is None:
             following, choice = self._first()
@@ -261,21 +255,6 @@ class Loader:
             pool: shard.position - following.shards[pool].position
             for pool, shard in old.shards.items()
         }
-
-
-@contextmanager
-def _short_turns() -> Iterator[None]:
-    """Inside, whoever waits for the interpreter gets it sooner.
-
-    A batch of searches gives it up and takes it again for every operation on tensors. Beside a
-    thread that runs Python, as loading does, it waits a full turn each time.
-    """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, _TURN_SECONDS))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 def _step_aside() -> None:

@@ -8,6 +8,7 @@ generation that nobody serves yet, afterwards the new one.
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -208,3 +209,12 @@ def _explain(home: Path, error: Exception, needed: int) -> PublishError:
         f"{home}: nothing was published, {what}; about {needed} bytes are needed, {free} are free"
         + ("; free some space or lower retriever.keep" if full else "")
     )
+
+
+def record_rejection(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Append what the gate found of a generation that it refused to ``path``, durably."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(metrics, ensure_ascii=False) + "\n")
+        handle.flush()
+    fsync_dir(path.parent)

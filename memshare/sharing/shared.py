@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -25,17 +25,16 @@ from memshare.llm.agent import Agent, AgentAnswer
 from memshare.llm.base import LLM, LLMError, LLMUnavailable
 from memshare.llm.rubric import load_rubric
 from memshare.llm.scorer import Scorer
-from memshare.pool.errors import InvalidMemory, PoolError
-from memshare.pool.queue import Job, PairQueue
+from memshare.pool.errors import PoolError
+from memshare.pool.queue import Job
 from memshare.pool.store import PoolStore
 from memshare.pool.uses import UseCounter, UseCounts
-from memshare.pool.validate import check_memory
 from memshare.progress import log
-from memshare.records import AppendResult, Memory, NewMemory, Pair, PoolInfo, normalise
+from memshare.records import Memory, Pair, PoolInfo, normalise
 from memshare.retrieval.searcher import Filter, Searcher, SearchTimeout
 from memshare.sharing import turn as ends
-from memshare.sharing.near import NearDuplicates
-from memshare.sharing.turn import Decision, Retrieved, Turn, prompt_hash
+from memshare.sharing.turn import Decision, Retrieved, Turn
+from memshare.sharing.writer import Writer
 
 T = TypeVar("T")
 _tracer = trace.get_tracer("memshare")
@@ -75,7 +74,7 @@ class SharedMemory:
         self._writes = ThreadPoolExecutor(threads, thread_name_prefix="shared-write")
         self._rubrics: dict[str, str] = {}
         self._known: set[str] = set()
-        self._near = NearDuplicates(store, searcher, config)
+        self.writer = Writer(store, searcher, config, self.stage)
         self._uses = UseCounter(UseCounts(store.database))
         self._flusher: asyncio.Task[None] | None = None
 
@@ -136,14 +135,18 @@ class SharedMemory:
     ) -> Retrieved:
         own = normalise(question)
         wanted = k
+        share = self.config.retriever.max_principal_share
+        if share < 1.0 and (filter is None or filter.agent is None):
+            filter = replace(filter or Filter(), max_per_agent=max(1, int(share * k + 1e-9)))
         while True:
             found = await self.searcher.asearch(pool, question, wanted, filter)
             texts = await self.read(self.store.get_many, [hit.id for hit in found.hits])
             kept = [
                 (texts[hit.id], hit.similarity)
                 for hit in found.hits
-                # A memory deleted between the two calls is gone from the store already.
+                # It may have been deleted or put on hold between the two calls.
                 if hit.id in texts
+                and not texts[hit.id].held
                 and not (exclude_copies and normalise(texts[hit.id].prompt) == own)
             ][:k]
             if len(kept) == k or len(found.hits) < wanted:
@@ -170,7 +173,7 @@ class SharedMemory:
         `ClaimLost`, and `LLMUnavailable` with nothing decided if the scorer can't be reached.
         """
         info = await self.read(self.store.pool, pair.pool)
-        decision = self.hopeless(pair) or await self._grade(pair, info)
+        decision = self.writer.hopeless(pair) or await self._grade(pair, info)
         return await self.settle(pair, decision, job)
 
     async def _grade(self, pair: Pair, info: PoolInfo) -> Decision:
@@ -192,45 +195,9 @@ class SharedMemory:
     async def settle(self, pair: Pair, decision: Decision, job: Job | None = None) -> Decision:
         """Carry a decision out: one transaction stores the pair if it is to be stored, puts the
         decision on the pool's record and takes ``job`` out of the queue. Returns what it came to;
-        a stored pair can be searched for by then (see `append_visible`).
+        a stored pair can be searched for by then (see `Writer.append_visible`).
         """
-        return await self.write(self._settle, pair, decision, job)
-
-    def _settle(self, pair: Pair, decision: Decision, job: Job | None) -> Decision:
-        if decision.status != "stored":
-            return self._decide(pair, decision, [], job)
-        limit = self.config.gateway.max_text_chars
-        memory = check_memory(self._memory(pair, decision.score), limit)
-        with self.stage("store"), self._near.place(memory) as place:
-            if place.new is None:
-                assert place.twin is not None
-                return self._decide(pair, _near_duplicate(decision, place.twin), [], job)
-            decision = self._decide(pair, decision, [place.new], job)
-            earlier = None
-            if decision.status == "stored":
-                assert decision.memory_id is not None
-                earlier = self._near.confirm(place, decision.memory_id)
-            # On record it stays stored, as it was, until the change log says deleted.
-            return decision if earlier is None else _near_duplicate(decision, earlier)
-
-    def _decide(
-        self, pair: Pair, decision: Decision, new: list[NewMemory], job: Job | None
-    ) -> Decision:
-        with self.store.database.write() as connection:
-            results = self.store.append_in(connection, new)
-            for result in results:
-                decision = replace(decision, memory_id=result.id)
-                if result.status == "duplicate":
-                    decision = replace(decision, status="duplicate", reason=ends.DUPLICATE)
-            self.store.record_in(
-                connection, pair.pool, decision.reason, prompt_hash(pair.prompt), decision.score,
-                pair.agent, decision.memory_id,
-            )  # fmt: skip
-            if job:
-                PairQueue.finish(connection, job)
-        if new:
-            self._wait_visible(new, results)
-        return decision
+        return await self.write(self.writer.settle, pair, decision, job)
 
     async def turn(
         self,
@@ -249,7 +216,7 @@ class SharedMemory:
         if shots:
             retrieved = await self.retrieve(pool, question, shots, exclude_copies=exclude_copies)
         answer = await self.answer(question, retrieved, seed)
-        pair = self.pair(pool, question, answer, agent, metadata)
+        pair = self.pair(pool, question, answer, retrieved.memories, agent, metadata)
         return Turn(retrieved, answer, await self.grade_and_store(pair))
 
     def pair(
@@ -257,59 +224,23 @@ class SharedMemory:
         pool: str,
         question: str,
         answer: AgentAnswer,
+        shown: Iterable[Memory] = (),
         agent: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Pair:
-        """The agent's answer as a pair to grade."""
+        """The agent's answer, with ``shown`` in its prompt, as a pair to grade."""
         completion = answer.completion
+        text = completion.text.strip()
         return Pair(
             pool,
             question,
-            completion.text.strip(),
+            text,
             completion.finish_reason,
             agent,
             self.agent.llm.model,
             metadata or {},
+            self.writer.guard.copied(text, [item for item in shown if item.id in answer.used]),
         )
-
-    def append_visible(self, memories: list[NewMemory]) -> list[AppendResult]:
-        """Blocking: append, and wait until the memories can be searched for.
-
-        A pool that this retriever doesn't serve is only stored into. Where a pool's near-duplicates
-        are watched for, memories are stored one by one. Raises `SearchTimeout` with everything
-        stored; appending again is harmless.
-        """
-        with self.stage("store"):
-            if any(self._near.watches(memory.pool) for memory in memories):
-                return [self._append_placed(memory) for memory in memories]
-            return self._append(memories)
-
-    def _append_placed(self, memory: NewMemory) -> AppendResult:
-        with self._near.place(memory) as place:
-            earlier = place.twin
-            if place.new is not None:
-                result = self._append([place.new])[0]
-                earlier = (
-                    self._near.confirm(place, result.id) if result.status == "stored" else None
-                )
-                if earlier is None:
-                    return result
-            assert earlier is not None
-            return AppendResult(earlier.id, "duplicate", earlier.seq)
-
-    def _append(self, memories: list[NewMemory]) -> list[AppendResult]:
-        results = self.store.append(memories)
-        self._wait_visible(memories, results)
-        return results
-
-    def _wait_visible(self, memories: list[NewMemory], results: list[AppendResult]) -> None:
-        for pool in {memory.pool for memory in memories} & set(self.config.served_pools):
-            seqs = [
-                result.seq
-                for memory, result in zip(memories, results, strict=True)
-                if memory.pool == pool
-            ]
-            self.searcher.wait_visible(pool, max(seqs), self.config.gateway.visible_timeout_seconds)
 
     async def start(self) -> None:
         """Load encoder and generation; when this returns, memories can be searched for.
@@ -333,6 +264,7 @@ class SharedMemory:
     async def _flush_now(self) -> None:
         try:
             await self.write(self._uses.flush)
+            await self.write(self.store.scrub)
         except PoolError as error:  # searches don't depend on it; the counts are kept
             log(f"uses of memories can't be counted now: {error}")
 
@@ -349,37 +281,10 @@ class SharedMemory:
         await asyncio.to_thread(self._reads.shutdown)
         await asyncio.to_thread(self.store.close)
 
-    def hopeless(self, pair: Pair) -> Decision | None:
-        """Why ``pair`` can't be stored whatever its grade; None if it can."""
-        if not pair.prompt.strip() or not pair.answer.strip():
-            return Decision("rejected", ends.EMPTY)
-        if pair.finish_reason == "length":
-            return Decision("rejected", ends.CUT_OFF)
-        try:
-            check_memory(self._memory(pair, None), self.config.gateway.max_text_chars)
-        except InvalidMemory as error:
-            return Decision("rejected", ends.INVALID, detail=str(error))
-        return None
-
-    def _memory(self, pair: Pair, score: float | None) -> NewMemory:
-        return NewMemory(
-            pair.pool,
-            pair.prompt,
-            pair.answer,
-            score=score,
-            agent=pair.agent,
-            model=pair.model,
-            metadata=pair.metadata,
-        )
-
     async def _rubric(self, info: PoolInfo) -> str:
         if info.rubric not in self._rubrics:
             self._rubrics[info.rubric] = await self.read(load_rubric, info.rubric)
         return self._rubrics[info.rubric]
-
-
-def _near_duplicate(decision: Decision, of: Memory) -> Decision:
-    return replace(decision, status="duplicate", reason=ends.NEAR_DUPLICATE, memory_id=of.id)
 
 
 async def _on(threads: ThreadPoolExecutor, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:

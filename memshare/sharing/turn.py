@@ -19,6 +19,8 @@ EMPTY = "empty"
 INVALID = "invalid"
 REFUSED = "refused by the scorer"
 FAILED = "scoring failed"
+HELD = "held"
+LIMIT = "beyond a limit of the pool"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Retrieved:
 class Decision:
     """What became of a pair, and why. ``detail`` may quote the scorer; ``reason`` is one of few."""
 
-    status: Literal["stored", "duplicate", "rejected"]
+    status: Literal["stored", "duplicate", "held", "rejected"]
     reason: str
     score: float | None = None
     memory_id: str | None = None

@@ -1,4 +1,4 @@
-"""``memshare slurm render|submit``."""
+"""``memshare slurm render|submit|ports``."""
 
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             "arguments", nargs=argparse.REMAINDER, metavar="...", help="the program's arguments"
         )
         action.set_defaults(func=_run)
+    ports = actions.add_parser("ports", help="options that put local LLM servers on free ports")
+    add_config_arguments(ports)
+    ports.set_defaults(func=_ports)
+
+
+def _ports(args: argparse.Namespace) -> int:
+    """One word a line, for the scripts of slurm/."""
+    from memshare.llm.plan import on_free_ports
+
+    for override in on_free_ports(load_config(args.config, args.overrides)):
+        print("--set", override, sep="\n")
+    return 0
 
 
 def _next_round(config: Config) -> int:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from memshare.config import Config, ConfigError
-from memshare.config.sections import NonNegativeInt, PositiveInt, Section
+from memshare.config.base import NonNegativeInt, PositiveInt, Section
 
 JOBS = ("train", "mine", "serve", "loop")
 PLACE = "# -- memshare slurm render puts cluster and arguments here --\n"

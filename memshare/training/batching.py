@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,52 +24,10 @@ from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.order import Ints, Order
 from memshare.training.select import Passage, Selected
+from memshare.training.token_table import TokenTable as TokenTable  # the steps' as well
 
-_TOKENISE_AT_ONCE = 8192
 _SMALLEST = 1 / 8  # of batch_tokens: what keeps a device busy
 _MUCH_SHORTER = 0.85  # of a micro-batch's longest text
-
-
-class TokenTable:
-    """Token ids of distinct prefixed texts, made once: a ragged array of int32.
-
-    ``index`` maps a (prefix, text) pair to its row, ``lengths`` (rows,) are in tokens.
-    ``truncated`` counts the texts that were longer than the encoder's ``max_length``.
-    """
-
-    def __init__(self, texts: Iterable[tuple[str, str]], encoder: Encoder) -> None:
-        self.index: dict[tuple[str, str], int] = {}
-        by_prefix: dict[str, list[str]] = defaultdict(list)
-        for prefix, text in dict.fromkeys(texts):
-            by_prefix[prefix].append(text)
-        self.truncated = 0
-        pieces: list[npt.NDArray[np.int32]] = []
-        for prefix, some in by_prefix.items():
-            for start in range(0, len(some), _TOKENISE_AT_ONCE):
-                block = some[start : start + _TOKENISE_AT_ONCE]
-                rows = encoder.tokenize_to_ids(block, prefix)
-                full = [i for i, row in enumerate(rows) if len(row) >= encoder.max_length]
-                self.truncated += _longer(encoder, [prefix + block[i] for i in full])
-                for text, row in zip(block, rows, strict=True):
-                    self.index[prefix, text] = len(pieces)
-                    pieces.append(np.array(row, dtype=np.int32))
-        self.lengths: Ints = np.array([len(piece) for piece in pieces], dtype=np.int64)
-        self._offsets: Ints = np.concatenate(([0], np.cumsum(self.lengths)))
-        self._tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-
-    def rows(self, which: Ints) -> list[list[int]]:
-        """The token ids of some rows, as `Encoder.collate` takes them."""
-        ends = self._offsets
-        return [self._tokens[ends[row] : ends[row + 1]].tolist() for row in which.tolist()]
-
-
-def _longer(encoder: Encoder, texts: list[str]) -> int:
-    """How many of ``texts`` have more tokens than the encoder takes."""
-    if not texts:
-        return 0
-    # `verbose` would warn of what is counted here.
-    whole = encoder.tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
-    return sum(len(row) > encoder.max_length for row in whole)
 
 
 @dataclass(frozen=True)
@@ -154,9 +112,11 @@ class Batches:
     @property
     def doc_rows(self) -> Ints:
         """Rows of the token table that are any query's positives or negatives, in order."""
-        prefix = self._prefixes[1]
-        passages = {p.text for item in self.items for p in (*item.positives, *item.negatives)}
-        return np.array(sorted(self.table.index[prefix, text] for text in passages), np.int64)
+        docs = np.zeros(len(self.table.lengths), dtype=bool)
+        for item in self.items:
+            for passage in (*item.positives, *item.negatives):
+                docs[self.table.row(self._prefixes[1], passage.text)] = True
+        return np.flatnonzero(docs).astype(np.int64)
 
     def _texts(self) -> Iterator[tuple[str, str]]:
         query_prefix, memory_prefix = self._prefixes
@@ -205,10 +165,10 @@ class Batches:
         logliks: list[tuple[float, float, float]] = []
         rows: list[int] = []
         for row, item in enumerate(items):
-            at = self.table.index[query_prefix, item.query]
+            at = self.table.row(query_prefix, item.query)
             rows.append(queries.setdefault(at, len(queries)))
             for passage in (*drawn[row], *item.negatives):
-                at = self.table.index[memory_prefix, passage.text]
+                at = self.table.row(memory_prefix, passage.text)
                 column = docs.setdefault(at, len(docs))
                 if column == len(doc_answers):
                     doc_answers.append(numbers.setdefault(passage.answer, len(numbers)))
@@ -265,4 +225,18 @@ def cut(lengths: Ints, batch_tokens: int) -> list[slice]:
         ):
             slices.append(slice(start, end))
             start = end
+    return slices
+
+
+def cut_packed(lengths: Ints, batch_tokens: int) -> list[slice]:
+    """Cut texts into micro-batches of at most ``batch_tokens`` tokens; a longer one is alone."""
+    slices: list[slice] = []
+    start = tokens = 0
+    for end, length in enumerate(lengths.tolist()):
+        if end > start and tokens + length > batch_tokens:
+            slices.append(slice(start, end))
+            start, tokens = end, 0
+        tokens += length
+    if len(lengths):
+        slices.append(slice(start, len(lengths)))
     return slices

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from memshare.files import fsync_dir, sha256_file, write_json
 from memshare.progress import log
-from memshare.training.optimizer import load_state_tensors, state_tensors
+from memshare.training.optimizer import like, load_state_tensors, state_tensors
 
 KEEP = 2  # a damaged one leaves the one before
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -104,18 +104,24 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     best: Mapping[str, Tensor] | None = None,
+    *,
+    writes: bool = True,
 ) -> Path:
     """Write a checkpoint and prune all but the last `KEEP`. Raises `CheckpointError`.
 
-    ``best``: the weights of the step that ``state.best`` names.
+    ``best``: the weights of the step that ``state.best`` names. Every process must call this, since
+    the optimizer's state may be divided over them; the main one ``writes``.
     """
     final = root / f"step-{state.step:08d}"
+    moments = state_tensors(optimizer)
+    if not writes:
+        return final
     temporary = root / f".{final.name}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(trainable(model), temporary / "model.safetensors")
-        moments = {k: v.cpu().contiguous() for k, v in state_tensors(optimizer, model).items()}
+        moments = {key: value.cpu().contiguous() for key, value in moments.items()}
         save_file(moments, temporary / "optimizer.safetensors")
         if best:
             save_file(dict(best), temporary / _BEST)
@@ -203,7 +209,7 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         raise CheckpointError("these are other weights than this encoder's")
     with torch.no_grad():
         for name, param in params.items():
-            param.copy_(weights[name])
+            param.copy_(like(weights[name], param))
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -212,4 +218,4 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         put_weights(model, load_file(folder / "model.safetensors"))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}; start afresh") from error
-    load_state_tensors(optimizer, model, load_file(folder / "optimizer.safetensors"))
+    load_state_tensors(optimizer, load_file(folder / "optimizer.safetensors"))

@@ -29,15 +29,27 @@ _TAIL_LINES = 30
 
 
 class ChildFailed(RuntimeError):
-    """A child ended with an error; the message holds the end of its log."""
+    """A child ended with an error; the message holds the end of its log.
+
+    ``code`` is its exit code, None where it left nothing behind though it said that it was done.
+    """
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Stopped(RuntimeError):
     """A signal asked the loop to stop while a child ran; the child was stopped first."""
 
 
-def accelerate_command(config: ContinualConfig) -> list[str]:
-    """The start of an ``accelerate launch`` command line, up to the program."""
+def accelerate_command(config: ContinualConfig, *, always: bool = True) -> list[str]:
+    """The start of an ``accelerate launch`` command line, up to the program.
+
+    Without ``always``, one process that needs none of accelerate's settings is Python's alone.
+    """
+    if not always and config.num_processes == 1 and config.accelerate_config is None:
+        return [sys.executable]
     import torch
 
     command = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -47,9 +59,11 @@ def accelerate_command(config: ContinualConfig) -> list[str]:
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     threads = max(1, len(os.sched_getaffinity(0)) // config.num_processes)
     command += ["--num_cpu_threads_per_process", str(threads)]
-    command += [] if torch.cuda.is_available() else ["--cpu"]
-    # Port 0: a free one, since others may train on this machine.
-    return command if config.num_processes == 1 else [*command, "--main_process_port", "0"]
+    if config.num_processes == 1:
+        return command if torch.cuda.is_available() else [*command, "--cpu"]
+    # With --cpu, accelerate would start one process, whatever their number; the programs find out
+    # themselves that there is no GPU. Port 0: a free one, since others may train on this machine.
+    return [*command, "--multi_gpu", "--main_process_port", "0"]
 
 
 def run_child(
@@ -83,7 +97,8 @@ def run_child(
         lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
         raise ChildFailed(
             f"{' '.join(command)}\nended with code {child.returncode}; the end of {log_file}:\n"
-            + "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:])
+            + "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:]),
+            child.returncode,
         )
 
 

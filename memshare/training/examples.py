@@ -59,9 +59,10 @@ class ExamplesError(RuntimeError):
     """A folder of examples is unfinished, damaged or not one; the message names the file."""
 
 
-def round_dir(examples_dir: Path, number: int) -> Path:
-    """Where round ``number`` (1, 2, ...) keeps its examples."""
-    return examples_dir / f"{number:06d}"
+def round_dir(examples_dir: Path, number: int, iteration: int = 1) -> Path:
+    """Where an iteration (1, 2, ...) of round ``number`` (1, 2, ...) keeps its examples."""
+    folder = examples_dir / f"{number:06d}"
+    return folder if iteration == 1 else folder / f"iteration-{iteration}"
 
 
 def round_dirs(examples_dir: Path) -> list[Path]:
@@ -95,10 +96,10 @@ def _read_table(path: Path) -> pa.Table:
     try:
         table = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
-        folder = path.parent.parent if path.parent.name == HELD_OUT else path.parent
+        inside = next((folder for folder in path.parents if folder.name.isdecimal()), path.parent)
         raise ExamplesError(
             f"{path}: damaged or unreadable ({error}); delete it and run train/mine.py "
-            f"--round {folder.name}"
+            f"--round {inside.name}"
         ) from error
     if not table.schema.equals(FEATURES.arrow_schema):
         raise ExamplesError(f"{path}: not a shard of training examples (its columns differ)")
@@ -170,15 +171,15 @@ def read_examples(folder: Path, shards: int | None = None) -> Iterator[Example]:
         yield from read_shard(path)
 
 
-def read_training(folders: Sequence[Path]) -> list[Example]:
-    """The examples of several rounds; a query that was mined again since counts once, as it is now.
+def read_training(folders: Sequence[Path]) -> Iterator[Example]:
+    """The examples of several rounds, one shard in memory at a time.
 
     Raises `ExamplesError`, also for held-out examples: nothing is ever trained on them.
     """
     for folder in folders:
         if folder.resolve().name == HELD_OUT:
             raise ExamplesError(f"{folder}: held-out examples, which are never trained on")
-    return list({item.query_id: item for item in chain(*map(read_examples, folders))}.values())
+    return chain.from_iterable(map(read_examples, folders))
 
 
 def erase(examples_dir: Path, memory_ids: Collection[str]) -> int:

@@ -9,7 +9,9 @@ with the loss divided by the global batch, that is the one-process gradient.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,8 +19,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from memshare.config import ConfigError
+from memshare.training.allocator import keep_freed_memory
 from memshare.training.order import Ints
 
+if TYPE_CHECKING:
+    from memshare.training.sharding import Divided
+
+T = TypeVar("T")
 _BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32 at a time
 
 
@@ -29,14 +36,31 @@ class DifferentData(RuntimeError):
 def launch() -> Accelerator:
     """Join the processes that ``accelerate launch`` started; on the CPU where there is no GPU.
 
+    What is set for a process that trains and does nothing else is set here.
+
     Raises `ConfigError` for what accelerate offers and this trainer does not do.
     """
+    wants_fsdp()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    if accelerator.distributed_type.value not in {"NO", "MULTI_GPU", "MULTI_CPU"}:
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    if accelerator.distributed_type.value not in {"NO", "MULTI_GPU", "MULTI_CPU", "FSDP"}:
         raise ConfigError(f"accelerate: {accelerator.distributed_type.value} is not supported")
     if accelerator.mixed_precision not in {"no", "bf16"}:
         raise ConfigError("accelerate: mixed_precision must be no or bf16")
     return accelerator
+
+
+def wants_fsdp() -> bool:
+    """Whether accelerate's configuration says FSDP; on CPUs, accelerate itself forgets it.
+
+    Raises `ConfigError` for its version 1.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in {"1", "true"}:
+        return False
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("accelerate: fsdp_config.fsdp_version must be 2")
+    return True
 
 
 class World:
@@ -48,6 +72,7 @@ class World:
         self.size = dist.get_world_size() if grouped else 1
         self.rank = dist.get_rank() if grouped else 0
         self.device = device
+        self.divided: Divided | None = None
 
     @property
     def main(self) -> bool:
@@ -83,9 +108,13 @@ class World:
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum ``.grad`` over all processes, in buckets.
 
-        A parameter that no process used keeps None, so that the optimizer leaves it alone.
+        A parameter that no process used keeps None, so that the optimizer leaves it alone. Where
+        they are `divided`, each process has its share of the sums afterwards.
         """
         if self.size == 1:
+            return
+        if self.divided is not None:
+            self.divided.sum_gradients()
             return
         params = list(parameters)
         used = torch.tensor([p.grad is not None for p in params], device=self.device).int()
@@ -130,6 +159,21 @@ class World:
                 f"processes {odd} see other {what} than process 0: give every process the same "
                 "files and settings (a shared file system, or equal copies)"
             )
+
+    def from_main(self, value: T) -> T:
+        """What process 0 gives, on every process; a plain Python object."""
+        held = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def to_main(self, value: T) -> list[T]:
+        """What every process gives, in order, on process 0; an empty list on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size if self.main else []
+        dist.gather_object(value, values if self.main else None, dst=0)
+        return [item for item in values if item is not None]
 
     def barrier(self) -> None:
         """Wait for all processes."""

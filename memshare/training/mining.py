@@ -43,10 +43,11 @@ from memshare.training.examples import (
     write_marker,
     write_shard,
 )
+from memshare.training.journal import Span
 from memshare.training.labels import Labeller, Share
-from memshare.training.proposals import PoolProposals, Proposal, Proposer
+from memshare.training.proposals import PoolProposals, Proposal, Proposer, disliked
 from memshare.training.relevance import judging
-from memshare.training.rounds import Span, new_ids
+from memshare.training.rounds import new_ids
 from memshare.training.split import Fate, kept_split
 
 PLAN = "plan.json"
@@ -64,15 +65,15 @@ class Shard:
 class Plan:
     """What a round mines; ``left_out`` counts new memories that are no queries, by reason.
 
-    ``proposer`` is the generation whose encoder proposes beside BM25 (0: the configured encoder);
-    None: BM25 alone. ``replayed`` counts the queries that are older than the round's spans.
-    ``held_out``: the shards of what only evaluates.
+    ``proposer`` is the generation whose encoder proposes beside BM25 (0: the configured encoder),
+    or the folder of one; None: BM25 alone. ``replayed`` counts the queries that are older than the
+    round's spans. ``held_out``: the shards of what only evaluates.
     """
 
     round: int
     spans: Mapping[str, Span]
     settings: Mapping[str, Any]
-    proposer: int | None
+    proposer: int | str | None
     left_out: Mapping[str, int]
     replayed: int
     shards: tuple[Shard, ...]
@@ -97,7 +98,7 @@ def plan_round(
     spans: Mapping[str, Span],
     fates: Mapping[str, Fate],
     folder: Path,
-    proposer: int | None,
+    proposer: int | str | None,
 ) -> Plan:
     """The plan of round ``number``, read back where it stands already.
 
@@ -117,19 +118,21 @@ def plan_round(
     left_out: dict[str, int] = defaultdict(int)
     replayed = 0
     for pool, span in spans.items():
-        ids = new_ids(store, pool, span)
+        ids, out = new_ids(store, pool, span), disliked(store, config, pool)
         alive = store.get_many(ids)
         queries = []
         for memory_id in ids:
             memory = alive.get(memory_id)
             if memory is None or memory.held:
                 left_out["deleted or on hold"] += 1
+            elif memory_id in out:
+                left_out["disliked"] += 1
             elif (fate := fates.get(memory_id)) != "train":
                 left_out["held out" if fate == "held_out" else "near both sides"] += 1
             else:
                 queries.append(memory_id)
         draw = random.Random(f"{config.run.seed}/{number}/{pool}")
-        earlier = _earlier(store, pool, span, fates, set(queries))
+        earlier = _earlier(store, pool, span, fates, out.union(queries))
         again = draw.sample(earlier, min(len(earlier), round(config.mining.replay * len(queries))))
         replayed += len(again)
         queries += again
@@ -174,15 +177,15 @@ def _held_out(
 
 
 def _earlier(
-    store: PoolStore, pool: str, span: Span, fates: Mapping[str, Fate], new: set[str]
+    store: PoolStore, pool: str, span: Span, fates: Mapping[str, Fate], out: frozenset[str]
 ) -> list[str]:
-    """Memories from before the round that may be its queries, in their order."""
+    """Memories from before the round that may be its queries, in their order, all but ``out``."""
     if span.since == 0:
         return []
     return [
         memory.id
         for memory in store.iter(pool, until_seq=span.since)
-        if fates.get(memory.id) == "train" and memory.id not in new
+        if fates.get(memory.id) == "train" and memory.id not in out
     ]
 
 
@@ -204,7 +207,7 @@ def read_plan(folder: Path) -> Plan:
 
 def _settings(config: Config) -> dict[str, Any]:
     """What must not change within a round."""
-    mining = config.mining.model_dump(mode="json")
+    mining = config.mining.model_dump(mode="json", exclude={"iterations"})
     if config.training.eval_every is None:
         mining["held_out_queries"] = 0
     llm = None if config.mining.labels in ("none", "given") else config.scorer_llm.model
@@ -275,7 +278,11 @@ async def _mine_shard(
     found = store.get_many([proposal.id for row in proposed for proposal in row])
     tasks = []
     for query, row in zip(queries, proposed, strict=True):
-        candidates = [(proposal, found[proposal.id]) for proposal in row if proposal.id in found]
+        candidates = [
+            (proposal, found[proposal.id])
+            for proposal in row
+            if proposal.id in found and not found[proposal.id].held
+        ]
         work = _example(query, candidates, config, number, labeller)
         tasks.append(asyncio.create_task(work))
     try:

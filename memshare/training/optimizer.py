@@ -7,18 +7,30 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from memshare.config import TrainingConfig
+
+_MOMENT = "/exp_avg"
+_LEAST_SHARE = 0.1  # of `training.lr`, so that a loop that runs for months still learns
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters; vectors (biases, norms) without weight decay."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [(n, p) for n, p in trainable if p.ndim > 1],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [(n, p) for n, p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=True)
+
+
+def round_lr(config: TrainingConfig, number: int) -> float:
+    """The peak learning rate of continual round ``number`` (1, 2, ...)."""
+    return config.lr * max(_LEAST_SHARE, config.round_lr_decay ** (number - 1))
 
 
 def lr_factor(
@@ -41,7 +53,7 @@ def update(optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> floa
     Nothing is changed where the norm is not finite. The gradients are gone afterwards.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
+    norm = float(whole(nn.utils.clip_grad_norm_(parameters, max_norm)))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -50,21 +62,60 @@ def update(optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> floa
     return norm
 
 
-def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as ``parameter name/entry`` -> tensor; all of AdamW's are tensors."""
+def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``parameter name/entry`` -> tensor; all of AdamW's are tensors.
+
+    Where it is divided over processes, all of them must ask, and each gets all of it.
+    """
     return {
-        f"{name}/{entry}": value.detach()
-        for name, param in model.named_parameters()
+        f"{name}/{entry}": whole(value.detach())
+        for name, param in _named(optimizer).items()
         for entry, value in optimizer.state.get(param, {}).items()
     }
 
 
-def load_state_tensors(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
-) -> None:
+def warm_start(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> int:
+    """Take over what `state_tensors` gave of an earlier run, for parameters that are the same.
+
+    The same are those of equal name and shape; all others start without a past. Returns how many
+    there were.
+    """
+    shapes = {name: param.shape for name, param in _named(optimizer).items()}
+    moments = {
+        key.removesuffix(_MOMENT): t.shape for key, t in tensors.items() if key.endswith(_MOMENT)
+    }
+    same = {name for name, shape in moments.items() if shapes.get(name) == shape}
+    kept = {key: value for key, value in tensors.items() if key.rpartition("/")[0] in same}
+    load_state_tensors(optimizer, kept)
+    return len(same)
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back what `state_tensors` gave. Raises `KeyError` for a parameter that is not there."""
-    params = dict(model.named_parameters())
+    params = _named(optimizer)
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         param = params[name]
-        optimizer.state[param][entry] = value.to(param.device)
+        optimizer.state[param][entry] = like(value, param) if value.ndim else value.to(param.device)
+
+
+def like(value: Tensor, param: Tensor) -> Tensor:
+    """``value``, which every process has whole, where and as ``param`` is: whole, or its share."""
+    value = value.to(param.device)
+    if not isinstance(param, DTensor):
+        return value
+    return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor of which this process may have a share; then all processes must ask."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _named(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters by name: those that it updates, which may be shares of the model's."""
+    return {
+        name: param
+        for group in optimizer.param_groups
+        for name, param in zip(group["param_names"], group["params"], strict=True)
+    }

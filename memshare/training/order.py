@@ -8,6 +8,7 @@ principal a batch may hold keeps a busy or hostile agent from steering the encod
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -37,11 +38,16 @@ class Order:
         self._seed = seed
         self._limit = max(1, int(max_principal_share * global_batch))
         self._capped = max_principal_share < 1.0
-        # Unknown principals are nobody: each is a principal of its own.
-        self._principals = [item.principal or f"\x00{number}" for number, item in enumerate(items)]
-        pools: dict[str, list[int]] = defaultdict(list)
+        self._principals = array("q")  # numbers of them
+        numbers: dict[str, int] = {}
+        pools: dict[str, array[int]] = defaultdict(lambda: array("q"))
         for index, item in enumerate(items):
             pools[item.pool].append(index)
+            # Unknown principals are nobody: each is a principal of its own.
+            known = (
+                numbers.setdefault(item.principal, len(numbers)) if item.principal else -1 - index
+            )
+            self._principals.append(known)
         self._pools = {pool: np.array(pools[pool], dtype=np.int64) for pool in sorted(pools)}
         self._counts = self._shares(pool_temperature)
         self.steps_per_epoch = sum(self._counts.values())
@@ -86,7 +92,7 @@ class Order:
         if not self._capped:
             return list(np.array_split(members, count))
         # Dealt out principal by principal, each has at most ceil(its number / count) in a batch.
-        by_principal: dict[str, list[int]] = defaultdict(list)
+        by_principal: dict[int, list[int]] = defaultdict(list)
         for member in members.tolist():
             by_principal[self._principals[member]].append(member)
         dealt = [m for group in by_principal.values() for m in group[: self._limit * count]]

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from memshare.config import Config
+from memshare.pool.feedback import Feedback
 from memshare.pool.store import PoolStore
 from memshare.records import Memory, normalise
 from memshare.retrieval.bm25 import BM25
@@ -38,20 +39,30 @@ class Proposal:
 
 @dataclass(frozen=True, eq=False)
 class Proposer:
-    """The encoder that proposes, and the generation it is from (None: the configured encoder)."""
+    """The encoder that proposes, and the generation it is from, if it is from one.
+
+    ``name``: the generation's number, the folder of an encoder that is in none, or `FROZEN` for the
+    configured one.
+    """
 
     encoder: Encoder
     generation: Generation | None
+    name: int | str
 
-    @property
-    def number(self) -> int:
-        """The generation's number, `FROZEN` for the configured encoder."""
-        return FROZEN if self.generation is None else self.generation.number
+
+def disliked(store: PoolStore, config: Config, pool: str) -> frozenset[str]:
+    """Memories of ``pool`` whose standing is below ``mining.min_standing``.
+
+    They are neither queries nor candidates, so that none is ever a positive.
+    """
+    floor = config.mining.min_standing
+    standings = Feedback(store.database).of_pool(pool)
+    return frozenset(id for id, standing in standings.items() if standing.value < floor)
 
 
 @contextmanager
-def open_proposer(config: Config, number: int | None) -> Iterator[Proposer | None]:
-    """Generation ``number`` (None: the one that serves); None where vectors propose nothing.
+def open_proposer(config: Config, name: int | str | None) -> Iterator[Proposer | None]:
+    """The proposer of this `Proposer.name` (None: what serves); None where vectors propose nothing.
 
     That is so without ``mining.dense_candidates``, and with ``labels: none``: nothing would tell
     whether the nearest memories are useful, and most of them are. Raises `GenerationError`.
@@ -60,23 +71,26 @@ def open_proposer(config: Config, number: int | None) -> Iterator[Proposer | Non
     if mining.dense_candidates == 0 or mining.labels == "none":
         yield None
         return
-    root, name, device = config.generations_dir, config.retriever.name, config.encoder.device
+    if isinstance(name, str):
+        yield Proposer(Encoder.load(config.encoder.model_copy(update={"model": name})), None, name)
+        return
+    root, retriever, device = config.generations_dir, config.retriever.name, config.encoder.device
     generation = None
-    if number is None:
-        generation = load_current(root, name, device)
-    elif number != FROZEN:
-        generation = load(root, name, number, device)
+    if name is None:
+        generation = load_current(root, retriever, device)
+    elif name != FROZEN:
+        generation = load(root, retriever, name, device)
     if generation is None:
-        yield Proposer(Encoder.load(config.encoder), None)
+        yield Proposer(Encoder.load(config.encoder), None, FROZEN)
         return
     try:
-        yield Proposer(generation.encoder, generation)
+        yield Proposer(generation.encoder, generation, generation.number)
     finally:
         generation.close()
 
 
 class PoolProposals:
-    """One pool's possible candidates: all but the held-out, up to a position of its log."""
+    """One pool's possible candidates: all but the held-out and disliked, up to a position."""
 
     def __init__(
         self,
@@ -90,10 +104,11 @@ class PoolProposals:
         """Reads the pool; encodes what the proposer's generation lacks."""
         self.pool = pool
         self._counts = config.mining.candidates, config.mining.dense_candidates
+        out = disliked(store, config, pool)
         memories = [
             memory
             for memory in store.iter(pool, until_seq=until)
-            if fates.get(memory.id) != "held_out"
+            if fates.get(memory.id) != "held_out" and memory.id not in out
         ]
         self._ids = [memory.id for memory in memories]
         self._copies: dict[str, set[str]] = defaultdict(set)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from memshare.config import TrainingConfig
@@ -22,6 +23,7 @@ from memshare.training.checkpoint import (
     restore,
 )
 from memshare.training.gather import World
+from memshare.training.optimizer import warm_start
 
 FREE = {"log_every", "checkpoint_every"}  # they do not change what is trained
 
@@ -76,22 +78,36 @@ def resume(
     *,
     how: Literal["auto", "must", "never"],
     allow_change: bool,
+    warm: str | None = None,
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """Go on from the last intact checkpoint in ``root`` where there is one, else from ``start``.
+
+    A run that starts takes its optimizer's state from the last checkpoint of the training
+    ``warm`` (its output folder), as far as there is one.
 
     ``how``: there ``must`` be one, or it is ``never`` used. Later checkpoints, which are damaged or
     of a run that is started afresh, are deleted. Returns the state and, on the main process, the
     best step's weights. Raises `CheckpointError` and `DifferentData`.
     """
-    found = None
+    found, past = None, None
     if how != "never":
         found = find(root, start.settings, must=how == "must", allow_change=allow_change)
-    world.check_same(str(found and found[0]), "checkpoints")
+    if warm and not found:
+        past = latest_intact(Path(warm) / "checkpoints")
+    world.check_same(f"{found and found[0]} {past}", "checkpoints")
     state, best = start, dict[str, Tensor]()
     if found:
         folder, state = found
         restore(folder, model, optimizer)
         best = best_weights(folder, state) if world.main else {}
+    elif past:
+        known = warm_start(optimizer, load_file(past / "optimizer.safetensors"))
+        if world.main:
+            log(f"the optimizer goes on from {past}, with the state of {known} parameters")
+    elif warm and world.main:
+        log(f"{warm}: no intact checkpoint, so the optimizer starts without a past")
+    if world.divided is not None:
+        world.divided.follow(optimizer)  # from here on, weights are whole between two steps
     if world.main:
         if found:
             log(f"continuing from {found[0]}: {state.step} steps are done")

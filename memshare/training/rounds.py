@@ -1,9 +1,7 @@
-"""The journal of continual training: which round is under way, and which step of it is next.
+"""What a round of continual training reads and leaves: spans of the change log, and its folders.
 
-``continual.json`` in the run folder is written atomically after every step, so that a loop killed
-at any point goes on from the step that was not finished. Each step finds out by itself what it has
-done already: mining skips finished shards, training resumes from its checkpoint, indexing
-recognises the generation that it published.
+A round covers what came since the one before (`open_spans`), or since mining by hand. Its examples
+are in ``examples/<round>``, its training in ``training/<round>``.
 """
 
 from __future__ import annotations
@@ -12,104 +10,17 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
 
+from memshare.config import Config
 from memshare.files import write_json
 from memshare.pool.store import PoolStore
+from memshare.retrieval.generation import current
+from memshare.retrieval.manifest import folder_name
 from memshare.training.examples import ExamplesError, erase, read_marker, round_dir, round_dirs
+from memshare.training.journal import Journal, Round, Span, read_spans
 
-Step = Literal["mine", "train", "index", "done"]
-STEPS: tuple[Step, ...] = ("mine", "train", "index", "done")
 _PAGE = 10_000
-
-
-class JournalError(RuntimeError):
-    """The journal of continual training can't be read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Changes of one pool's log with ``since < seq <= until``."""
-
-    since: int
-    until: int
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One round of continual training; ``step`` is the one to do next.
-
-    ``encoder``: the folder or name that training starts from. ``outcome``: published, rejected or
-    empty, once done. ``results``: what each finished step reported.
-    """
-
-    number: int
-    spans: Mapping[str, Span]
-    encoder: str
-    step: Step = "mine"
-    outcome: str | None = None
-    results: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Journal:
-    """Every round so far, oldest first; at most the last one is unfinished."""
-
-    rounds: tuple[Round, ...] = ()
-
-    @property
-    def open_round(self) -> Round | None:
-        """The round under way, None between two rounds."""
-        return self.rounds[-1] if self.rounds and self.rounds[-1].step != "done" else None
-
-    @property
-    def positions(self) -> dict[str, int]:
-        """Where each pool's next span begins."""
-        return {name: span.until for item in self.rounds for name, span in item.spans.items()}
-
-    def begin(self, number: int, spans: Mapping[str, Span], encoder: str) -> Journal:
-        """Round ``number`` over ``spans``; the one before must be done."""
-        if self.open_round is not None:
-            raise JournalError(f"round {self.open_round.number} is not done yet")
-        return Journal((*self.rounds, Round(number, dict(spans), encoder)))
-
-    def advance(self, result: Any, *, outcome: str | None = None) -> Journal:
-        """The current step is finished; ``outcome`` ends the round, whatever steps are left."""
-        now = self.open_round
-        if now is None:
-            raise JournalError("no round is under way")
-        step: Step = "done" if outcome else STEPS[STEPS.index(now.step) + 1]
-        results = {**now.results, now.step: result}
-        after = replace(now, step=step, results=results, outcome=outcome)
-        return Journal((*self.rounds[:-1], after))
-
-    def save(self, path: Path) -> None:
-        """Write the journal atomically."""
-        write_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> Journal:
-        """Read it; a missing file is an empty journal. Raises `JournalError` if it is damaged."""
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))["rounds"]
-            rounds = tuple(Round(**{**row, "spans": _spans(row["spans"])}) for row in rows)
-            steps = [item.step for item in rounds]
-            if any(step not in STEPS for step in steps) or set(steps[:-1]) - {"done"}:
-                raise ValueError(f"steps {steps}")
-        except FileNotFoundError:
-            return cls()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise JournalError(
-                f"{path}: the journal is damaged ({error!r}); restore it from a backup, or delete "
-                "it to mine the pools from their beginning"
-            ) from error
-        return cls(rounds)
-
-
-def _spans(rows: Mapping[str, Mapping[str, int]]) -> dict[str, Span]:
-    return {name: Span(int(row["since"]), int(row["until"])) for name, row in rows.items()}
 
 
 def last_mined(examples_dir: Path) -> tuple[int, dict[str, int]]:
@@ -120,7 +31,7 @@ def last_mined(examples_dir: Path) -> tuple[int, dict[str, int]]:
         marker = read_marker(folder)
         try:
             number = int(marker["round"])
-            positions |= {name: span.until for name, span in _spans(marker["spans"]).items()}
+            positions |= {name: span.until for name, span in read_spans(marker["spans"]).items()}
         except (KeyError, TypeError, ValueError) as error:
             raise ExamplesError(f"{folder}: its marker names no round or spans") from error
     return number, positions
@@ -193,9 +104,32 @@ def erase_deleted(store: PoolStore, examples_dir: Path, pools: Sequence[str]) ->
     return rewritten
 
 
-def training_dir(run_dir: Path, number: int) -> Path:
-    """Where round ``number`` keeps its checkpoints, encoder and results."""
-    return round_dir(run_dir / "training", number)
+def training_dir(run_dir: Path, number: int, iteration: int = 1) -> Path:
+    """Where an iteration of round ``number`` keeps its checkpoints, encoder and results."""
+    return round_dir(run_dir / "training", number, iteration)
+
+
+def covered(config: Config, journal: Journal) -> dict[str, int]:
+    """Up to where each pool is mined already, by the loop or by hand."""
+    mined, begun = last_mined(config.examples_dir)[1], journal.positions
+    return {pool: max(begun.get(pool, 0), mined.get(pool, 0)) for pool in config.served_pools}
+
+
+def next_round(config: Config, store: PoolStore, journal: Journal) -> Round:
+    """The round over all that is new; it trains the encoder that serves on."""
+    numbers = [item.number for item in journal.rounds]
+    number = max([*numbers, last_begun(config.examples_dir)]) + 1
+    spans = open_spans(store, covered(config, journal), config.served_pools)
+    serving = current(config.generations_dir, config.retriever.name)
+    encoder, source = config.encoder.model, None
+    if serving is not None:
+        home = config.generations_dir / config.retriever.name
+        encoder = str(home / folder_name(serving) / "encoder")
+        source = journal.published_by(serving)
+    warm = None
+    if config.training.warm_optimizer and source is not None:
+        warm = str(training_dir(config.run.dir, source.number, source.iterations))
+    return Round(number, spans, encoder, iterations=config.mining.iterations, warm=warm)
 
 
 def forget_stale_checkpoints(output: Path, examples: Path) -> bool:

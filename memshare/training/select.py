@@ -16,6 +16,9 @@ Candidates come in the order in which they were proposed, and ties go to the ear
 first ranks first. With ``labels: given`` a candidate of log-likelihood 0 has the query's label and
 is a positive; there is no baseline to beat. An example without hard negatives is kept, since the
 batch gives it negatives.
+
+Of a query that was mined more than once the latest example counts, at the place of the first. What
+is chosen goes to disk (`Spool`) as it is read, so that examples may be larger than memory.
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
 
 from memshare.config import TrainingConfig
 from memshare.records import Candidate, Example, answer_key, normalise
 from memshare.retrieval.text import memory_text
+from memshare.training.spool import Spool
 
 NO_CANDIDATES = "no candidates"
 NOT_SCORED = "no candidate has a usable score"
@@ -89,12 +93,14 @@ class Selected:
 class Selection:
     """What `select` made of a set of examples; ``dropped`` counts by reason.
 
-    ``labels`` and ``scorers``: what kinds of labels the usable ones have, and what measured them.
+    ``items`` are read from disk one by one. ``pools``: how many there are of each; ``labels`` and
+    ``scorers``: what kinds of labels the usable ones have, and what measured them.
     """
 
-    items: tuple[Selected, ...]
+    items: Sequence[Selected]
     dropped: dict[str, int]
     without_negatives: int
+    pools: dict[str, int]
     labels: tuple[str, ...]
     scorers: tuple[str, ...]
 
@@ -104,7 +110,7 @@ class Selection:
             "examples": len(self.items),
             "dropped": self.dropped,
             "without_hard_negatives": self.without_negatives,
-            "pools": dict(sorted(Counter(item.pool for item in self.items).items())),
+            "pools": self.pools,
             "labels": list(self.labels),
             "scorers": list(self.scorers),
         }
@@ -117,28 +123,67 @@ class Selection:
         )
 
 
+class _Kind(NamedTuple):
+    """What is told of a usable example."""
+
+    pool: str
+    labels: str
+    scorer: str
+    bare: bool
+
+    @classmethod
+    def of(cls, example: Example, chosen: Selected) -> _Kind:
+        return cls(example.pool, example.labels, example.scorer, not chosen.negatives)
+
+
 def select(examples: Iterable[Example], config: TrainingConfig) -> Selection:
     """Choose positives and hard negatives of every example; unusable ones are counted."""
-    items: list[Selected] = []
-    dropped: Counter[str] = Counter()
-    labels: set[str] = set()
-    scorers: set[str] = set()
+    items = Spool[Selected](_to_json, _from_json)
+    places: dict[str, int] = {}
+    numbers: list[int | None] = []  # in the spool, by place; None: unusable
+    told: list[_Kind | str] = []  # by place; of an unusable one the reason
+    known: dict[_Kind | str, _Kind | str] = {}  # each once in memory
     for example in examples:
+        place = places.setdefault(example.query_id, len(places))
+        if place == len(numbers):
+            numbers.append(None)
+            told.append("")
         chosen = select_one(example, config)
-        if isinstance(chosen, str):
-            dropped[chosen] += 1
-        else:
-            items.append(chosen)
-            labels.add(example.labels)
-            scorers.add(example.scorer)
-    bare = sum(not item.negatives for item in items)
+        numbers[place] = None if isinstance(chosen, str) else items.append(chosen)
+        kind = chosen if isinstance(chosen, str) else _Kind.of(example, chosen)
+        told[place] = known.setdefault(kind, kind)
+    items.arrange(number for number in numbers if number is not None)
+    kinds = Counter(told)
+    usable = {kind: count for kind, count in kinds.items() if isinstance(kind, _Kind)}
+    pools: Counter[str] = Counter()
+    for kind, count in usable.items():
+        pools[kind.pool] += count
     return Selection(
-        items=tuple(items),
-        dropped=dict(sorted(dropped.items())),
-        without_negatives=bare,
-        labels=tuple(sorted(labels)),
-        scorers=tuple(sorted(scorers)),
+        items=items,
+        dropped={why: kinds[why] for why in sorted(k for k in kinds if isinstance(k, str))},
+        without_negatives=sum(count for kind, count in usable.items() if kind.bare),
+        pools=dict(sorted(pools.items())),
+        labels=tuple(sorted({kind.labels for kind in usable})),
+        scorers=tuple(sorted({kind.scorer for kind in usable})),
     )
+
+
+def _to_json(item: Selected) -> list[Any]:
+    return [
+        item.query_id, item.query, item.pool, item.principal, item.round, item.answer,
+        [astuple(passage) for passage in item.positives],
+        [astuple(passage) for passage in item.negatives], sorted(item.never_negative),
+    ]  # fmt: skip
+
+
+def _from_json(row: list[Any]) -> Selected:
+    query_id, query, pool, principal, round_, answer, positives, negatives, never = row
+    return Selected(
+        query_id, query, pool, principal, round_, answer,
+        positives=tuple(Passage(*passage) for passage in positives),
+        negatives=tuple(Passage(*passage) for passage in negatives),
+        never_negative=frozenset(never),
+    )  # fmt: skip
 
 
 def select_one(example: Example, config: TrainingConfig) -> Selected | str:

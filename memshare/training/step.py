@@ -3,7 +3,8 @@
 Gradient caching (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory
 Limited Setup") is the one engine, for any number of processes:
 
-1. encode this process's texts in length-sorted micro-batches of ``batch_tokens`` padded tokens;
+1. encode this process's texts in length-sorted micro-batches of ``batch_tokens`` tokens, without
+   padding where the model and the hardware allow it (`packing`);
 2. gather all vectors of the step from all processes;
 3. loss of this process's queries against all docs, in tiles of rows, and its gradient with respect
    to all vectors, summed over the processes;
@@ -30,8 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from memshare.config import TrainingConfig
-from memshare.retrieval.encoder import Encoder, Side
-from memshare.training.batching import StepBatch, TokenTable, cut, deal
+from memshare.retrieval import packing
+from memshare.retrieval.encoder import SIDES, Encoder, Side
+from memshare.training.batching import StepBatch, TokenTable, cut, cut_packed, deal
+from memshare.training.flops import ModelCost, bf16_peak
 from memshare.training.gather import World
 from memshare.training.loss import objective_rows
 from memshare.training.order import Ints
@@ -56,7 +59,8 @@ class NonFinite(RuntimeError):
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """Global figures of a step. ``tokens`` are real ones, ``padded`` include the padding; the docs
-    of a frozen tower are in neither.
+    of a frozen tower are in neither. ``flops`` are the model's (`flops`), of ``peak`` a second that
+    the devices can do, where that is known.
 
     ``stop`` is true where any process was asked to stop.
     """
@@ -65,12 +69,20 @@ class StepResult:
     tokens: int
     padded: int
     stop: bool
+    flops: float
+    peak: float | None = None
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """Throughput of a step that took so long, and its share of tokens that are no padding."""
+        """Throughput of a step that took so long, and its share of tokens that are no padding.
+
+        ``mfu``, the model FLOPs utilisation, is there where the devices' peak is known.
+        """
+        known = {} if self.peak is None else {"mfu": self.flops / seconds / self.peak}
         return {
             "tokens_per_second": self.tokens / seconds,
             "real_token_share": self.tokens / self.padded,
+            "model_tflops_per_second": self.flops / seconds / 1e12,
+            **known,
         }
 
 
@@ -100,6 +112,12 @@ class ContrastiveStep:
         if frozen is None:
             encoder.tower("memory").train(config.dropout)
         self._tables = _learning_tables(encoder) if world.device.type == "cpu" else []
+        half = _in_bf16(autocast, world.device.type)
+        sides: tuple[Side, ...] = SIDES if frozen is None else ("query",)
+        towers = [encoder.tower(side) for side in sides]
+        self._packed = packing.enable(towers, world.device, half=half, dropout=config.dropout)
+        self._cost = ModelCost.of(encoder.tower("query"))
+        self._peak = bf16_peak(world.device) if half else None
 
     def backward(self, batch: StepBatch, step: int, stop: bool = False) -> StepResult:
         """Leave the global loss's gradient in ``.grad``; equal on all processes.
@@ -116,13 +134,14 @@ class ContrastiveStep:
         micro: list[tuple[Side, slice]] = []
         for side, part in parts:
             start = micro[-1][1].stop if micro else 0
-            cuts = cut(table.lengths[batch.texts[part[world.rank]]], self._config.batch_tokens)
+            share = table.lengths[batch.texts[part[world.rank]]]
+            cuts = (cut_packed if self._packed else cut)(share, self._config.batch_tokens)
             micro += [(side, slice(start + c.start, start + c.stop)) for c in cuts]
         graphs: dict[int, Tensor] = {}
         padded = 0
         for index, (side, places) in enumerate(micro):
             lengths = table.lengths[mine[places]]
-            padded += len(lengths) * int(lengths.max())
+            padded += int(lengths.sum()) if self._packed else len(lengths) * int(lengths.max())
             keep = padded <= self._config.graph_tokens
             with torch.set_grad_enabled(keep):
                 vectors = self._encode(mine[places], side, step, index)
@@ -148,11 +167,14 @@ class ContrastiveStep:
         for weight in (embedding.weight for embedding in self._tables):
             weight.grad = None if weight.grad is None else weight.grad.to_dense()
         world.sum_gradients(p for p in self._encoder.model.parameters() if p.requires_grad)
+        encoded = table.lengths[batch.texts[known:]]
         return StepResult(
             loss=total[0],
-            tokens=int(table.lengths[batch.texts[known:]].sum()),
+            tokens=int(encoded.sum()),
             padded=int(total[1]),
             stop=total[2] > 0,
+            flops=self._cost.step(encoded),
+            peak=None if self._peak is None else self._peak * world.size,
         )
 
     def _parts(self, batch: StepBatch) -> list[tuple[Side, list[Ints]]]:
@@ -173,7 +195,8 @@ class ContrastiveStep:
         name = f"{self._seed}/{step}/{self._world.rank}/{index}".encode()
         seed = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) >> 1
         torch.manual_seed(seed)
-        inputs = self._encoder.collate(self._table.rows(rows))
+        gather = self._encoder.pack if self._packed else self._encoder.collate
+        inputs = gather(self._table.rows(rows))
         # A context of its own each time: autocast caches the cast weights, and casts made without
         # gradients must not serve the pass that needs them.
         with self._autocast(), _row_gradients(self._tables):
@@ -207,6 +230,11 @@ class ContrastiveStep:
             total += share.detach()
         gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
         return total, gradient
+
+
+def _in_bf16(autocast: Callable[[], AbstractContextManager[object]], kind: str) -> bool:
+    with autocast():
+        return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def _learning_tables(encoder: Encoder) -> list[nn.Embedding]:

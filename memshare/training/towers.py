@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder, EncoderError, Side
@@ -43,9 +44,22 @@ def prepare(encoder: Encoder, config: TrainingConfig, seed: int) -> None:
         encoder.split()
     if config.towers == "query-only":
         encoder.tower("memory").requires_grad_(False)
-    if config.lora.enabled:
-        for side in _TRAINED[config.towers]:
+    for side in _TRAINED[config.towers]:
+        if config.lora.enabled:
             add_adapters(encoder, side, config.lora, seed)
+        if config.compile:
+            compile_layers(encoder.tower(side))
+
+
+def compile_layers(tower: nn.Module, **options: Any) -> None:
+    """Have torch.compile make the kernels of a model's repeated layers, in place.
+
+    The layers alone, since they are the same code: they are compiled once, for any shape, and the
+    names of the weights stay. ``options`` are torch.compile's.
+    """
+    stacks = [stack for stack in tower.modules() if isinstance(stack, nn.ModuleList)]
+    for layer in (layer for stack in stacks for layer in stack):
+        layer.compile(dynamic=True, **options)
 
 
 class FrozenMemories:

@@ -14,7 +14,8 @@ import queue
 import secrets
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -51,6 +52,14 @@ def wandb_mode(config: WandbConfig) -> str:
     return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A table for W&B."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float]]
+
+
 class Tracker:
     """One run's figures. Use as a context manager; processes but the main one report nothing."""
 
@@ -76,7 +85,7 @@ class Tracker:
         self._output = output
         self._config = config
         self._settings = dict(settings)
-        self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(_QUEUED)
+        self._queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(_QUEUED)
         self._thread: threading.Thread | None = None
         self._main = main
         if main:
@@ -123,8 +132,16 @@ class Tracker:
             return
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, **figures}) + "\n")
+        self._put(step, figures)
+
+    def table(self, step: int, name: str, rows: Rows) -> None:
+        """Show W&B a table; ``log.jsonl`` has figures only."""
+        if self._main and rows.rows:
+            self._put(step, {name: rows})
+
+    def _put(self, step: int, entry: Mapping[str, Any]) -> None:
         if self._thread is not None and not self._queue.full():
-            self._queue.put_nowait((step, dict(figures)))
+            self._queue.put_nowait((step, dict(entry)))
 
     def _send(self) -> None:
         """The W&B thread: its failures are reported, and end nothing but itself."""
@@ -134,7 +151,7 @@ class Tracker:
             self.wandb_url = run.url if self.mode == "online" else None
             while (entry := self._queue.get()) is not None:
                 step, figures = entry
-                run.log(figures, step=step)
+                run.log({name: _shown(value) for name, value in figures.items()}, step=step)
             run.finish()
         except Exception as error:  # policy: whatever W&B raises, the training goes on
             log(f"W&B gave up ({type(error).__name__}: {error}); figures are in {self.path}")
@@ -169,6 +186,14 @@ class Tracker:
             self.mode = "offline"
             wandb.teardown()  # the run that could not be opened would keep its id from the next
             return start("offline")
+
+
+def _shown(value: float | Rows) -> Any:
+    if not isinstance(value, Rows):
+        return value
+    import wandb
+
+    return wandb.Table(columns=list(value.columns), data=[list(row) for row in value.rows])
 
 
 def _lines_until(path: Path, done: int) -> list[str]:

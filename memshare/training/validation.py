@@ -85,7 +85,12 @@ class Validation:
         return replace(state, best=best)
 
     def choose(self) -> None:
-        """Give the encoder the best step's weights; as they are where nothing was evaluated."""
+        """Give the encoder the best step's weights; as they are where nothing was evaluated.
+
+        On the main process; its encoder is whole afterwards.
+        """
+        if self._world.divided is not None:
+            self._world.divided.give_back()
         if self.weights:
             put_weights(self._encoder.model, self.weights)
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from memshare.config import TrainingConfig
+from memshare.retrieval import packing
 from memshare.retrieval.encoder import Encoder
 from memshare.training import checkpoint
 from memshare.training.batching import Batches
 from memshare.training.checkpoint import TrainState
+from memshare.training.flops import bf16_peak
 from memshare.training.gather import World
 from memshare.training.optimizer import make_optimizer, update
 from memshare.training.select import select
@@ -86,6 +88,35 @@ def test_cached_equals_kept_with_dropout_replayed(folder: Path, autocast: Autoca
     assert cosine(cached, kept) > (0.9999 if autocast is nullcontext else 0.99)
 
 
+def test_texts_without_padding_equal_padded_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, packed = one_step(folder, "cuda", autocast=bf16)
+    monkeypatch.setattr(packing, "_FAMILIES", frozenset())
+    padded_loss, padded = one_step(folder, "cuda", autocast=bf16)
+    assert loss == pytest.approx(padded_loss, rel=0.02)
+    assert cosine(packed, padded) > 0.99
+
+
+def test_flash_attention_within_texts_is_one_call_a_text() -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([1, 37, 8, 200])
+    borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to("cuda", torch.int32)
+    shape = (3, 1, 4, int(lengths.sum()), 32)  # query, key, value of 4 heads
+    values = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for inputs in (values.clone(), values.float()):  # float32 has no such kernel
+        inputs.requires_grad_()
+        out, _ = packing.attention(
+            torch.nn.Identity(), *inputs, None, text_lengths=lengths, text_borders=borders
+        )
+        out.float().square().sum().backward()
+        assert inputs.grad is not None
+        found.append((out.float(), inputs.grad.float()))
+    for got, want in zip(*found, strict=True):
+        assert float((got - want).abs().max()) < 0.05 * float(want.abs().max())
+
+
 def test_memory_is_flat_in_the_batch(folder: Path) -> None:
     """Four times the queries: not twice the memory, since graphs are cached."""
     peaks = []
@@ -103,6 +134,18 @@ def test_memory_is_flat_in_the_batch(folder: Path) -> None:
         similarities = 6 * 4 * min(count, 1024) * data.batch(0).docs  # they do grow
         peaks.append(torch.cuda.max_memory_allocated() - before - similarities)
     assert peaks[1] < 2 * max(peaks[0], 2**25)
+
+
+def test_figures_have_the_share_of_the_peak(folder: Path) -> None:
+    config = TrainingConfig(batch_size=64, dropout=False)
+    encoder = Encoder.from_folder(folder, device="cuda")
+    data = Batches(select(examples(64), config).items, encoder, global_batch=64, seed=0)
+    world = World(torch.device("cuda"))
+    engine = ContrastiveStep(encoder, data.table, config, world, seed=0, autocast=bf16)
+    result = engine.backward(data.batch(0), 0)
+    assert result.tokens == result.padded  # packed
+    assert result.peak == bf16_peak(world.device)
+    assert ("mfu" in result.rates(1.0)) == (result.peak is not None)
 
 
 def test_training_learns_and_resumes(folder: Path, tmp_path: Path) -> None:

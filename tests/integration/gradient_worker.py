@@ -16,7 +16,9 @@ from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.batching import Batches
 from memshare.training.gather import DifferentData, World, launch
+from memshare.training.optimizer import make_optimizer, whole
 from memshare.training.select import select
+from memshare.training.sharding import spread
 from memshare.training.step import ContrastiveStep
 from memshare.training.towers import FrozenMemories, prepare
 from tests.training_data import candidate, example, examples
@@ -45,13 +47,17 @@ def main(encoder_folder: Path, output: Path) -> None:
             made = [*examples(count - 2), *pair]
             config = TrainingConfig(dropout=False, batch_tokens=200, **settings)
             prepare(encoder, config, seed=0)
+            world.divided = None
+            spread(encoder, world)
+            if world.divided is not None:
+                world.divided.follow(make_optimizer(encoder.model, config))
             data = Batches(select(made, config).items, encoder, global_batch=count, seed=0)
             frozen = FrozenMemories.of(encoder, data, world, config)
             engine = ContrastiveStep(encoder, data.table, config, world, seed=0, frozen=frozen)
             result = engine.backward(data.batch(0), 0, stop=world.rank == world.size - 1)
             assert result.stop, "one process was asked to stop, and this one does not know"
             named = encoder.model.named_parameters()
-            gradients = {n: p.grad for n, p in named if p.grad is not None}
+            gradients = {n: whole(p.grad) for n, p in named if p.grad is not None}
             save_file(gradients, output / f"{name}-{mode}-{world.rank}.safetensors")
             (output / f"{name}-{mode}-{world.rank}.json").write_text(json.dumps(result.loss))
     world.check_same("equal", "data")

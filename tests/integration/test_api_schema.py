@@ -66,4 +66,4 @@ def test_every_operation_keeps_its_promises(
 
         with suppress(Unsatisfiable):  # an operation without parameters can't be asked wrongly
             promises()
-    assert operations == 13
+    assert operations == 15

@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from memshare.records import NewMemory
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import current, generations, verify_generation
 from memshare.training.examples import load_examples, round_dir
+from tests.postgres import PostgresServer
 from tests.tiny import tiny_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +69,7 @@ class Run:
             "wandb": {"mode": "disabled"},
         }
         for name, section in sections.items():
-            tree[name] = {**tree.get(name, {}), **section}
+            tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
         self.file = folder / "config.yaml"
         self.file.write_text(yaml.safe_dump(tree))
         self.config = load_config(self.file)
@@ -95,6 +98,19 @@ class Run:
             assert time.monotonic() < deadline, "not reached in time"
             assert child.poll() is None, child.communicate()
             time.sleep(0.02)
+
+
+class Said:
+    """What a program writes to its standard error, as far as it has come."""
+
+    def __init__(self, child: subprocess.Popen[str]) -> None:
+        self.text = ""
+        threading.Thread(target=self._read, args=(child,), daemon=True).start()
+
+    def _read(self, child: subprocess.Popen[str]) -> None:
+        assert child.stderr is not None
+        for line in child.stderr:
+            self.text += line
 
 
 @pytest.fixture
@@ -187,6 +203,80 @@ def test_two_rounds_with_kills_in_every_step(make_run: Any) -> None:
         assert evaluation["queries"] > 0
         assert evaluation["best"]["nDCG@10"] >= evaluation["start"]["nDCG@10"]
         verify_generation(root, name, round_["number"])
+
+
+def test_a_round_of_two_iterations_with_kills_in_the_second(make_run: Any) -> None:
+    """And the next round's optimizer starts where the last training of this one has ended."""
+    run = make_run(mining={"iterations": 2}, training={"warm_optimizer": True})
+    run.store.append(banking(0, 8))
+    again = round_dir(run.config.examples_dir, 1, 2)
+    home = run.folder / "training" / "000001"
+    child = run.start("--once")
+    run.wait(child, lambda: (again / "shard-00000.parquet").exists())
+    child.kill()
+    child.wait()
+    made = [*home.glob("encoder/**/*.safetensors"), *again.parent.glob("*.parquet")]
+    first = {path: path.stat().st_mtime_ns for path in made}
+    assert len(first) > 2 and run.rounds()[-1]["iteration"] == 2
+    child = run.start("--once")
+    run.wait(child, lambda: any((home / "iteration-2" / "checkpoints").glob("*")))
+    child.kill()
+    child.wait()
+    child = run.start("--once")
+    errors = child.communicate(timeout=150)[1]
+    assert child.returncode == 0, errors
+    (done,) = run.rounds()
+    assert done["outcome"] == "published"
+    assert list(done["results"]) == ["mine-1", "train-1", "mine", "train", "index"]
+    assert {path: path.stat().st_mtime_ns for path in first} == first  # nothing was done twice
+    # what the first iteration taught proposed in the second, and both trained the same encoder
+    proposers = [done["results"][step]["proposer"] for step in ("mine-1", "mine")]
+    assert proposers == [0, str(home / "encoder")]
+    trained = [done["results"][step] for step in ("train-1", "train")]
+    assert [item["encoder"] for item in trained] == [str(run.folder / "tiny")] * 2
+    assert done["results"]["index"]["encoder"] == str(home / "iteration-2" / "encoder")
+    # a memory that is deleted leaves the examples of both
+    gone = load_examples([again])["query_id"][0]
+    run.store.delete(gone)
+    run.store.append(banking(8, 16))
+    child = run.start("--once", "--set", "mining.iterations=1")
+    errors = child.communicate(timeout=150)[1]
+    assert child.returncode == 0, errors
+    for folder in (again.parent, again):
+        assert gone not in load_examples([folder])["query_id"]
+    assert run.rounds()[1]["warm"] == str(home / "iteration-2")
+    said = (run.folder / "logs" / "round-000002-train.log").read_text()
+    last = home / "iteration-2" / "checkpoints" / "step-00000004"
+    assert f"the optimizer goes on from {last}, with the state of " in said
+
+
+@pytest.mark.server
+def test_it_waits_for_a_database_that_is_away(make_run: Any) -> None:
+    with closing(PostgresServer()) as server:
+        server.start()
+        run = make_run(database_url=server.url(server.create()))
+        run.store.append(banking(0, 8))
+        child = run.start("--once")
+        said = Said(child)
+        run.wait(child, lambda: bool(run.rounds()) and run.rounds()[-1]["step"] == "mine")
+        server.kill()  # while its program for mining starts, or mines
+        run.wait(child, lambda: "the database is away (mine of round 1" in said.text)
+        server.start()
+        run.wait(child, lambda: run.rounds()[-1]["step"] != "mine")
+        assert child.wait(timeout=150) == 0, said.text
+        assert run.rounds()[-1]["outcome"] == "published"
+
+        child = run.start()  # between two rounds
+        said = Said(child)
+        run.wait(child, (run.folder / "continual.lock").exists)
+        server.kill()
+        run.wait(child, lambda: said.text.count("the database is away") > 1)
+        server.start()
+        run.store.append(banking(8, 16))
+        run.wait(child, lambda: len(run.rounds()) == 2)
+        server.kill()
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=60) == 0, said.text
 
 
 def test_stops_cleanly_and_refuses_a_second_loop(make_run: Any) -> None:

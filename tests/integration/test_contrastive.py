@@ -94,9 +94,11 @@ def test_a_run_stopped_in_every_way_ends_as_the_uninterrupted_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(
+    ("processes", "divided"), [(2, False), (4, False), (2, True)], ids=["2", "4", "2-fsdp"]
+)
 def test_gradients_of_several_processes_are_those_of_one(
-    base: Path, tmp_path: Path, processes: int
+    base: Path, tmp_path: Path, processes: int, divided: bool
 ) -> None:
     from tests.integration import gradient_worker
 
@@ -105,7 +107,8 @@ def test_gradients_of_several_processes_are_those_of_one(
     many.mkdir()
     gradient_worker.main(base / "encoder", one)
     worker = Path(str(gradient_worker.__file__))
-    with launch(processes, worker, [str(base / "encoder"), str(many)]) as process:
+    arguments = [str(base / "encoder"), str(many)]
+    with launch(processes, worker, arguments, divided=divided) as process:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     for name in gradient_worker.BATCHES:
@@ -126,14 +129,16 @@ def test_gradients_of_several_processes_are_those_of_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("divided", [False, True], ids=["ddp-then-fsdp", "fsdp-then-ddp"])
 def test_two_processes_train_as_one_and_survive_a_killed_one(
-    base: Path, tmp_path: Path, program: ModuleType
+    base: Path, tmp_path: Path, program: ModuleType, divided: bool
 ) -> None:
+    """A checkpoint says nothing of how the processes divide the work: the other way goes on."""
     one, two = tmp_path / "one", tmp_path / "two"
     same = ("--set=training.dropout=false",)
     assert program.main(options(base, one, *same, steps=60)) == 0
     arguments = options(base, two, *same, "--set=training.batch_size=4", steps=60)
-    with launch(2, PROGRAM, arguments) as process:
+    with launch(2, PROGRAM, arguments, divided=divided) as process:
         wait_for(lambda: bool(steps_saved(two)), process)
         workers = [p for p in psutil.Process(process.pid).children() if str(PROGRAM) in p.cmdline()]
         assert len(workers) == 2
@@ -142,7 +147,7 @@ def test_two_processes_train_as_one_and_survive_a_killed_one(
         assert process.returncode != 0 and "SIGKILL" in errors
         psutil.wait_procs(workers, timeout=30)
     assert not (two / "encoder").exists()
-    with launch(2, PROGRAM, arguments) as process:
+    with launch(2, PROGRAM, arguments, divided=not divided) as process:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     assert "continuing from" in errors

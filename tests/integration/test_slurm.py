@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -25,9 +25,12 @@ from memshare.files import run_lock
 from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
 from memshare.training.examples import is_whole, round_dir
+from tests.fake_vllm import fake_python
 from tests.loop import loop_config_file
+from tests.postgres import PostgresServer
 from tests.slurm import Cluster, cluster, missing, until
 from tests.tiny import tiny_encoder
+from tests.tiny_lm import tiny_lm
 from tests.training_data import TOPICS, examples, write_round
 from tests.training_runs import ENV, ROOT, load_program, result, steps_saved
 
@@ -196,23 +199,26 @@ def test_a_mistake_is_found_before_anything_is_submitted(slurm: Cluster, base: P
     assert told.returncode == 2 and "--examples" in told.stderr and "--output" in told.stderr
 
 
-def test_an_array_mines_what_is_missing_and_nothing_twice(slurm: Cluster, tmp_path: Path) -> None:
+def test_an_array_mines_what_is_missing_and_nothing_twice(
+    slurm: Cluster, tmp_path: Path, postgres: PostgresServer
+) -> None:
     """Two shares, one of which fails at first: the same bytes as one process mines."""
+    url = postgres.url(postgres.create())
     mining = {"labels": "given", "candidates": 4, "dense_candidates": 0, "shard_rows": 6}
     runs = tmp_path / "array", tmp_path / "alone"
     for run in runs:
         run.mkdir()
-        tree = {"run": {"dir": str(run)}, "mining": mining, "split": {"held_out": 0.0}}
+        tree: dict[str, Any] = {"run": {"dir": str(run)}, "database_url": url}
+        tree |= {"mining": mining, "split": {"held_out": 0.0}}
         (run / "config.yaml").write_text(yaml.safe_dump(tree))
     array, alone = runs
-    with PoolStore.open(f"sqlite:///{array}/pool.db") as store:
+    with PoolStore.open(url) as store:
         store.create_pool("main", threshold=80.0)
         rows = [
             NewMemory("main", f"how is {topic} made in place {i}", topic, metadata={"label": topic})
             for i in range(4) for topic in TOPICS
         ]  # fmt: skip
         store.append(rows)
-    shutil.copy(array / "pool.db", alone / "pool.db")
 
     logs = tmp_path / "logs"
     env = {**slurm.env, "MEMSHARE_PYTHON": sys.executable, "MEMSHARE_LOGS": str(logs)}
@@ -260,14 +266,25 @@ def test_a_cancelled_server_stops_cleanly_and_stays_away(slurm: Cluster, base: P
     assert "cancelled by SLURM" in log and "stopped gateway (exit 0)" in log
 
 
-def test_the_loop_learns_is_requeued_and_falls_with_a_part(slurm: Cluster, base: Path) -> None:
+def test_the_loop_learns_is_requeued_and_falls_with_a_part(
+    slurm: Cluster, base: Path, postgres: PostgresServer
+) -> None:
+    """On PostgreSQL, with an agent of two replicas on GPUs and ports that the job chose."""
     run = base / "loop"
+    lm = tiny_lm(base / "replicated")
+    python = fake_python(base / "python", lm)
+    agent = {"backend": "vllm", "model": str(lm), "url": "http://127.0.0.1:8001",
+             "server": {"replicas": 2, "python": str(python)}}  # fmt: skip
     config = loop_config_file(
         run, base / "models", wandb={"mode": "disabled"}, mining={"labels": "given"},
+        database_url=postgres.url(postgres.create()), agent_llm=agent,
         training={"max_steps": 2, "batch_size": 8}, gate={"margin": 1.0, "resamples": 200},
         continual={"min_new": 24, "poll_seconds": 0.2}, split={"held_out": 0.3},
     )  # fmt: skip
-    site = ["--site", str(base / "site.yaml"), "--config", str(config)]
+    facts = yaml.safe_load((base / "site.yaml").read_text())
+    facts["env"] = {"CUDA_VISIBLE_DEVICES": "3,5,6"}  # as a node with GPUs would set it
+    (base / "gpus.yaml").write_text(yaml.safe_dump(facts))
+    site = ["--site", str(base / "gpus.yaml"), "--config", str(config)]
     submit = [sys.executable, "-m", "memshare.cli", "slurm", "submit", *site, "loop"]
     job = slurm.call(*submit, cwd=base).strip()
 
@@ -276,6 +293,9 @@ def test_the_loop_learns_is_requeued_and_falls_with_a_part(slurm: Cluster, base:
         return path.read_text() if path.exists() else str(slurm.job(job))
 
     until(lambda: "started continual" in log(0), 120, lambda: log(0))  # once the gateway answers
+    assert "GPUs: 3 for trainer and searcher" in log(0)
+    told = "".join(path.read_text() for path in sorted((run / "logs").glob("vllm-*.log")))
+    assert re.findall(r"port \d+, GPUs (\d+)", told) == ["5", "6"] and "port 8001" not in told
     url = json.loads((run / "gateway.json").read_text())["url"]
     items = [
         {"pool": "keep", "prompt": f"how is {topic} made in place {i}", "answer": topic}

@@ -40,7 +40,10 @@ def random_request(caller: Caller, rng: random.Random, ids: list[str], names: li
         ("GET", f"/v1/memories?pool={pool}&limit={rng.choice([1, 100])}", None),
         ("GET", f"/v1/memories?pool={pool}&cursor=czI", None),  # a cursor of another pool
         ("GET", f"/v1/memories/{id_}", None),
+        ("GET", f"/v1/memories?pool={pool}&held=true", None),
         ("POST", f"/v1/memories/{id_}/feedback", {"value": "up"}),
+        ("POST", f"/v1/memories/{id_}/hold", {"reason": text}),
+        ("POST", f"/v1/memories/{id_}/release", None),
         ("POST", "/v1/chat/completions", ask),
         ("POST", "/v1/memories", {"items": [copy], "import": rng.random() < 0.3}),
         ("GET", "/v1/retrievers/main/generations", None),

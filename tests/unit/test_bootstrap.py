@@ -75,7 +75,9 @@ def test_only_the_question_is_kept(text: str, question: str) -> None:
 
 
 def seeded(shared: SharedMemory) -> None:
-    shared.append_visible([NewMemory("keep", seed, "There once was a cat.") for seed in SEEDS])
+    shared.writer.append_visible(
+        [NewMemory("keep", seed, "There once was a cat.") for seed in SEEDS]
+    )
 
 
 def test_same_seed_same_question(tmp_path: Path, models: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from memshare.cli import COMMANDS, build_parser, main
 
@@ -102,3 +103,20 @@ def test_every_experiment_is_a_command() -> None:
     assert tuple(cli.SUMMARIES) == EXPERIMENTS
     for name in EXPERIMENTS:
         assert load_experiment(name).name == name
+
+
+@pytest.mark.parametrize("name", ["eval.yaml", "eval-vllm.yaml", "paper.yaml"])
+def test_the_shipped_experiments_run_dry(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their configuration is whole and their data is read; no model is loaded or asked for."""
+    from memshare.evaluation.data import data_root
+
+    try:
+        data_root()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    config = Path(__file__).parents[2] / "configs" / name
+    assert main(["eval", "all", "--config", str(config), "--dry-run"]) == 0
+    plan = yaml.safe_load(capsys.readouterr().out)
+    assert "pruning" in plan["experiments"]
+    tests = {dataset for domain in plan["data"].values() for dataset in domain["tests"]}
+    assert len(tests - {"world"}) == 9

@@ -131,3 +131,15 @@ def test_settings_never_change_after_loading() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_configuration_loads(path: Path) -> None:
     assert isinstance(load_config(path), Config)
+
+
+def test_a_second_iteration_needs_an_encoder_that_proposes() -> None:
+    for wrong in ("mining.dense_candidates=0", "mining.labels=none"):
+        with pytest.raises(ConfigError, match=r"mining\.iterations: .*needs an encoder"):
+            load_config(None, ["mining.iterations=2", wrong])
+    assert load_config(None, ["mining.iterations=2"]).mining.iterations == 2
+
+
+def test_adapters_have_no_past() -> None:
+    with pytest.raises(ConfigError, match=r"training\.lora: .*training\.warm_optimizer"):
+        load_config(None, ["training.warm_optimizer=true", "training.lora.enabled=true"])

@@ -59,7 +59,9 @@ def prompts(shared: SharedMemory, pool: str = "keep") -> list[str]:
 
 def test_off_by_default_and_where_nothing_can_be_searched(run: Run) -> None:
     def body(shared: SharedMemory) -> None:
-        shared.append_visible([new(FIRST), new(NEAR), new(FIRST, "strict"), new(NEAR, "strict")])
+        shared.writer.append_visible(
+            [new(FIRST), new(NEAR), new(FIRST, "strict"), new(NEAR, "strict")]
+        )
         assert prompts(shared) == prompts(shared, "strict") == [FIRST, NEAR]
 
     run(body)
@@ -67,10 +69,10 @@ def test_off_by_default_and_where_nothing_can_be_searched(run: Run) -> None:
 
 def test_dropped_and_answered_as_a_duplicate(run: Run) -> None:
     def body(shared: SharedMemory) -> None:
-        (first,) = shared.append_visible([new(FIRST, score=10)])
+        (first,) = shared.writer.append_visible([new(FIRST, score=10)])
         batch = [new(FAR), new(NEAR, score=99), new(FIRST)]
         batch += [new(text, pool) for pool in ("strict", "unserved") for text in (FIRST, NEAR)]
-        far, near, same, *others = shared.append_visible(batch)
+        far, near, same, *others = shared.writer.append_visible(batch)
         assert far.status == "stored"
         assert (near.status, near.id, near.seq) == ("duplicate", first.id, first.seq)
         assert (same.status, same.id) == ("duplicate", first.id)
@@ -82,7 +84,7 @@ def test_dropped_and_answered_as_a_duplicate(run: Run) -> None:
 
 def test_two_of_one_batch_are_near_duplicates_too(run: Run) -> None:
     def body(shared: SharedMemory) -> None:
-        first, second = shared.append_visible([new(FIRST), new(NEAR)])
+        first, second = shared.writer.append_visible([new(FIRST), new(NEAR)])
         assert (second.status, second.id) == ("duplicate", first.id)
 
     run(body, near_duplicate=0.9)
@@ -92,7 +94,9 @@ def test_writers_side_by_side_slip_nothing_in(run: Run) -> None:
     def body(shared: SharedMemory) -> None:
         with ThreadPoolExecutor(8) as pool:
             texts = [FIRST + mark for mark in ("", *"!?.,;:-")]
-            results = list(pool.map(lambda text: shared.append_visible([new(text)])[0], texts))
+            results = list(
+                pool.map(lambda text: shared.writer.append_visible([new(text)])[0], texts)
+            )
         assert sorted(result.status for result in results) == ["duplicate"] * 7 + ["stored"]
         assert len(prompts(shared)) == len({result.id for result in results}) == 1
 
@@ -112,12 +116,12 @@ def test_what_another_gateway_slipped_in_wins_by_its_place(tmp_path: Path, model
 
     async def inside() -> None:
         async with open_shared(config("a")) as a, open_shared(config("b")) as b:
-            await a.write(a.append_visible, [new(FAR)])
-            (first,) = await a.write(a.append_visible, [new(FIRST)])
-            (second,) = await b.write(b.append_visible, [new(NEAR, score=99)])
+            await a.write(a.writer.append_visible, [new(FAR)])
+            (first,) = await a.write(a.writer.append_visible, [new(FIRST)])
+            (second,) = await b.write(b.writer.append_visible, [new(NEAR, score=99)])
             assert (second.status, second.id, second.seq) == ("duplicate", first.id, first.seq)
             assert prompts(a) == [FAR, FIRST]
-            (other,) = await a.write(a.append_visible, [new("an apple in the snow")])
+            (other,) = await a.write(a.writer.append_visible, [new("an apple in the snow")])
             assert other.status == "stored"
             # the scorer's path, the other way round
             pair = Pair("keep", "an apple in the snow!", "an answer")
@@ -135,8 +139,8 @@ def test_merged_the_better_graded_one_stays(
     run: Run, old: float | None, score: float | None, kept: str
 ) -> None:
     def body(shared: SharedMemory) -> None:
-        shared.append_visible([new(FIRST, score=old, metadata={"a": 1, "b": 1})])
-        (result,) = shared.append_visible([new(NEAR, score=score, metadata={"b": 2})])
+        shared.writer.append_visible([new(FIRST, score=old, metadata={"a": 1, "b": 1})])
+        (result,) = shared.writer.append_visible([new(NEAR, score=score, metadata={"b": 2})])
         assert result.status == ("stored" if kept == NEAR else "duplicate")
         (memory,) = shared.store.iter("keep")
         assert (memory.id, memory.prompt) == (result.id, kept)
@@ -152,8 +156,8 @@ def test_merged_the_better_graded_one_stays(
 
 def test_merging_never_loses_a_write_to_too_much_metadata(run: Run) -> None:
     def body(shared: SharedMemory) -> None:
-        shared.append_visible([new(FIRST, score=1, metadata={"a": "x" * 20_000})])
-        shared.append_visible([new(NEAR, score=2, metadata={"b": "y" * 20_000})])
+        shared.writer.append_visible([new(FIRST, score=1, metadata={"a": "x" * 20_000})])
+        shared.writer.append_visible([new(NEAR, score=2, metadata={"b": "y" * 20_000})])
         (memory,) = shared.store.iter("keep")
         assert set(memory.metadata) == {"b"}
 
@@ -162,9 +166,9 @@ def test_merging_never_loses_a_write_to_too_much_metadata(run: Run) -> None:
 
 def test_a_held_or_deleted_memory_has_no_near_duplicates(run: Run) -> None:
     def body(shared: SharedMemory) -> None:
-        first, _ = shared.append_visible([new(FIRST), new(FAR)])
+        first, _ = shared.writer.append_visible([new(FIRST), new(FAR)])
         shared.store.delete(first.id)
-        (near,) = shared.append_visible([new(NEAR)])
+        (near,) = shared.writer.append_visible([new(NEAR)])
         assert near.status == "stored"
 
     run(body, near_duplicate=0.9)
@@ -172,8 +176,8 @@ def test_a_held_or_deleted_memory_has_no_near_duplicates(run: Run) -> None:
 
 def test_an_equal_memory_is_a_plain_duplicate_however_well_graded(run: Run) -> None:
     def body(shared: SharedMemory) -> None:
-        (first,) = shared.append_visible([new(FIRST, score=1)])
-        (again,) = shared.append_visible([new(FIRST.upper(), score=99)])
+        (first,) = shared.writer.append_visible([new(FIRST, score=1)])
+        (again,) = shared.writer.append_visible([new(FIRST.upper(), score=99)])
         assert (again.status, again.id) == ("duplicate", first.id)
         assert prompts(shared) == [FIRST]
 
@@ -197,7 +201,7 @@ def test_a_searcher_that_can_not_be_asked_is_no_store(run: Run) -> None:
     def body(shared: SharedMemory) -> None:
         shared.searcher.close()
         with pytest.raises(PoolError, match="near-duplicates can't be looked for"):
-            shared.append_visible([new(FIRST)])
+            shared.writer.append_visible([new(FIRST)])
         assert prompts(shared) == []
 
     run(body, near_duplicate=0.9)

@@ -53,7 +53,7 @@ def test_retrieve_best_first_and_no_more_than_there_are(run: Run) -> None:
     async def body(shared: SharedMemory) -> None:
         empty = await shared.retrieve("keep", "anything", 3)
         assert (empty.memories, empty.generation) == ((), 0)
-        shared.append_visible(memories("keep", "red apples", "green pears", "blue plums"))
+        shared.writer.append_visible(memories("keep", "red apples", "green pears", "blue plums"))
         found = await shared.retrieve("keep", "red apples", 10)
         assert len(found.memories) == 3
         assert found.memories[0].prompt == "red apples"
@@ -66,7 +66,7 @@ def test_retrieve_best_first_and_no_more_than_there_are(run: Run) -> None:
 def test_an_evaluation_is_not_shown_the_question_itself(run: Run) -> None:
     async def body(shared: SharedMemory) -> None:
         copies = [NewMemory("keep", "Red  APPLES", f"answer {i}") for i in range(9)]
-        shared.append_visible([*copies, *memories("keep", "red pears", "green plums")])
+        shared.writer.append_visible([*copies, *memories("keep", "red pears", "green plums")])
         shown = await shared.retrieve("keep", "red apples", 2)
         assert {memory.prompt for memory in shown.memories} == {"Red  APPLES"}
         fair = await shared.retrieve("keep", "red apples", 2, exclude_copies=True)
@@ -77,7 +77,7 @@ def test_an_evaluation_is_not_shown_the_question_itself(run: Run) -> None:
 
 def test_deleted_memory_is_not_shown_even_before_the_index_knows(run: Run) -> None:
     async def body(shared: SharedMemory) -> None:
-        first, _ = shared.append_visible(memories("keep", "red apples", "green pears"))
+        first, _ = shared.writer.append_visible(memories("keep", "red apples", "green pears"))
         shared.store.delete(first.id)
         found = await shared.retrieve("keep", "red apples", 2)
         assert [memory.prompt for memory in found.memories] == ["green pears"]
@@ -169,7 +169,7 @@ def test_whole_turn_shows_what_was_retrieved(run: Run) -> None:
 
     async def body(shared: SharedMemory) -> None:
         shared.observe = lambda stage, seconds: stages.append(stage)
-        shared.append_visible(memories("keep", "red apples", "green pears", "blue plums"))
+        shared.writer.append_visible(memories("keep", "red apples", "green pears", "blue plums"))
         turn = await shared.turn("keep", "red apples", agent="ann", seed=1)
         assert turn.answer.used == [memory.id for memory in turn.retrieved.memories]
         assert len(turn.answer.used) == 2
@@ -231,7 +231,7 @@ def test_what_is_found_is_counted_and_an_evaluation_is_not(run: Run, tmp_path: P
     found: list[str] = []
 
     async def body(shared: SharedMemory) -> None:
-        shared.append_visible(memories("keep", "red apples", "green pears", "blue plums"))
+        shared.writer.append_visible(memories("keep", "red apples", "green pears", "blue plums"))
         for question in ("red apples", "red apples", "green pears"):
             found.extend(m.id for m in (await shared.retrieve("keep", question, 1)).memories)
         await shared.retrieve("keep", "blue plums", 1, exclude_copies=True)

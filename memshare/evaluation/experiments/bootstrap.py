@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from memshare.evaluation.lab import Lab, ScorerKind, as_memories
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rows import Key, Row, count_row, mean_row, question_keys
 from memshare.files import write_json
+from memshare.llm.likelihood import Likelihood
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.records import Memory, NewMemory
@@ -28,6 +30,7 @@ from memshare.sharing import SharedMemory
 SEEDS, WRITTEN, REAL = "seed only", "bootstrapped", "real questions"
 DISTANCE = "distance to the nearest real question"
 CHARS = "characters of a question"
+UNAIDED = "nats per token of the answer, no memory shown"
 
 
 async def rows(lab: Lab) -> AsyncIterator[Row]:
@@ -36,7 +39,9 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
 
     A written question has no known answer, so a ``reference`` scorer gives way to ``likelihood``
     here. ``distance``: 1 - cosine to the nearest of the domain's problems, by the encoder as it
-    came; for a real problem, to the nearest other one.
+    came; for a real problem, to the nearest other one. How trivial what was stored is: the mean
+    log-likelihood of the answer when no memory is shown (the nearer to 0, the less there is to
+    learn), and the question's length.
     """
     kind: ScorerKind = lab.config.scorer.kind
     if kind == "reference":
@@ -59,6 +64,9 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
                 yield count_row(named, count, made["questions"], lab.seed)
             for row in described(lab, key, domain, stored):
                 yield row
+            for arm, pairs in ((WRITTEN, stored), (REAL, [Pair(m.prompt, m.answer) for m in real])):
+                if pairs:
+                    yield await unaided(lab, key._replace(arm=arm, metric=UNAIDED), pairs)
             for arm, memories in pools.items():
                 ranker = lab.dense(memories, lab.encoder)
                 for row in await lab.answers({arm: ranker}, domain, memories, agents=[label]):
@@ -121,6 +129,14 @@ def described(lab: Lab, key: Key, domain: Domain, stored: Sequence[Pair]) -> lis
     return rows
 
 
+async def unaided(lab: Lab, key: Key, pairs: Sequence[Pair]) -> Row:
+    """How likely the answers are when the question stands alone."""
+    likelihood = Likelihood(lab.scorer_llm, instruction=lab.config.agent.instruction)
+    values = await asyncio.gather(*(likelihood.baseline(*pair) for pair in pairs))
+    names = question_keys(pair.prompt for pair in pairs)
+    return mean_row(key, dict(zip(names, values, strict=True)), lab.seed)
+
+
 def measured(lab: Lab, key: Key, prompts: Sequence[str], far: np.ndarray) -> list[Row]:
     """Distances (n,) and lengths of questions as rows."""
     names = question_keys(prompts)
@@ -139,6 +155,6 @@ EXPERIMENT = Experiment(
     "trivial are they?",
     rows,
     contrasts=((WRITTEN, SEEDS), (WRITTEN, REAL), (REAL, SEEDS)),
-    shown=(F1, CHRF, DISTANCE, CHARS),
+    shown=(F1, CHRF, DISTANCE, CHARS, UNAIDED),
     views=(View("Three shots from seeds, written and real questions", "bars", "dataset"),),
 )

@@ -87,9 +87,10 @@ async def oracle(
 
 
 def found(
-    lab: Lab, domain: Domain, memories: Sequence[Memory], rankers: Mapping[str, Ranker]
-) -> list[Row]:
-    """What every retriever finds, where it is known which memories are relevant."""
+    lab: Lab, domain: Domain, memories: Sequence[Memory], rankers: Mapping[str, Ranker],
+    at: str = "",
+) -> list[Row]:  # fmt: skip
+    """What every retriever finds of ``memories`` that are of a test's group, where it is known."""
     made = []
     for dataset, tests in domain.tests.items():
         prompts = [test.prompt for test in tests]
@@ -98,7 +99,7 @@ def found(
         for arm, per_question in per_arm.items():
             for metric in METRICS:
                 values = {name: per_question[str(i)][metric] for i, name in enumerate(names)}
-                made.append(mean_row(Key(arm, "", dataset, metric, "", "decontaminated"), values,
+                made.append(mean_row(Key(arm, at, dataset, metric, "", "decontaminated"), values,
                                      lab.seed))  # fmt: skip
     return made
 

@@ -24,10 +24,10 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
     all arms, trained on the pools with reference answers (never on a test).
     """
     limit = lab.config.evaluation.questions
-    clean = lab.own_pools
+    clean = lab.asked(limit)
     published = {name: lab.published[name] for name in clean if name != WORLD}
-    for split, chosen in ((DECONTAMINATED, clean), (PUBLISHED, published)):
-        domains = {name: lab.few(domain, limit) for name, domain in chosen.items()}
+    few = {name: lab.few(domain, limit) for name, domain in published.items()}
+    for split, domains in ((DECONTAMINATED, clean), (PUBLISHED, few)):
         pools = {name: as_memories(name, domain.pairs) for name, domain in domains.items()}
         encoder = (await lab.learn(pools)).encoder
         for name, domain in domains.items():

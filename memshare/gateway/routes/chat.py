@@ -92,12 +92,12 @@ async def chat(
     }
     if body.stream:
         chunks = llm.stream(messages, **sampling)
-        return await events(gateway, chunks, note, None if refusal else pair)
+        return await events(gateway, chunks, note, None if refusal else pair, kept)
     with shared.stage("llm"):
         completion = await llm.chat(messages, **sampling)
     reply = _reply(completion, llm.model)
     if pair and not refusal:
-        note |= await submit(gateway, pair, *answer_of(reply))
+        note |= await submit(gateway, pair, kept, *answer_of(reply))
     return JSONResponse({**reply, "memshare": note})
 
 

@@ -18,6 +18,8 @@ from memshare.gateway.schemas import (
     ErrorReply,
     FeedbackIn,
     FeedbackReply,
+    Hold,
+    HoldReply,
     ItemResult,
     MemoryOut,
     MemoryPage,
@@ -57,9 +59,10 @@ _NOT_FOUND: dict[int | str, dict[str, Any]] = {
 async def add(body: AddMemories, gateway: ReadyGateway, caller: Caller) -> JSONResponse:
     """Store memories; answered once they are durable and searchable.
 
-    201 with one result an item (`stored`, `duplicate`, or `rejected` with the reason); 422 if every
-    item is rejected; 404 if a pool is unknown, with nothing stored. With `gateway.score_writes` on:
-    202 and `pending`, and the scorer decides in the background; 429 if it is too far behind.
+    201 with one result an item (`stored`, `duplicate`, `held` for a review, or `rejected`, the last
+    two with the reason); 422 if every item is rejected; 404 if a pool is unknown, with nothing
+    stored. With `gateway.score_writes` on: 202 and `pending`, and the scorer decides in the
+    background; 429 if it is too far behind.
     """
     for name in sorted({item.pool for item in body.items}):
         await known_pool(gateway.shared, caller, name, "admin" if body.import_ else "write")
@@ -69,10 +72,7 @@ async def add(body: AddMemories, gateway: ReadyGateway, caller: Caller) -> JSONR
     results, accepted = _check(body, caller, gateway.config.gateway.max_text_chars)
     status = 201
     if not accepted:
-        reasons = "; ".join(f"items.{i}: {r.reason}" for i, r in enumerate(results) if r)
-        refusal = error_body(422, f"no item can be stored: {reasons[:2000]}", "items", "rejected")
-        refusal["results"] = [result.model_dump() for result in results if result]
-        return JSONResponse(refusal, status_code=422)
+        return _refusal(results)
     if scored:
         status = 202
         await gateway.queue.put([_pair(memory) for _, memory in accepted])
@@ -80,15 +80,29 @@ async def add(body: AddMemories, gateway: ReadyGateway, caller: Caller) -> JSONR
             results[place] = ItemResult(id=None, status="pending")
     else:
         stored = await gateway.shared.write(
-            gateway.shared.append_visible, [memory for _, memory in accepted]
+            gateway.shared.writer.append_visible, [memory for _, memory in accepted], body.import_
         )
         for (place, memory), result in zip(accepted, stored, strict=True):
             # A duplicate's id is another's memory, which not everybody who writes may know.
-            known = result.status == "stored" or caller.may("read", memory.pool)
-            results[place] = ItemResult(id=result.id if known else None, status=result.status)
+            own = result.status in ("stored", "held")
+            known = result.id and (own or caller.may("read", memory.pool))
+            results[place] = ItemResult(
+                id=result.id if known else None,
+                status=result.status,
+                reason=result.reason or None,
+            )
+        if all(result.status == "rejected" for result in stored):
+            return _refusal(results)
     return JSONResponse(
         {"results": [result.model_dump() for result in results if result]}, status_code=status
     )
+
+
+def _refusal(results: Sequence[ItemResult | None]) -> JSONResponse:
+    reasons = "; ".join(f"items.{i}: {r.reason}" for i, r in enumerate(results) if r)
+    refusal = error_body(422, f"no item can be stored: {reasons[:2000]}", "items", "rejected")
+    refusal["results"] = [result.model_dump() for result in results if result]
+    return JSONResponse(refusal, status_code=422)
 
 
 def _check(
@@ -169,13 +183,19 @@ async def page(
     pool: Annotated[str, Query(min_length=1, max_length=200)],
     cursor: Annotated[str | None, Query(max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    held: bool = False,
 ) -> JSONResponse:
-    """One page of a pool, in the order of storing."""
-    await known_pool(gateway.shared, caller, pool, "read")
+    """One page of a pool, in the order of storing; `held`: of its memories on hold, for admins."""
+    await known_pool(gateway.shared, caller, pool, "admin" if held else "read")
     if cursor is not None:
         _check_cursor(cursor)
-    memories, after = await gateway.shared.read(gateway.shared.store.list, pool, cursor, limit)
-    return JSONResponse({"memories": await _wire(gateway, memories), "next_cursor": after})
+    store = gateway.shared.store
+    memories, after = await gateway.shared.read(store.list, pool, cursor, limit, held)
+    shown = await _wire(gateway, memories)
+    if held:
+        for memory, row in zip(memories, shown, strict=True):
+            row["hold_reason"] = memory.hold_reason
+    return JSONResponse({"memories": shown, "next_cursor": after})
 
 
 def _check_cursor(cursor: str) -> None:
@@ -210,13 +230,39 @@ async def delete(id: MemoryId, gateway: ReadyGateway, caller: Caller) -> JSONRes
     return JSONResponse({"id": id, "deleted": True})
 
 
+@router.post("/{id}/hold", response_model=HoldReply, responses=_NOT_FOUND)
+async def hold(id: MemoryId, body: Hold, gateway: ReadyGateway, caller: Caller) -> JSONResponse:
+    """Take a memory out of retrieval and training, for a review. Needs the admin right.
+
+    Nothing changes where it is on hold already.
+    """
+    shared = gateway.shared
+    memory = await _readable(gateway, caller, id)
+    need(caller, "admin", memory.pool, "id")
+    await shared.write(shared.store.hold, id, body.reason)
+    shared.searcher.notify(memory.pool)
+    return JSONResponse({"id": id, "held": True})
+
+
+@router.post("/{id}/release", response_model=HoldReply, responses=_NOT_FOUND)
+async def release(id: MemoryId, gateway: ReadyGateway, caller: Caller) -> JSONResponse:
+    """End the hold on a memory. Needs the admin right on its pool."""
+    shared = gateway.shared
+    memory = await _readable(gateway, caller, id)
+    need(caller, "admin", memory.pool, "id")
+    await shared.write(shared.store.release, id)
+    shared.searcher.notify(memory.pool)
+    return JSONResponse({"id": id, "held": False})
+
+
 @router.post("/{id}/feedback", response_model=FeedbackReply, responses=_NOT_FOUND)
 async def give_feedback(
     id: MemoryId, body: FeedbackIn, gateway: ReadyGateway, caller: Caller
 ) -> JSONResponse:
     """Say how useful a memory is, from -1 to 1 (`down` and `up` are its ends).
 
-    One opinion a principal and memory: a later one replaces it. Needs the read and write rights.
+    One opinion a principal and memory: a later one replaces it. A memory whose standing sinks below
+    `hold_below` of its pool is put on hold. Needs the read and write rights.
     """
     memory = await _readable(gateway, caller, id)
     need(caller, "write", memory.pool, "id")
@@ -226,6 +272,10 @@ async def give_feedback(
     )
     if standing is None:
         raise _unknown(id)
+    shared = gateway.shared
+    if reason := shared.writer.guard.sunk(memory.pool, standing):
+        await shared.write(shared.store.hold, id, reason)
+        shared.searcher.notify(memory.pool)
     sign = "up" if value > 0 else "down" if value < 0 else "neutral"
     gateway.metrics.feedback.labels(memory.pool, sign).inc()
     return JSONResponse({"id": id, "standing": standing.value, "votes": standing.votes})
@@ -243,9 +293,14 @@ async def _wire(gateway: Gateway, memories: Sequence[Memory]) -> list[dict[str, 
 
 
 async def _readable(gateway: Gateway, caller: Key, id: str) -> Memory:
-    """The memory; 404 if there is none, or in a pool that ``caller`` may not read."""
+    """The memory; 404 if there is none, or none that ``caller`` may read.
+
+    One on hold is there for its author and for admins alone.
+    """
     memory = await gateway.shared.read(gateway.shared.store.get, id)
     if memory is None or not caller.may("read", memory.pool):
+        raise _unknown(id)
+    if memory.held and memory.agent != caller.principal and not caller.may("admin", memory.pool):
         raise _unknown(id)
     return memory
 

@@ -39,6 +39,8 @@ ROUTES = [
     ("GET", "/v1/memories/x"),
     ("DELETE", "/v1/memories/x"),
     ("POST", "/v1/memories/x/feedback"),
+    ("POST", "/v1/memories/x/hold"),
+    ("POST", "/v1/memories/x/release"),
     ("GET", "/v1/retrievers/main/generations"),
     ("POST", "/v1/retrievers/main/generations/0/activate"),
     ("GET", "/metrics"),

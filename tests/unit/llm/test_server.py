@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
 
-from memshare.config import Config, ConfigError
+from memshare.config import Config, ConfigError, load_config
 from memshare.llm.base import LLMError
-from memshare.llm.server import Server, plan_servers, server_command, wait_ready
+from memshare.llm.plan import gpus_left, on_free_ports, plan_servers
+from memshare.llm.server import Server, server_command, wait_ready
+from tests import fake_vllm
+from tests.fake_vllm import fake_python
 
 ROOT = Path(__file__).parents[3]
 URL = "http://127.0.0.1:8101"
@@ -46,6 +53,91 @@ def test_contradictions_are_config_errors(lm_folder: Path) -> None:
         plan_servers(_config(lm_folder, scorer={"model": "hub/other"}))
     with pytest.raises(ConfigError, match="differ"):
         plan_servers(_config(lm_folder, scorer={"server": {"dtype": "float32"}}))
+
+
+def test_replicas_have_ports_and_gpus_of_their_own(lm_folder: Path) -> None:
+    env = {"CUDA_VISIBLE_DEVICES": "2,3,4,5"}
+    server = {"replicas": 2, "tensor_parallel_size": 2, "env": env}
+    agent = {"server": server, "max_concurrency": 64}
+    config = _config(lm_folder, agent, {"url": "http://127.0.0.1:8103"})
+    assert config.agent_llm.urls == (URL, "http://127.0.0.1:8102")
+    first, second, scorer = plan_servers(config)
+    assert [(p.url, p.port, p.devices) for p in (first, second)] == [
+        (URL, 8101, "2,3"), ("http://127.0.0.1:8102", 8102, "4,5"),
+    ]  # fmt: skip
+    assert (scorer.url, scorer.devices) == ("http://127.0.0.1:8103", "")
+    for plan in (first, second):
+        assert "--enable-prefix-caching" in server_command(plan)
+        assert Server(plan, Path("log"))._environment()["CUDA_VISIBLE_DEVICES"] == plan.devices
+    moved = {"server": {**server, "port": 9000}}
+    assert [p.port for p in plan_servers(_config(lm_folder, moved, moved))] == [9000, 9001]
+    few = {"server": {"replicas": 3, "tensor_parallel_size": 2, "env": env}}
+    with pytest.raises(ConfigError, match=r"need 6 GPUs, .* there are 4"):
+        plan_servers(_config(lm_folder, few, few))
+    none = {"server": {"replicas": 3, "env": {"CUDA_VISIBLE_DEVICES": ""}}}
+    assert [p.devices for p in plan_servers(_config(lm_folder, none, none))] == ["", "", ""]
+
+
+def test_gpus_are_dealt_from_the_last_one_on(
+    lm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As configs/cluster.yaml has it: two agents and a scorer of two GPUs each."""
+    agent = {"server": {"replicas": 2, "tensor_parallel_size": 2}}
+    scorer = {"url": "http://127.0.0.1:8103", "server": {"tensor_parallel_size": 2}}
+    config = _config(lm_folder, agent, scorer)
+
+    def dealt(visible: str) -> tuple[list[str], str]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        plans = plan_servers(config)
+        return [plan.devices for plan in plans], gpus_left(plans)
+
+    assert dealt("0,1,2,3,4,5,6,7") == (["2,3", "4,5", "6,7"], "0,1")
+    assert dealt("GPU-a,GPU-b,3,4,5,6") == (["GPU-a,GPU-b", "3,4", "5,6"], "")
+    with pytest.raises(ConfigError, match="replicas do not share"):
+        dealt("0,1,2,3,4")
+    assert dealt("") == (["", "", ""], "")
+    config = _config(lm_folder, scorer={"url": "http://127.0.0.1:8103"})
+    assert dealt("0") == (["", ""], "")  # one card: they share it, as configs/h200.yaml has it
+    assert dealt("0,1,2,3") == (["2", "3"], "0,1")
+
+
+def test_free_ports_keep_what_is_shared_and_leave_remote_ones_alone(lm_folder: Path) -> None:
+    both = _config(lm_folder, {"server": {"replicas": 2}}, {"server": {"replicas": 2}})
+    moved = load_config(overrides=_settings(both, on_free_ports(both)))
+    assert moved.agent_llm.urls == moved.scorer_llm.urls and len(set(moved.agent_llm.urls)) == 2
+    assert not set(moved.agent_llm.urls) & set(both.agent_llm.urls)
+    assert len(plan_servers(moved)) == 2
+    far = _config(lm_folder, {"url": "http://10.0.0.9:1"}, {"url": ["http://10.0.0.9:1", URL]})
+    moved = load_config(overrides=_settings(far, on_free_ports(far)))
+    assert moved.agent_llm.urls == ("http://10.0.0.9:1",)
+    assert moved.scorer_llm.urls[0] == "http://10.0.0.9:1" != moved.scorer_llm.urls[1] != URL
+    assert on_free_ports(Config()) == []
+
+
+def _settings(config: Config, more: list[str]) -> list[str]:
+    """``config``'s LLMs as overrides, and ``more`` after them."""
+    keys = ("agent_llm", "scorer_llm")
+    return [
+        f"{key}={json.dumps(getattr(config, key).model_dump(mode='json'))}" for key in keys
+    ] + more
+
+
+def test_a_list_of_urls_is_a_server_each(lm_folder: Path) -> None:
+    urls = [URL, "http://10.0.0.9:1/v1/", "http://localhost:8102"]
+    server = {"env": {"CUDA_VISIBLE_DEVICES": "0,1"}}
+    both = {"url": urls, "server": server}
+    plans = plan_servers(_config(lm_folder, both, both))
+    assert [(p.url, p.local, p.devices, p.roles) for p in plans] == [
+        (URL, True, "0", ("agent", "scorer")),
+        ("http://10.0.0.9:1", False, "", ("agent", "scorer")),
+        ("http://localhost:8102", True, "1", ("agent", "scorer")),
+    ]
+
+
+def test_replicas_that_no_port_can_be_counted_for(lm_folder: Path) -> None:
+    for url, why in (([URL, URL], "list already"), ("http://router", "counts ports")):
+        with pytest.raises(ValueError, match=why):
+            _config(lm_folder, {"url": url, "server": {"replicas": 2}})
 
 
 def test_the_command_is_an_argument_list(lm_folder: Path) -> None:
@@ -147,3 +239,44 @@ def test_program_checks_and_complains(lm_folder: Path, tmp_path: Path) -> None:
     assert started.returncode == 1 and "make vllm" in started.stderr
     wrong = _program("--set", "agent_llm.model=/no/such/folder", "--set", "agent_llm.backend=vllm")
     assert wrong.returncode == 1 and "/no/such/folder" in wrong.stderr
+
+
+def test_a_replica_that_dies_is_started_again(lm_folder: Path, tmp_path: Path) -> None:
+    """Two fake servers started by the real program: one is killed, and comes back by itself."""
+    python = fake_python(tmp_path / "python", lm_folder)
+    first = _free_port()
+    config = tmp_path / "c.yaml"
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "agent_llm": {
+            "backend": "vllm", "model": str(lm_folder),
+            "url": [f"http://127.0.0.1:{first}", f"http://127.0.0.1:{_free_port()}"],
+            "server": {"python": str(python)},
+        },
+        "scorer_llm": {"model": str(lm_folder)}, "mining": {"labels": "none"},
+    }  # fmt: skip
+    config.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, str(ROOT / "serve" / "llm.py"), "--config", str(config)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+
+        def listening() -> list[psutil.Process]:
+            words = str(first)
+            every = psutil.Process(child.pid).children(recursive=True)
+            return [p for p in every if words in p.cmdline() and fake_vllm.__file__ in p.cmdline()]
+
+        (victim,) = listening()
+        victim.kill()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with suppress(psutil.NoSuchProcess):
+                if [p for p in listening() if p.pid != victim.pid]:
+                    break
+            time.sleep(0.1)
+        else:
+            raise AssertionError("it did not come back")
+    finally:
+        child.terminate()
+        _, told = child.communicate(timeout=40)
+    assert child.returncode == 0 and "died with code -9; started again" in told

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
@@ -12,7 +13,7 @@ from alembic.script import ScriptDirectory
 
 from memshare.pool import PoolError, PoolStore, engine
 from memshare.pool.engine import Database
-from memshare.pool.schema import HEAD, metadata
+from memshare.pool.schema import HEAD, authors, metadata, pools
 from memshare.records import NewMemory
 
 NEXT = '''"""A made-up next version."""
@@ -69,6 +70,31 @@ def test_reopening_a_filled_pool_changes_nothing(url: str) -> None:
         with PoolStore.open(url) as store:
             assert [m.id for m in store.iter("main")] == ids
             assert store.pool("main").threshold == 70
+
+
+def test_memories_from_before_their_counting_are_counted(url: str) -> None:
+    """Version 0004 counts what is there."""
+    database = Database(url)
+    config = Config()
+    config.set_main_option("script_location", str(engine.MIGRATIONS))
+    with database.write() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0003")
+        connection.exec_driver_sql("INSERT INTO pools VALUES ('main', 'general', 80, 4)")
+        for seq, (agent, gone) in enumerate(
+            [("'ann'", "NULL"), ("'ann'", "'then'"), ("'bob'", "NULL"), ("NULL", "NULL")], 1
+        ):
+            connection.exec_driver_sql(
+                "INSERT INTO memories (id, pool, seq, prompt, answer, agent, created_at, metadata, "
+                f"held, deleted_at) VALUES ('m{seq}', 'main', {seq}, 'p', 'a', {agent}, 'now', "
+                f"'{{}}', false, {gone})"
+            )
+    with PoolStore.open(url) as store, store.database.read() as connection:
+        assert connection.execute(sa.select(pools.c.size)).scalars().all() == [3]
+        counts = connection.execute(sa.select(authors.c.agent, authors.c.count)).all()
+        assert {(agent, count) for agent, count in counts} == {("ann", 1), ("bob", 1)}
+        assert [memory.hold_reason for memory in store.iter("main")] == [None] * 3
+    database.engine.dispose()
 
 
 def test_a_newer_database_is_refused_and_untouched(url: str) -> None:

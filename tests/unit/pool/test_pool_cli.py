@@ -127,6 +127,29 @@ def test_refusals_are_one_message_and_exit_code_2(
     assert len(err.strip().splitlines()) == 1
 
 
+def test_memories_are_held_reviewed_and_released(run: Run) -> None:
+    run("create", "--pool", "main")
+    first, second = add(run, "one", "--agent", "ann"), add(run, "two")
+    assert run("review", "--pool", "main") == (0, "", "")
+    assert run("hold", first, "--reason", "it names a person") == (0, f"{first} on hold\n", "")
+    assert run("hold", second) == (0, f"{second} on hold\n", "")
+    assert run("hold", second) == (2, "", f"memshare pool hold: no free memory {second}\n")
+    code, out, _ = run("review", "--pool", "main")
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0 and lines[0] == [first, "1", "-", "held", "one"]
+    assert lines[1] == ["ann:", "it", "names", "a", "person"]
+    assert lines[3] == ["unknown:", "no", "reason", "given"]
+    (row, _) = run("review", "--pool", "main", "--json")[1].splitlines()
+    assert json.loads(row)["hold_reason"] == "it names a person"
+    assert run("list", "--pool", "main") == (0, "", "")
+    assert run("release", first)[:2] == (0, f"{first} released\n")
+    assert run("delete", second)[:2] == (0, f"{second} deleted\n")
+    code, _, err = run("release", first, second)
+    assert code == 2 and f"no held memory {first}, {second}" in err
+    assert run("hold", first, "--reason", " ")[0] == 2
+    assert run("review", "--pool", "main") == (0, "", "")
+
+
 def test_reading_a_misspelt_url_makes_no_database(run: Run, tmp_path: Path) -> None:
     for arguments in (["list", "--pool", "main"], ["stats"], ["show", "x"], ["delete", "x"],
                       ["import", "x.jsonl", "--pool", "main"]):  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -47,7 +48,22 @@ class Model:
                 continue
             product = np.float32(vector.astype(np.float64) @ query.astype(np.float64))
             scored.append((-float(product), age, item.id))
+        if restrict is not None and restrict.max_per_agent is not None:
+            scored = self._spread(sorted(scored), restrict.max_per_agent)
         return [(id, -negative) for negative, _, id in sorted(scored)[:k]]
+
+    def _spread(
+        self, ranked: list[tuple[float, int, str]], most: int
+    ) -> list[tuple[float, int, str]]:
+        """Without what comes after the first ``most`` of its agent."""
+        seen: Counter[str | None] = Counter()
+        kept = []
+        for row in ranked:
+            agent = self.rows[row[1]][0].agent
+            seen[agent] += 1
+            if agent is None or seen[agent] <= most:
+                kept.append(row)
+        return kept
 
 
 def _passes(item: Memory, restrict: Filter) -> bool:
@@ -93,10 +109,11 @@ DAYS = st.none() | st.integers(1, 28).map(lambda day: f"2026-01-{day:02d}T00:00:
     after=DAYS,
     before=DAYS,
     freeze=st.booleans(),
+    most=st.none() | st.integers(1, 8),
 )
 def test_k_are_found_if_k_exist(
     base: int, extra: int, seed: int, share: float, k: int, agent: str | None,
-    after: str | None, before: str | None, freeze: bool,
+    after: str | None, before: str | None, freeze: bool, most: int | None,
 ) -> None:  # fmt: skip
     shard, model = make(base, extra, seed)
     rng = np.random.default_rng(seed)
@@ -107,7 +124,7 @@ def test_k_are_found_if_k_exist(
         shard.freeze(None)
         assert shard.delta_rows == 0
     queries = vectors_of(3, seed + 1)
-    for restrict in (None, Filter(agent, after, before, excluded)):
+    for restrict in (None, Filter(agent, after, before, excluded, most)):
         for query, found in zip(queries, shard.top(queries, k, restrict), strict=True):
             same(found, model.top(query, k, restrict))
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memshare.config import Config, GateConfig
+from memshare.config import Config, GateConfig, WandbConfig
 from memshare.pool.store import PoolStore
 from memshare.records import Memory, NewMemory
 from memshare.retrieval.build import build_generation
@@ -171,6 +171,19 @@ def test_a_ruined_encoder_does_not_pass(config: Config, folder: Path, relevance:
     assert passes.figures["bm25"]["MRR@10"] > 0.5 and passes.figures["next"]["MRR@10"] > 0.5
     assert passes.record()["generations"] == {"current": 0}
     assert not fails.passed and fails.best == 0 and "against current" in fails.reason
+    assert passes.samples == ()  # texts leave the pool for nobody who did not ask for them
+    asked = config.model_copy(update={"wandb": WandbConfig(samples=2)})
+    with open_store(config) as store:
+        built = build_generation(store, config, bad)
+        shown = gate_built(store, asked, bad, built, queries, relevance).samples
+        texts = {memory.prompt: memory for memory in store.iter("p")}
+    assert len(shown) == 2 * 2 * 3  # questions, retrievers, memories
+    assert {row.retriever for row in shown} == {"current", "next"}
+    assert [row.rank for row in shown[:3]] == [1, 2, 3]
+    for row in shown:
+        query, found = texts[row.question], texts[row.memory.split("\n")[0]]
+        assert row.gain == same_topic(query, [found])[0]
+    assert "samples" not in passes.record()
 
 
 def test_the_best_so_far_stays_the_measure(config: Config, folder: Path) -> None:

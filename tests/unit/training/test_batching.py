@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from memshare.config import TrainingConfig
+from memshare.config import EncoderConfig, TrainingConfig
 from memshare.retrieval.encoder import Encoder
-from memshare.training.batching import Batches, StepBatch, cut, deal
+from memshare.training.batching import Batches, StepBatch, cut, cut_packed, deal
 from memshare.training.select import select
 from tests.tiny import tiny_encoder
 from tests.training_data import candidate, example, examples
 
 CPU = torch.device("cpu")
+DRAWN = {"positives": 2, "positives_per_step": 1, "max_principal_share": 0.3,
+         "pool_temperature": 2.0}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,39 @@ def test_a_batch_is_of_one_pool(encoder: Encoder) -> None:
     pools = [{q.split("-")[0] for q in batch.query_ids} for batch in epoch(data)]
     assert all(len(pool) == 1 for pool in pools)
     assert {"main", "other"} == set().union(*pools)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "settings", "digest", "content"),
+    [
+        (("", ""), {}, "441c8b075f8dddc0", "430e5fc8da06059c"),
+        (("", ""), DRAWN, "00d53b17dde57a29", "a6751bb4467026de"),
+        (("query: ", "passage: "), {}, "29c05554e2577633", "fc985eb0b564e0f3"),
+        (("query: ", "passage: "), DRAWN, "68c5fe598fa9284f", "97e429f13a6fc42e"),
+    ],
+)
+def test_batches_are_those_of_when_all_of_it_was_in_memory(
+    tmp_path: Path, prefixes: tuple[str, str], settings: dict[str, Any], digest: str, content: str
+) -> None:
+    """The hashes are those of the code before examples and tokens went to disk."""
+    where = {"model": str(tiny_encoder(tmp_path / "tiny")), "max_length": 24, "device": "cpu"}
+    encoder = Encoder.load(EncoderConfig(**where))
+    encoder.query_prefix, encoder.memory_prefix = prefixes
+    made = [*examples(40), *examples(23, seed=1, pool="other", start=40)]
+    config = TrainingConfig(**settings)
+    data = Batches(select(made, config).items, encoder, global_batch=12, seed=5, settings=config)
+    found = hashlib.sha256()
+    for step in range(7):
+        batch = data.batch(step)
+        for array in (batch.texts, batch.rows, batch.positives, batch.masked, batch.logliks,
+                      batch.query_answers, batch.doc_answers):  # fmt: skip
+            found.update(repr((array.shape, array.dtype, array.tolist())).encode())
+        found.update(repr((batch.query_ids, batch.docs)).encode())
+        for row in data.table.rows(batch.texts):
+            found.update(repr(row).encode())
+    found.update(repr(data.table.lengths.tolist()).encode())
+    found.update(repr(data.doc_rows.tolist()).encode())
+    assert (data.digest[:16], found.hexdigest()[:16]) == (digest, content)
 
 
 def test_digest_tells_other_data_order_and_prefix(encoder: Encoder, tmp_path: Path) -> None:
@@ -96,7 +133,8 @@ def test_masks(encoder: Encoder) -> None:
     ]  # fmt: skip
     data = batches(encoder, made)
     batch = data.batch(0)
-    names = {row: text for (_, text), row in data.table.index.items()}
+    texts = {p.text for item in data.items for p in (*item.positives, *item.negatives)}
+    names = {data.table.row("m: ", text): text for text in texts}
     columns = [names[row] for row in batch.texts[: batch.docs].tolist()]
     row = batch.query_ids.index("a")
     positive, valid = batch.masks(row, row + 1, CPU)
@@ -125,9 +163,14 @@ def test_texts_longer_than_the_model_are_cut_and_counted(encoder: Encoder) -> No
     table = batches(encoder, made).table
     assert table.truncated == 1
     assert table.lengths.max() == encoder.max_length
-    for (prefix, text), row in table.index.items():
+    named = {("q: ", item.query) for item in made}
+    named.add(("m: ", "fine"))
+    assert (
+        sorted(table.row(*text) for text in named) == [0, 1, 2] == list(range(len(table.lengths)))
+    )
+    for prefix, text in named:
         want = encoder.tokenize_to_ids([text], prefix)[0]
-        assert table.rows(np.array([row])) == [want]
+        assert table.rows(np.array([table.row(prefix, text)])) == [want]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
@@ -155,8 +198,24 @@ def test_micro_batches_keep_the_budget_and_little_padding(batch_tokens: int) -> 
         assert lengths.sum() > 0.9 * sum(sizes) and len(pieces) < 40
 
 
+@pytest.mark.parametrize("batch_tokens", [1, 100, 4096, 10**9])
+def test_packed_micro_batches_keep_the_budget_and_fill_it(batch_tokens: int) -> None:
+    lengths = np.random.default_rng(0).lognormal(4.0, 0.6, size=500).astype(np.int64)
+    lengths = -np.sort(-np.minimum(lengths, 256))
+    pieces = cut_packed(lengths, batch_tokens)
+    assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(500))
+    sizes = [int(lengths[piece].sum()) for piece in pieces]
+    assert all(
+        size <= batch_tokens or len(lengths[piece]) == 1
+        for size, piece in zip(sizes, pieces, strict=True)
+    )
+    if batch_tokens == 4096:
+        assert len(pieces) <= 1 + lengths.sum() / (batch_tokens - 256)
+
+
 def test_micro_batches_of_nothing() -> None:
     assert cut(np.zeros(0, dtype=np.int64), 4096) == []
+    assert cut_packed(np.zeros(0, dtype=np.int64), 4096) == []
 
 
 def test_no_examples_is_an_error(encoder: Encoder) -> None:

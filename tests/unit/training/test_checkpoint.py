@@ -13,7 +13,7 @@ from torch import nn
 from memshare.config import TrainingConfig
 from memshare.training import checkpoint
 from memshare.training.checkpoint import CheckpointError, TrainState
-from memshare.training.optimizer import make_optimizer
+from memshare.training.optimizer import make_optimizer, round_lr, state_tensors, warm_start
 from memshare.training.resume import find
 
 STATE = TrainState(3, {"training.lr": 1e-3}, 7, "abcd1234", 0.5, 100, 120, 2.0)
@@ -193,3 +193,29 @@ def test_a_full_disk_is_told_and_leaves_nothing(
         checkpoint.save(tmp_path, model, optimizer, replace(STATE, step=9))
     assert [path.name for path in tmp_path.iterdir()] == [old.name]
     assert json.loads((old / "state.json").read_text())["step"] == 3
+
+
+def test_a_warm_optimizer_knows_the_parameters_that_are_the_same(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    past = {key: value.clone() for key, value in state_tensors(optimizer).items()}
+    copy = {key: value.clone() for key, value in past.items()}
+    again, other = trained(seed=1, steps=0)
+    assert warm_start(other, past) == len({key.rpartition("/")[0] for key in past}) == 5
+    for step in range(3, 5):  # as a run that was never cut in two
+        again.load_state_dict(model.state_dict())
+        advance(model, optimizer, step)
+        advance(again, other, step)
+        assert same(weights(model), weights(again))
+    torch.manual_seed(0)
+    wider = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    new = make_optimizer(wider, TrainingConfig())
+    assert warm_start(new, copy) == 3  # of 5 known ones the last layer's two have grown
+    assert not new.state.get(wider[2].weight) and not new.state.get(wider[2].bias)
+    assert new.state[wider[1].bias]["step"] == 3
+
+
+def test_the_learning_rate_of_a_round() -> None:
+    assert {round_lr(TrainingConfig(lr=1e-3), number) for number in (1, 7)} == {1e-3}
+    decays = TrainingConfig(lr=1e-3, round_lr_decay=0.5)
+    rates = [round_lr(decays, number) for number in (1, 2, 3, 4, 5, 50)]
+    assert rates == pytest.approx([1e-3, 5e-4, 2.5e-4, 1.25e-4, 1e-4, 1e-4])

@@ -21,6 +21,7 @@ import pytest
 from memshare.config import Config, load_config
 from memshare.llm.base import LogLikelihood
 from memshare.llm.likelihood import Likelihood, LikelihoodCache
+from memshare.pool.feedback import Feedback
 from memshare.pool.store import PoolStore
 from memshare.records import Example, Memory, NewMemory, normalise
 from memshare.retrieval.bm25 import BM25
@@ -35,11 +36,12 @@ from memshare.training.examples import (
     round_dir,
     shard_path,
 )
+from memshare.training.journal import Span
 from memshare.training.labels import Labeller, Share, merge_caches, open_cache, open_labeller
 from memshare.training.mining import mine, plan_round, split_memories
 from memshare.training.proposals import open_proposer
 from memshare.training.relevance import HeldOutRelevance, answer_overlap, mined_gains
-from memshare.training.rounds import Span, open_spans
+from memshare.training.rounds import open_spans
 from tests.tiny import tiny_encoder
 from tests.tiny_lm import tiny_lm
 
@@ -87,7 +89,7 @@ def mine_round(
         folder = round_dir(config.examples_dir, number)
         wanted = spans or open_spans(store, {}, ("main",))
         with open_proposer(config, None) as proposer:
-            by = proposer and proposer.number
+            by = proposer and proposer.name
             plan = plan_round(store, config, number, wanted, fates, folder, by)
             async with open_labeller(config, store) as labeller:
                 return await mine(store, config, plan, fates, labeller, folder, proposer)
@@ -427,3 +429,29 @@ def test_killed_mining_goes_on_where_it_was(tmp_path: Path) -> None:
 def unscored(example: Example) -> Example:
     bare = tuple(replace(candidate, loglik=None) for candidate in example.candidates)
     return replace(example, candidates=bare, baseline_loglik=None)
+
+
+@needs_data
+def test_disliked_memories_teach_nothing(tmp_path: Path) -> None:
+    """With two principals against it, a memory is no query and no candidate of any round."""
+    config = make_config(tmp_path, replay=1.0)
+    with open_pool(config, banking(10, 8)) as store:
+        span = open_spans(store, {}, ("main",))
+        before, _ = mine_round(store, config)
+        bad, doubted = before[0].query_id, before[1].query_id
+        used = {candidate.id for example in before for candidate in example.candidates}
+        assert {bad, doubted} <= used
+        feedback = Feedback(store.database)
+        for who in ("ann", "bob"):
+            feedback.give(bad, who, -1)
+        feedback.give(doubted, "ann", -1)
+        after, marker = mine_round(store, config, 2, span)
+        store.append([NewMemory("main", f"new {n}", "card_arrival") for n in range(80)])
+        replayed, _ = mine_round(store, config, 3, open_spans(store, {"main": 80}, ("main",)))
+    assert marker["left_out"]["disliked"] == 1
+    for examples in (after, replayed):
+        queries = {example.query_id for example in examples}
+        used = {candidate.id for example in examples for candidate in example.candidates}
+        assert bad not in queries | used
+    assert doubted in {example.query_id for example in after}
+    assert doubted in {candidate.id for example in after for candidate in example.candidates}

@@ -67,7 +67,7 @@ def test_both_propose_and_nothing_forbidden_is_proposed(config: Config, store: P
         open_ids, [memory_text(by_id[k].prompt, by_id[k].answer) for k in open_ids]
     )
     with open_proposer(config, None) as proposer:
-        assert proposer is not None and proposer.number == 0  # nothing was published
+        assert proposer is not None and proposer.name == 0  # nothing was published
         until = store.last_seq("main")
         proposals = PoolProposals(store, config, "main", until, fates, proposer)
         rows = proposals.propose(found)
@@ -106,10 +106,15 @@ def test_a_generation_proposes_with_its_own_vectors(
     found = list(store.iter("main"))
     until = store.last_seq("main")
     with open_proposer(config, None) as proposer:
-        assert proposer is not None and proposer.number == 1
+        assert proposer is not None and proposer.name == 1
         by_generation = PoolProposals(store, config, "main", until, {}, proposer).propose(found)
-    encoded = PoolProposals(store, config, "main", until, {}, Proposer(other, None)).propose(found)
+    encoded = PoolProposals(
+        store, config, "main", until, {}, Proposer(other, None, "other")
+    ).propose(found)
     assert by_generation == encoded
+    with open_proposer(config, str(tmp_path / "two")) as proposer:  # an encoder that is in none
+        assert proposer is not None and proposer.name == str(tmp_path / "two")
+        assert PoolProposals(store, config, "main", until, {}, proposer).propose(found) == encoded
     with open_proposer(config, 0) as proposer:  # a round that was begun before the generation
         assert proposer is not None and proposer.generation is None
         frozen = PoolProposals(store, config, "main", until, {}, proposer).propose(found)

@@ -16,10 +16,8 @@ from memshare.training.examples import (
     write_marker,
     write_shard,
 )
+from memshare.training.journal import Span
 from memshare.training.rounds import (
-    Journal,
-    JournalError,
-    Span,
     count_new,
     erase_deleted,
     forget_stale_checkpoints,
@@ -41,37 +39,6 @@ def store(tmp_path: Path):
 
 def add(store: PoolStore, pool: str, *prompts: str) -> list[str]:
     return [r.id for r in store.append([NewMemory(pool, prompt, "yes") for prompt in prompts])]
-
-
-def test_a_round_goes_through_its_steps(tmp_path: Path) -> None:
-    path = tmp_path / "continual.json"
-    assert Journal.load(path) == Journal()
-    journal = Journal().begin(1, {"one": Span(0, 9)}, "frozen")
-    for step, following in (("mine", "train"), ("train", "index")):
-        assert journal.open_round is not None and journal.open_round.step == step
-        journal = journal.advance({"did": step})
-        assert journal.open_round is not None and journal.open_round.step == following
-        journal.save(path)
-        assert Journal.load(path) == journal
-    with pytest.raises(JournalError, match="not done"):
-        journal.begin(2, {}, "frozen")
-    journal = journal.advance({}, outcome="published")
-    assert journal.open_round is None
-    with pytest.raises(JournalError, match="no round"):
-        journal.advance({})
-    journal = journal.begin(5, {"two": Span(0, 3), "one": Span(9, 11)}, "x")
-    assert journal.positions == {"one": 11, "two": 3}
-    journal = journal.advance({}, outcome="empty")  # ends the round at any step
-    journal.save(path)
-    assert Journal.load(path).rounds[1].outcome == "empty"
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"rounds": [{"step": "mine"}]}', '{"rounds": 3}'])
-def test_a_damaged_journal_is_named(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "continual.json"
-    path.write_text(text)
-    with pytest.raises(JournalError, match=r"continual\.json"):
-        Journal.load(path)
 
 
 def test_new_memories_come_from_the_log(store: PoolStore) -> None:

@@ -17,7 +17,7 @@ from memshare.training.select import (
     select_one,
     text_key,
 )
-from tests.training_data import candidate, example
+from tests.training_data import candidate, example, examples
 
 CONFIG = TrainingConfig(positives=1, hard_negatives=2)
 
@@ -72,6 +72,39 @@ def test_reasons_are_counted() -> None:
     assert result.without_negatives == 1  # kept: the batch gives it negatives
     assert str(result).startswith("1 usable examples (1 without hard negatives); ")
     assert "; 2 dropped: no candidates" in str(result)
+
+
+def test_the_latest_example_of_a_query_counts_at_the_place_of_the_first() -> None:
+    good, better = (candidate("a", "a", -0.1),), (candidate("b", "b", -0.2),)
+    made = [
+        example("1", candidates=good, labels="likelihood"),
+        example("2"),
+        example("3", candidates=good, pool="other"),
+        example("1", candidates=better, labels="prompted", scorer="later"),
+        example("2", candidates=good),
+        example("3"),
+    ]
+    result = select(made, CONFIG)
+    assert [item.query_id for item in result.items] == ["1", "2"]
+    assert [item.positives[0].id for item in result.items] == ["b", "a"]
+    assert result.dropped == {NO_CANDIDATES: 1}
+    assert result.counts()["pools"] == {"main": 2}
+    assert result.counts()["labels"] == ["likelihood", "prompted"]
+    assert result.counts()["scorers"] == ["later", "made"]
+
+
+def test_what_is_chosen_is_read_back_as_it_was() -> None:
+    odd = example(
+        "\u00fc", query="line\nbreak \u2028 \U0001f375", principal="me",
+        candidates=(candidate("a", "a\x00", -1 / 3), candidate("b", "b", -2.0)),
+    )  # fmt: skip
+    made = [odd, *examples(20)]
+    result = select(made, CONFIG)
+    assert list(result.items) == [select_one(item, CONFIG) for item in made]
+    assert result.items[-1] == result.items[20] == select_one(made[20], CONFIG)
+    assert result.items[3:5] == [select_one(item, CONFIG) for item in made[3:5]]
+    with pytest.raises(IndexError):
+        result.items[21]
 
 
 def test_copies_and_equal_answers_are_never_negatives() -> None:

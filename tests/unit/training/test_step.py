@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from memshare.config import LoRAConfig, TrainingConfig
+from memshare.retrieval import packing
 from memshare.retrieval.encoder import Encoder, EncoderError
 from memshare.training import step as step_module
 from memshare.training.batching import Batches
+from memshare.training.flops import ModelCost
 from memshare.training.gather import World
 from memshare.training.lora import add_adapters, export
 from memshare.training.loss import objective_rows
@@ -98,6 +101,20 @@ def test_gradient_equals_the_direct_one(
     assert max(float(g.abs().max()) for g in want.values()) > 1e-3  # there is something to equal
 
 
+@pytest.mark.parametrize("graph_tokens", [100_000, 700])
+def test_gradient_of_a_model_that_can_not_be_packed(
+    encoder: Encoder, graph_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_FAMILIES", frozenset())
+    data, config = make(encoder, batch_tokens=256, graph_tokens=graph_tokens)
+    result = ContrastiveStep(encoder, data.table, config, ONE, seed=0).backward(data.batch(0), 0)
+    got = gradients(encoder)
+    loss, want = direct_gradients(encoder, data, config)
+    assert result.loss == pytest.approx(loss, abs=1e-5)
+    assert difference(got, want) < 1e-5
+    assert result.tokens < result.padded < 1.1 * result.tokens  # sorted by length: little padding
+
+
 def test_gradient_with_distillation_and_widths(
     encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,13 +151,26 @@ def test_a_step_does_not_depend_on_the_random_state_before_it(encoder: Encoder) 
 def test_one_text_is_encoded_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     data, config = make(encoder, batch_tokens=256)
     seen: list[int] = []
-    collate = encoder.collate
-    monkeypatch.setattr(encoder, "collate", lambda rows: (seen.append(len(rows)), collate(rows))[1])
+    pack = encoder.pack
+    monkeypatch.setattr(encoder, "pack", lambda rows: (seen.append(len(rows)), pack(rows))[1])
     engine = ContrastiveStep(encoder, data.table, config, ONE, seed=0)
     result = engine.backward(data.batch(0), 0)
     assert sum(seen) == len(data.batch(0).texts) and len(seen) > 3
     assert result.tokens == data.table.lengths[data.batch(0).texts].sum()
-    assert result.tokens <= result.padded < 1.1 * result.tokens  # sorted by length: little padding
+    assert result.tokens == result.padded  # nothing is padded
+
+
+def test_figures_of_a_step(encoder: Encoder) -> None:
+    data, config = make(encoder, batch_tokens=256)
+    engine = ContrastiveStep(encoder, data.table, config, ONE, seed=0)
+    result = engine.backward(data.batch(0), 0)
+    lengths = data.table.lengths[data.batch(0).texts]
+    assert result.flops == ModelCost.of(encoder.model).step(lengths) > 0
+    figures = result.rates(2.0)
+    assert figures["tokens_per_second"] == result.tokens / 2
+    assert figures["model_tflops_per_second"] == result.flops / 2e12
+    assert "mfu" not in figures  # nobody knows a CPU's peak
+    assert replace(result, peak=result.flops).rates(2.0)["mfu"] == 0.5
 
 
 def test_training_lowers_the_loss(encoder: Encoder) -> None:

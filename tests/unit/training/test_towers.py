@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from memshare.config import LoRAConfig, TrainingConfig
-from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.retrieval.encoder import SIDES, Encoder, EncoderError
+from memshare.training import checkpoint
+from memshare.training import towers as towers_module
 from memshare.training.batching import Batches
 from memshare.training.estimate import estimate
 from memshare.training.gather import World
@@ -18,7 +20,7 @@ from memshare.training.loss import info_nce_rows
 from memshare.training.optimizer import make_optimizer, update
 from memshare.training.select import select
 from memshare.training.step import ContrastiveStep
-from memshare.training.towers import FrozenMemories, prepare
+from memshare.training.towers import FrozenMemories, compile_layers, prepare
 from tests.tiny import tiny_encoder
 from tests.training_data import examples
 
@@ -131,3 +133,62 @@ def test_two_towers_learn_apart_and_go_on_from_their_folder(
     assert again.memory_fingerprint() == middle
     with pytest.raises(EncoderError, match=r"training\.towers"):
         prepare(again, TrainingConfig(), seed=0)
+
+
+def no_dropout(encoder: Encoder) -> None:
+    for module in encoder.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+@pytest.mark.parametrize(
+    ("towers", "lora", "dropout"),
+    [("shared", False, False), ("separate", False, True), ("query-only", True, False)],
+    ids=["packed", "padded towers", "adapters"],
+)
+def test_compiled_layers_have_the_same_gradient_and_names(
+    folder: Path, tmp_path: Path, towers: str, lora: bool, dropout: bool
+) -> None:
+    """Traced, but not made into kernels, which takes a compiler and a minute."""
+    made: list[tuple[float, dict[str, Tensor]]] = []
+    for compiled in (False, True):
+        encoder = Encoder.from_folder(folder, device="cpu")
+        adapters = LoRAConfig(enabled=lora, r=4, alpha=8, dropout=0.0)
+        data, config = make(encoder, towers, dropout=dropout, lora=adapters)
+        no_dropout(encoder)  # random numbers are drawn in another order: see the next test
+        if compiled:
+            for side in SIDES:
+                compile_layers(encoder.tower(side), backend="aot_eager")
+        loss = engine(encoder, data, config).backward(data.batch(0), 0).loss
+        made.append((loss, gradients(encoder)))
+        names = checkpoint.trainable(encoder.model).keys()
+        assert not any("_orig_mod" in name for name in names)
+    (want_loss, want), (loss, got) = made
+    assert loss == pytest.approx(want_loss, abs=1e-5)
+    assert got.keys() == want.keys() == names
+    assert max(float((got[name] - want[name]).abs().max()) for name in want) < 1e-5
+    export(encoder, tmp_path / "encoder", {})
+    again = Encoder.from_folder(tmp_path / "encoder", device="cpu")
+    assert abs(again.encode_queries(["iron"]) - encoder.encode_queries(["iron"])).max() < 1e-5
+
+
+def test_compiled_layers_replay_their_dropout(folder: Path) -> None:
+    found = []
+    for kept in (100_000, 0):
+        encoder = Encoder.from_folder(folder, device="cpu")
+        data, config = make(encoder, "shared", dropout=True, graph_tokens=kept)
+        compile_layers(encoder.model, backend="aot_eager")
+        engine(encoder, data, config).backward(data.batch(0), 0)
+        found.append(gradients(encoder))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_compiling_is_off_unless_asked_for(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(towers_module, "compile_layers", seen.append)
+    prepare(encoder, TrainingConfig(), seed=1)
+    assert not seen
+    prepare(encoder, TrainingConfig(towers="separate", compile=True), seed=1)
+    assert seen == [encoder.tower("query"), encoder.tower("memory")]

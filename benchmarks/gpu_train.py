@@ -1,0 +1,187 @@
+"""Training speed on a GPU, side by side with sentence-transformers' trainer; encoding speed too.
+
+A BERT-base with random weights, the triplets of train_speed.py, bf16 autocast, dropout off, global
+batches of 512, 4,096 and 16,384 queries. Ours: texts without padding, graphs kept at 512 (direct
+steps) and gradients cached at all sizes. The peer: its cached loss, which is the only one that such
+batches fit, by FlashAttention-2 where that is installed (it then leaves padding out as well), else
+SDPA; which one is in the report. Each runs once to warm up before it is timed.
+
+Claims: ``speedup_b<N>``, our real tokens a second over the peer's, both caching gradients;
+``mfu_direct`` and ``mfu_cached``, model FLOPs (memshare/training/flops.py: neither padding nor the
+second forward pass counts) over the GPU's dense bf16 peak, in the steps at 512 and at the largest
+batch, where the GPU's peak is known; ``peak_memory_growth``, peak bytes at the largest batch over
+those at the one before; ``encode_docs_per_second`` in float32, as indexes are built.
+
+Without a CUDA GPU it refuses. ``--quick --device cpu`` runs the same code on a tiny model, which
+shows that it works and nothing else.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import parser, write_claims
+from trainers import LR, MAX_TOKENS, Run, Setup, Triplet, ours_once, theirs_once, triplets
+from transformers import BertConfig, BertModel
+from transformers.utils import is_flash_attn_2_available
+
+from memshare.config import EncoderConfig, TrainingConfig
+from memshare.progress import log
+from memshare.retrieval.encoder import Encoder, Settings
+
+TOKENIZER_OF = "all-MiniLM-L6-v2"
+STEPS = {512: 16, 4096: 4, 16384: 2}  # of a timed run, by global batch
+BATCH_TOKENS = 65536  # ours: of a micro-batch
+MINI_BATCHES = (64, 256, 1024)  # the peer's, tried at the smallest batch
+DOCS = 65536
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 128}  # fmt: skip
+
+
+def new_encoder(folder: Path, shape: dict[str, int], seed: int) -> None:
+    """Write an encoder with random weights, of BERT-base's shape but for what ``shape`` says."""
+    tokenizer = Encoder.load(EncoderConfig(model=TOKENIZER_OF, device="cpu")).tokenizer
+    torch.manual_seed(seed)
+    config = BertConfig(vocab_size=len(tokenizer), **shape)
+    model = BertModel(config, add_pooling_layer=False)
+    Encoder(model, tokenizer, Settings(max_length=MAX_TOKENS), device="cpu").save(folder)
+
+
+def settings(batch: int, batch_tokens: int, *, cached: bool) -> TrainingConfig:
+    """Ours, with every micro-batch encoded twice, or every graph kept."""
+    return TrainingConfig(
+        batch_size=batch, dropout=False, lr=LR, batch_tokens=batch_tokens,
+        graph_tokens=0 if cached else 10**9,
+    )  # fmt: skip
+
+
+def warm(run: Any, *args: Any) -> Run:
+    """The second of two runs; what the first one left is given back before."""
+    run(*args)
+    gc.collect()
+    result: Run = run(*args)
+    return result
+
+
+def figures(run: Run, tokens: int) -> dict[str, float | None]:
+    """A run as the report tells it."""
+    return {
+        "seconds": run.seconds,
+        "tokens_per_second": tokens / run.seconds,
+        "model_tflops_per_second": run.flops / run.step_seconds / 1e12 if run.flops else None,
+        "mfu": mfu(run),
+        "peak_bytes": run.peak_bytes,
+    }
+
+
+def mfu(run: Run) -> float | None:
+    """Model FLOPs utilisation of a run's steps; None where the peak is not known."""
+    return run.flops / run.step_seconds / run.peak_flops if run.peak_flops else None
+
+
+def known(name: str, value: float | None) -> dict[str, float]:
+    """A claim that can be made, or none."""
+    return {} if value is None else {name: value}
+
+
+def fastest(setup: Setup, rows: Sequence[Triplet], sizes: Sequence[int]) -> tuple[int, Any]:
+    """The peer's mini-batch size that trains ``rows`` fastest, and the seconds of each."""
+    tried: dict[int, float] = {}
+    for size in sizes:
+        try:
+            tried[size] = warm(theirs_once, setup, rows, len(rows), size).seconds
+        except torch.cuda.OutOfMemoryError:
+            log(f"sentence-transformers: mini-batches of {size} do not fit")
+    if not tried:
+        sys.exit("error: the peer fits none of its mini-batch sizes")
+    return min(tried, key=lambda size: tried[size]), tried
+
+
+def encode_rate(setup: Setup, rows: Sequence[Triplet]) -> float:
+    """Documents a second, from text to vectors in memory."""
+    encoder = setup.encoder()
+    texts = [positive for _, positive, _ in rows]
+    encoder.encode(texts[:512])
+    began = time.perf_counter()
+    encoder.encode(texts)
+    return len(texts) / (time.perf_counter() - began)
+
+
+def measure(setup: Setup, seed: int, sizes: dict[str, Any]) -> tuple[dict[str, float], Any]:
+    """Claims, and what they were made of."""
+    claims: dict[str, float] = {}
+    details: dict[str, Any] = {}
+    budget, steps = sizes["batch_tokens"], sizes["steps"]
+    words, batches = setup.encoder(), list(steps)
+    most = max(batch * count for batch, count in steps.items())
+    rows = triplets(words, most, seed, sizes["middle"])
+    mini, tried = fastest(setup, rows[: batches[0]], sizes["mini_batches"])
+    details["peer_seconds_by_mini_batch"], details["peer_mini_batch"] = tried, mini
+    for batch, count in steps.items():
+        some = rows[: batch * count]
+        cached = warm(ours_once, setup, some, settings(batch, budget, cached=True))
+        peer = warm(theirs_once, setup, some, batch, mini)
+        claims[f"speedup_b{batch}"] = peer.seconds / cached.seconds
+        found = {"ours": figures(cached, cached.tokens), "peer": figures(peer, cached.tokens)}
+        if batch == batches[0]:
+            direct = warm(ours_once, setup, some, settings(batch, budget, cached=False))
+            found["ours, direct"] = figures(direct, direct.tokens)
+            claims |= known("mfu_direct", mfu(direct))
+        details[f"batch_{batch}"] = found
+        log(f"batch {batch}: {found}")
+    claims |= known("mfu_cached", mfu(cached))
+    peaks = [details[f"batch_{batch}"]["ours"]["peak_bytes"] for batch in batches[-2:]]
+    if peaks[0]:
+        claims["peak_memory_growth"] = peaks[1] / peaks[0]
+    claims["encode_docs_per_second"] = encode_rate(
+        setup, triplets(words, sizes["docs"], seed, sizes["middle"])
+    )
+    return claims, details
+
+
+def main() -> None:
+    """Measure and report."""
+    make = parser(__doc__)
+    make.add_argument("--device", default="cuda", help="cuda, or cpu with --quick")
+    args = make.parse_args()
+    cuda = torch.device(args.device).type == "cuda"
+    if cuda and not torch.cuda.is_available():
+        sys.exit("error: torch sees no CUDA GPU, and that is what is measured here; "
+                 "--quick --device cpu runs the same code on a tiny model")  # fmt: skip
+    if not cuda and not args.quick:
+        sys.exit("error: --device cpu is there to try the code, with --quick")
+    shape = TINY if args.quick else {}
+    sizes: dict[str, Any] = {
+        "steps": {8: 2, 16: 1} if args.quick else STEPS,
+        "mini_batches": (4, 8) if args.quick else MINI_BATCHES,
+        "batch_tokens": 512 if args.quick else BATCH_TOKENS,
+        "docs": 64 if args.quick else DOCS,
+        "middle": 20.0 if args.quick else 55.0,
+    }
+    flash = cuda and is_flash_attn_2_available()
+    attention = "flash_attention_2" if flash else "sdpa"
+    with tempfile.TemporaryDirectory() as folder:
+        new_encoder(Path(folder), shape, args.seed)
+        setup = Setup(folder, args.device, bf16=True, attention=attention)
+        claims, details = measure(setup, args.seed, sizes)
+    write_claims(
+        args,
+        claims,
+        device=torch.cuda.get_device_name() if cuda else args.device,
+        model={"shape": "BERT-base, random weights", **shape},
+        data=f"random words, {sizes['middle']:g} tokens in the middle, at most {MAX_TOKENS}",
+        settings={"precision": "bf16 autocast", "dropout": False, "lr": LR,
+                  "batch_tokens": sizes["batch_tokens"], "peer_attention": attention},
+        **details,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The sections about learning: mining, training, the gate, and continual rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+
+from memshare.config.base import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Share,
+)
+
+
+class MiningConfig(Section):
+    """Step 5 of the loop: who proposes candidates per memory, and what labels them.
+
+    ``candidates``: BM25's best; ``dense_candidates``: the serving retriever's best, beside them (0:
+    BM25 alone; so, too, with ``labels: none``). ``replay``: earlier memories mined again, with
+    today's retriever, per new one, so that nothing is forgotten. ``min_standing``: memories
+    whose standing is lower are no queries and no candidates; one principal alone can't bring a
+    memory below -0.34. ``held_out_queries``: at most so many held-out memories are labelled a
+    round, where ``training.eval_every`` asks for them. ``iterations``: how often a round mines and
+    trains. The second time the encoder that the first has trained proposes, and training starts
+    once more from where the first started (LLM-R).
+    """
+
+    labels: Literal["none", "given", "likelihood", "prompted", "reward"] = "likelihood"
+    candidates: PositiveInt = 16
+    dense_candidates: NonNegativeInt = 8
+    iterations: Literal[1, 2] = 1
+    replay: Annotated[float, Field(ge=0.0)] = 0.5
+    min_standing: Annotated[float, Field(ge=-1.0, le=0.0)] = -0.4
+    held_out_queries: PositiveInt = 64
+    baseline: bool = True
+    given_key: str = "label"  # memory.metadata key that `given` compares
+    shard_rows: PositiveInt = 256
+
+    @field_validator("iterations")
+    @classmethod
+    def _proposed(cls, value: int, info: ValidationInfo) -> int:
+        # Settings that are wrong are not in `data`, and are told of themselves.
+        told = info.data
+        if value > 1 and not (told.get("dense_candidates", 1) and told.get("labels") != "none"):
+            raise ValueError(
+                "a second one needs an encoder that proposes: mining.dense_candidates, and labels"
+            )
+        return value
+
+
+class LoRAConfig(Section):
+    """Low-rank adapters through peft; merged into the weights on export."""
+
+    enabled: bool = False
+    r: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Fraction = 0.05
+    target_modules: tuple[str, ...] = ("query", "key", "value", "dense")
+
+
+class TrainingConfig(Section):
+    """Step 6: InfoNCE over v positives, hard negatives and in-batch negatives.
+
+    ``positives_per_step`` draws so many of the v positives afresh at each step (None: all of them),
+    as EPR and LLM-R do: a small set is learned by heart later. ``margin``: nats per token by which
+    a positive must beat the likelihood with no example, or the example is dropped.
+    ``false_negative_margin``: candidates within it of the worst positive chosen are masked out of
+    the negatives. ``batch_tokens``: tokens of a micro-batch, padding included where there is any;
+    ``graph_tokens``: tokens whose activations are kept for the backward pass, the rest of a step is
+    encoded twice (gradient caching), so that memory does not grow with the batch. ``compile``: the
+    encoder's layers by torch.compile, which takes a minute or so at the start. ``dropout``: as the
+    encoder's own configuration has it, or none. ``distill_weight``: weight of the KL divergence
+    from the LM's preference among the chosen candidates, ``distill_temperature`` softens that
+    preference; ``matryoshka``: widths at which the first entries of the vectors are trained as
+    vectors too.
+    ``towers``: one encoder for queries and memories; one each; or one each of which only the
+    queries' is trained, so that the memories' vectors, and with them an index, stay as they are.
+    ``pool_temperature`` T gives a pool of n examples n ** (1 / T) of the batches (1: every example
+    once an epoch); ``max_principal_share`` caps one principal's queries in a batch. ``eval_every``:
+    steps between two evaluations on held-out memories (None: none at all), the best of which is
+    exported; ``patience``: evaluations in a row without a better nDCG@10 that end the training.
+    ``round_lr_decay``: what each continual round multiplies the learning rate of the one before by,
+    down to a tenth of ``lr`` (1: all rounds alike); ``warm_optimizer``: a round starts from the
+    optimizer state with which the training of the encoder that serves has ended.
+    """
+
+    positives: PositiveInt = 1
+    positives_per_step: PositiveInt | None = None
+    hard_negatives: NonNegativeInt = 3
+    margin: Annotated[float, Field(ge=0.0)] = 0.0
+    false_negative_margin: Annotated[float, Field(ge=0.0)] = 0.0
+    batch_size: PositiveInt = 16  # queries per process and step
+    batch_tokens: PositiveInt = 4096
+    graph_tokens: NonNegativeInt = 8192
+    compile: bool = False
+    dropout: bool = True
+    epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = None  # wins over epochs
+    lr: PositiveFloat = 3e-5
+    schedule: Literal["linear", "cosine"] = "linear"  # after the warm-up, down to 0
+    round_lr_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    warm_optimizer: bool = False
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    warmup_ratio: Fraction = 0.1
+    max_grad_norm: PositiveFloat = 1.0
+    temperature: PositiveFloat = 0.05
+    distill_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    distill_temperature: PositiveFloat = 1.0
+    matryoshka: tuple[PositiveInt, ...] = ()
+    towers: Literal["shared", "separate", "query-only"] = "shared"
+    pool_temperature: Annotated[float, Field(ge=1.0)] = 1.0
+    max_principal_share: Share = 1.0
+    eval_every: PositiveInt | None = None
+    patience: PositiveInt | None = None
+    checkpoint_every: PositiveInt = 100
+    log_every: PositiveInt = 5
+    lora: LoRAConfig = LoRAConfig()
+
+    @field_validator("lora")
+    @classmethod
+    def _kept(cls, value: LoRAConfig, info: ValidationInfo) -> LoRAConfig:
+        if value.enabled and info.data.get("warm_optimizer"):
+            raise ValueError("adapters are new in each round: training.warm_optimizer can't be set")
+        return value
+
+    @field_validator("patience")
+    @classmethod
+    def _evaluated(cls, value: int | None, info: ValidationInfo) -> int | None:
+        # A wrong eval_every is not in `data`, and is told of itself.
+        if value is not None and info.data.get("eval_every", 1) is None:
+            raise ValueError("counts evaluations, and training.eval_every asks for none")
+        return value
+
+
+class SplitConfig(Section):
+    """Held-out queries: split off by hash, near-duplicate clusters kept together."""
+
+    held_out: Fraction = 0.1
+    near_duplicate: Fraction = 0.8  # Jaccard similarity of word 3-gram sets
+
+
+class GateConfig(Section):
+    """Next passes if the paired bootstrap's lower bound of each metric difference is > -margin.
+
+    ``canaries``: a file of questions and the memories that must be found for them
+    (`memshare.retrieval.canaries`), on which the mean difference must not be below -margin either.
+    """
+
+    margin: Annotated[float, Field(ge=0.0)] = 0.02
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    resamples: PositiveInt = 2000
+    max_queries: PositiveInt = 200
+    depth: PositiveInt = 10
+    gain: Annotated[float, Field(ge=0.0)] = 0.05  # nats per token over no example to be relevant
+    canaries: Path | None = None
+
+
+class ContinualConfig(Section):
+    """When a round starts. ``rounds`` None: until stopped."""
+
+    min_new: PositiveInt = 256
+    poll_seconds: PositiveFloat = 2.0
+    rounds: PositiveInt | None = None
+    num_processes: PositiveInt = 1
+    accelerate_config: Path | None = None

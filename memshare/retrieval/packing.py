@@ -1,0 +1,143 @@
+"""Batches without padding: texts one after another in a single row, attention within each of them.
+
+Every layer of an encoder but attention treats each token on its own, so a batch of texts can be one
+long row whose positions start anew with each text ("unpadded" or padding-free training: Zeng et al.
+2022, "Boosting Distributed Training Performance of the Unpadded BERT Model"). Attention is torch's
+variable-length flash kernel on a GPU in half precision, and one call a text elsewhere: the same
+mathematics without a mask.
+
+It takes the place of a model's attention through transformers' registry. Calls that bring no
+lengths are SDPA's, mask and all, so a model that can be packed can still be padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "memshare_packed"
+# Families whose positions are a table that is looked up by `position_ids`, and which hand what they
+# are called with down to attention. Relative positions would run over the borders of texts.
+_FAMILIES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def enable(models: Sequence[Any], device: torch.device, *, half: bool, dropout: bool) -> bool:
+    """Give transformers models attention that takes packed texts; False where not all can have it.
+
+    ``half``: they run in half precision, which is what the GPU's kernel is for. ``dropout``: what
+    their configurations say of it is heeded; attention within texts has none.
+    """
+    if any(model.config.model_type not in _FAMILIES for model in models):
+        return False
+    if dropout and any(model.config.attention_probs_dropout_prob for model in models):
+        return False
+    if device.type == "cuda" and not half:
+        return False
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    for model in models:
+        model.set_attn_implementation(NAME)
+    return True
+
+
+def forward(model: Any, ids: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+    """Token vectors (tokens, dim) of texts that follow each other.
+
+    ``ids`` and ``positions`` (1, tokens) int64 on the model's device, positions from 0 in each
+    text; ``lengths`` (texts,) int64 on the CPU. The model must have been given to `enable`.
+    """
+    table = model.embeddings.position_embeddings
+    # RoBERTa and its kin count positions from the padding index + 1.
+    first = 0 if table.padding_idx is None else table.padding_idx + 1
+    borders = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(ids.device, torch.int32)
+    output = model(
+        input_ids=ids, position_ids=positions + first, text_lengths=lengths, text_borders=borders
+    )
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # its loop is as long as the batch has texts: nothing to compile
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    text_lengths: Tensor | None = None,
+    text_borders: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, within texts where their lengths are given.
+
+    ``query``, ``key`` and ``value`` are (1, heads, tokens, width); returns (1, tokens, heads,
+    width). ``text_borders`` (texts + 1,) int32 are the lengths' running sum on the device.
+    """
+    if text_lengths is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+        return result
+    if text_borders is not None and query.is_cuda and query.dtype in _HALF and dropout == 0.0:
+        return _flash(query, key, value, text_lengths, text_borders, scaling), None
+    sizes = text_lengths.tolist()
+    texts = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
+    found = [
+        scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2)
+        for q, k, v in texts
+    ]
+    return torch.cat(found, dim=1), None
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    borders: Tensor,
+    scaling: float | None,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, width)
+    most = int(lengths.max())
+    found = varlen_attn(q, k, v, borders, borders, most, most, scale=scaling)
+    assert isinstance(found, Tensor)  # a pair only where more is asked for
+    return found.unsqueeze(0)
+
+
+def pool(hidden: Tensor, lengths: Tensor, pooling: str) -> Tensor:
+    """One float32 vector (texts, dim) a text, of token vectors (tokens, dim).
+
+    The mean of its tokens, or its first one (``cls``).
+    """
+    if pooling == "cls":
+        first = lengths.cumsum(0) - lengths
+        return hidden.index_select(0, first.to(hidden.device)).float()
+    sizes = lengths.to(hidden.device)
+    return torch.segment_reduce(hidden.float(), "mean", lengths=sizes, axis=0)
+
+
+def collate(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """Token ids of texts as `forward` takes them: ``ids``, ``positions`` and ``lengths``."""
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    positions = torch.arange(len(ids)) - starts
+    return {
+        "ids": ids.unsqueeze(0).to(device),
+        "positions": positions.unsqueeze(0).to(device),
+        "lengths": lengths,
+    }

@@ -1,0 +1,119 @@
+"""The steps of a round, each a program of its own, and what became of them.
+
+Whatever a step finds done already it does not do again: a loop that was killed calls the step that
+its journal names, and that is all.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from memshare.config import Config
+from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolUnavailable
+from memshare.pool.store import PoolStore
+from memshare.training.child import ChildFailed, accelerate_command, run_child, stop_orphan
+from memshare.training.examples import read_marker, round_dir
+from memshare.training.journal import Round
+from memshare.training.outcome import read_result
+from memshare.training.rounds import erase_deleted, forget_stale_checkpoints, training_dir
+
+
+class Done(NamedTuple):
+    """What a step reported, and the round's outcome if it ends here."""
+
+    result: dict[str, Any]
+    outcome: str | None = None
+
+
+class Steps:
+    """The programs of one run folder."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: PoolStore,
+        programs: Path,
+        settings: Sequence[str],
+        stop: threading.Event,
+    ) -> None:
+        """``programs``: their folder; ``settings``: arguments that give them this configuration."""
+        self._config, self._store, self._programs = config, store, programs
+        self._settings, self._stop = list(settings), stop
+        self._record = config.run.dir / "continual.child.json"
+
+    def stop_orphan(self) -> bool:
+        """Stop the program that a killed loop left running; whether there was one."""
+        return stop_orphan(self._record)
+
+    def mine(self, now: Round) -> Done:
+        """Step 5: examples from the new memories, and from a sample of the earlier ones.
+
+        In a later iteration the encoder that the one before has trained proposes.
+        """
+        arguments = ["--round", str(now.number), "--iteration", str(now.iteration)]
+        for pool, span in now.spans.items():
+            arguments += ["--since-seq", f"{pool}={span.since}"]
+            arguments += ["--until-seq", f"{pool}={span.until}"]
+        if now.iteration > 1:
+            arguments += ["--proposer", str(self._training(now, now.iteration - 1) / "encoder")]
+        self._run(now, [sys.executable, f"{self._programs}/mine.py", *self._settings, *arguments])
+        marker = read_marker(self._examples(now))
+        return Done(marker, None if marker["examples"] else "empty")
+
+    def train(self, now: Round) -> Done:
+        """Step 6: the encoder learns from them, in every iteration from the round's first one."""
+        output, examples = self._training(now, now.iteration), self._examples(now)
+        result = read_result(output)
+        if result is None or result["status"] not in ("trained", "empty"):
+            erase_deleted(self._store, self._config.examples_dir, self._config.served_pools)
+            forget_stale_checkpoints(output, examples)
+            arguments = [
+                *self._settings, "--examples", str(examples), "--encoder", now.encoder,
+                "--output", str(output), "--round", str(now.number),
+            ]  # fmt: skip
+            arguments += [] if now.warm is None else ["--warm", now.warm]
+            start = accelerate_command(self._config.continual)
+            try:
+                self._run(now, [*start, f"{self._programs}/contrastive.py", *arguments])
+            except ChildFailed:  # accelerate makes every exit code but 0 a 1: the result says why
+                if (read_result(output) or {}).get("status") != "empty":
+                    raise
+            result = read_result(output)
+        if result is None:
+            raise ChildFailed(f"{output}: training ended without a result; see the run's logs/")
+        return Done(result, "empty" if result["status"] == "empty" else None)
+
+    def index(self, now: Round) -> Done:
+        """Step 6, second half: build, judge, publish."""
+        output = self._training(now, now.iteration)
+        report = output / "index.json"
+        arguments = ["--round", str(now.number), "--encoder", str(output / "encoder")]
+        arguments += ["--result", str(report)]
+        if not report.exists():
+            start = accelerate_command(self._config.continual, always=False)
+            self._run(now, [*start, f"{self._programs}/index.py", *self._settings, *arguments])
+        result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        return Done(result, str(result["outcome"]))
+
+    def _examples(self, now: Round) -> Path:
+        return round_dir(self._config.examples_dir, now.number, now.iteration)
+
+    def _training(self, now: Round, iteration: int) -> Path:
+        return training_dir(self._config.run.dir, now.number, iteration)
+
+    def _run(self, now: Round, command: Sequence[str]) -> None:
+        """Run one program with its log. Raises `PoolUnavailable` where it found no database."""
+        log_file = self._config.run.dir / "logs" / f"round-{now.number:06d}-{now.name}.log"
+        try:
+            run_child(command, log_file, self._record, self._stop, Path.cwd())
+        except ChildFailed as error:
+            if error.code == EXIT_DATABASE_AWAY:
+                raise PoolUnavailable(
+                    f"{now.name} of round {now.number}; see {log_file}"
+                ) from error
+            raise

@@ -1,0 +1,66 @@
+"""train/index.py under `accelerate launch`: two processes write one generation, as one would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from memshare.config import Config, ContinualConfig
+from memshare.retrieval.generation import current, load
+from memshare.training.child import accelerate_command
+from tests.retrieving import fill, make_config, open_store
+from tests.tiny import tiny_encoder
+from tests.training_runs import ENV, ROOT, launch
+
+PROGRAM = ROOT / "train" / "index.py"
+
+
+def publish(config: Config, folder: Path, processes: int) -> str:
+    """Publish a first generation of ``config`` as the loop does; what the program logged."""
+    path = folder / f"{processes}.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    words = ["--config", str(path), "--encoder", "frozen", "--no-gate"]
+    words += ["--result", str(folder / f"{processes}.json")]
+    start = accelerate_command(ContinualConfig(num_processes=processes), always=False)
+    assert ("accelerate.commands.launch" in start) == (processes > 1)
+    done = subprocess.run(
+        [*start, str(PROGRAM), *words], env=ENV, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_two_processes_publish_what_one_does(tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder")
+    both = []
+    for processes in (1, 2):
+        config = make_config(tmp_path / str(processes), encoder)
+        with open_store(config) as store:
+            made = fill(store, "p", 50)
+            store.delete(made[7].id)
+            store.hold(made[31].id)
+        told = publish(config, tmp_path, processes)
+        assert ("encoding p by 2 processes: 1 done" in told) == (processes == 2)
+        outcome = json.loads((tmp_path / f"{processes}.json").read_text())
+        assert outcome["outcome"] == "published"
+        number = current(config.generations_dir, "main")
+        assert number == outcome["generation"] == 1
+        generation = load(config.generations_dir, "main", number, device="cpu")
+        rows = np.arange(len(generation.ids["p"]))
+        both.append((rows, generation.indexes["p"].reconstruct(rows)))
+        generation.close()
+    assert len(both[0][0]) == 48
+    np.testing.assert_allclose(both[1][1], both[0][1], atol=1e-6, rtol=0)
+
+
+def test_a_mistake_of_the_main_process_ends_all(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", tiny_encoder(tmp_path / "encoder"))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    child = launch(2, PROGRAM, ["--config", str(path)])  # nothing was ever trained
+    _, told = child.communicate(timeout=60)
+    assert child.returncode != 0 and "no trained encoder" in told

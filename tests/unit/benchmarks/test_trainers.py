@@ -1,0 +1,45 @@
+"""What the speed benchmarks compare is the same computation, and the code runs without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gpu_train
+import pytest
+import torch
+import trainers
+
+from memshare.config import TrainingConfig
+from tests.tiny import tiny_encoder
+
+
+def test_both_sides_have_the_same_loss_and_gradient(tmp_path: Path) -> None:
+    setup = trainers.Setup(str(tiny_encoder(tmp_path / "tiny")))
+    words = [f"{a}{b}" for a in "abcdefgh" for b in "klmnop"]
+    rows = [(w, f"{w} {w[::-1]} {w[0]}", f"{w[1]} {w} a") for w in words[:12]]
+    config = TrainingConfig(batch_size=12, dropout=False, batch_tokens=64, graph_tokens=200)
+    gradient, loss = trainers.gradient_difference(setup, rows, config)
+    assert gradient < 1e-5 and loss < 1e-5
+
+
+def test_the_gpu_benchmark_runs_on_a_tiny_model(tmp_path: Path) -> None:
+    gpu_train.new_encoder(tmp_path, gpu_train.TINY, seed=0)
+    setup = trainers.Setup(str(tmp_path), "cpu", bf16=True)
+    sizes = {
+        "steps": {2: 2, 4: 1}, "mini_batches": (2,), "batch_tokens": 64, "docs": 4, "middle": 5.0,
+    }  # fmt: skip
+    claims, details = gpu_train.measure(setup, 0, sizes)
+    assert claims.keys() == {"speedup_b2", "speedup_b4", "encode_docs_per_second"}  # no GPU, no MFU
+    assert all(value > 0 for value in claims.values())
+    assert details["batch_2"]["ours"]["model_tflops_per_second"] > 0
+    assert details["peer_mini_batch"] == 2
+
+
+@pytest.mark.parametrize("words", [[], ["--quick"], ["--device", "cpu"]])
+def test_the_gpu_benchmark_refuses_without_a_gpu(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu_train.py", *words])
+    with pytest.raises(SystemExit, match=r"error: .*--quick"):
+        gpu_train.main()

@@ -1,0 +1,25 @@
+"""What joins the processes of a training run, in one process; tests/integration has several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memshare.config import ConfigError
+from memshare.training.gather import World, launch, wants_fsdp
+
+
+def test_a_world_of_one_talks_to_itself() -> None:
+    world = World(torch.device("cpu"))
+    assert world.main and world.size == 1 and world.divided is None
+    assert world.from_main({"a": 1}) == {"a": 1}
+    assert world.to_main("mine") == ["mine"]
+
+
+def test_fsdp_is_asked_for_in_its_second_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not wants_fsdp()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="fsdp_version must be 2"):
+        launch()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert wants_fsdp()

@@ -1,0 +1,96 @@
+"""The steps of a round as programs: their arguments, and what an exit code means."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from memshare.config import Config, load_config
+from memshare.pool.errors import PoolUnavailable
+from memshare.pool.store import PoolStore
+from memshare.training.child import ChildFailed
+from memshare.training.journal import Round, Span
+from memshare.training.steps import Steps
+
+# Plays each program: notes its arguments and leaves what the real one would.
+PROGRAM = """
+import json, os, pathlib, sys
+home = pathlib.Path(__file__).parent
+with open(home / "calls.jsonl", "a") as calls:
+    print(json.dumps([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]), file=calls)
+code = home / "code"
+if code.exists():
+    sys.exit(int(code.read_text()))
+words = dict(zip(sys.argv[1:], sys.argv[2:]))
+run = home / "run"
+if "mine" in sys.argv[0]:
+    folder = run / "examples" / f"{int(words['--round']):06d}"
+    folder = folder if words["--iteration"] == "1" else folder / "iteration-2"
+    folder.mkdir(parents=True)
+    (folder / "round.json").write_text(json.dumps({"shards": 0, "examples": 3}))
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config(None, [f"run.dir={tmp_path / 'run'}"])
+
+
+@pytest.fixture
+def steps(config: Config, tmp_path: Path):
+    for name in ("mine", "index"):
+        (tmp_path / f"{name}.py").write_text(PROGRAM)
+    config.run.dir.mkdir()
+    with PoolStore.open(config.url) as store:
+        yield Steps(config, store, tmp_path, ["--set", "a=b"], threading.Event())
+
+
+def calls(tmp_path: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+
+
+def test_the_second_mining_is_proposed_by_what_the_first_has_taught(
+    steps: Steps, tmp_path: Path
+) -> None:
+    now = Round(3, {"main": Span(4, 9)}, "start", iterations=2)
+    assert steps.mine(now).outcome is None
+    now = now.after({}, None).after({}, None)
+    assert (now.step, now.iteration) == ("mine", 2)
+    assert steps.mine(now).result["examples"] == 3
+    first, second = calls(tmp_path)
+    common = ["--round", "3", "--iteration", "1", "--since-seq", "main=4", "--until-seq", "main=9"]
+    assert first == ["mine.py", "--set", "a=b", *common]
+    encoder = str(tmp_path / "run/training/000003/encoder")
+    assert second == ["mine.py", "--set", "a=b", *common[:3], "2", *common[4:],
+                      "--proposer", encoder]  # fmt: skip
+    logs = sorted(path.name for path in (tmp_path / "run/logs").iterdir())
+    assert logs == ["round-000003-mine-1.log", "round-000003-mine.log"]
+
+
+def test_what_the_last_iteration_taught_is_indexed(steps: Steps, tmp_path: Path) -> None:
+    now = Round(3, {}, "start", step="index", iterations=2, iteration=2)
+    output = tmp_path / "run/training/000003/iteration-2"
+    output.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError):  # this program leaves no report
+        steps.index(now)
+    (call,) = calls(tmp_path)
+    assert call[call.index("--encoder") + 1] == str(output / "encoder")
+    (output / "index.json").write_text(json.dumps({"outcome": "rejected"}))
+    assert steps.index(now).outcome == "rejected"
+    assert len(calls(tmp_path)) == 1  # a report that stands is not made again
+
+
+def test_a_program_without_its_database_is_told_from_one_that_failed(
+    steps: Steps, tmp_path: Path
+) -> None:
+    now = Round(1, {}, "start")
+    (tmp_path / "code").write_text("69")
+    with pytest.raises(PoolUnavailable, match=r"mine of round 1.*round-000001-mine\.log"):
+        steps.mine(now)
+    (tmp_path / "code").write_text("1")
+    with pytest.raises(ChildFailed) as failed:
+        steps.mine(now)
+    assert failed.value.code == 1
