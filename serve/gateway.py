@@ -27,8 +27,8 @@ from memshare.pool.keys import KeyRing
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 
-# An idle connection is kept longer than by any client or proxy (most give up within 60 s): a request
-# sent at the moment when the server closes its connection would be lost.
+# An idle connection is kept longer than by any client or proxy (most give up within 60 s): a
+# request sent at the moment when the server closes its connection would be lost.
 KEEP_ALIVE_SECONDS = 75
 
 

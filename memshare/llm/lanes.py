@@ -54,7 +54,7 @@ class Lanes(httpx.AsyncBaseTransport):
         proxies = {} if urllib.request.proxy_bypass(url.host) else urllib.request.getproxies()
         return httpx.AsyncHTTPTransport(
             verify=self._certificates,
-            limits=httpx.Limits(1, 1, keepalive_expiry=IDLE_SECONDS),
+            limits=httpx.Limits(max_connections=1, keepalive_expiry=IDLE_SECONDS),
             proxy=proxies.get(url.scheme, proxies.get("all")),
         )
 
