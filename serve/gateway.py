@@ -27,6 +27,10 @@ from memshare.pool.keys import KeyRing
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 
+# An idle connection is kept longer than by any client or proxy (most give up within 60 s): a
+# request sent at the moment when the server closes its connection would be lost.
+KEEP_ALIVE_SECONDS = 75
+
 
 class AddressError(RuntimeError):
     """The address can't be served on."""
@@ -98,6 +102,7 @@ def serve(config: Config, host: str, port: int) -> int:
                 app,
                 log_config=None,  # its loggers' lines go where ours go
                 access_log=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=int(config.gateway.shutdown_seconds),
             )
         )

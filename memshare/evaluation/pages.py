@@ -105,10 +105,10 @@ def cell(row: Record | None) -> str | None:
 
 
 def without_empty(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> Table:
-    """A table without the columns that are empty, or the same agent, everywhere."""
+    """A table without the columns that are empty, or the same agent or split, everywhere."""
     keep = [
         i for i, name in enumerate(columns)
-        if len({line[i] for line in lines}) > 1 or (name not in ("at", "agent"))
+        if len({line[i] for line in lines}) > 1 or (name not in ("at", "agent", "split"))
     ]  # fmt: skip
     return Table(title, [columns[i] for i in keep], [[line[i] for i in keep] for line in lines])
 

@@ -190,11 +190,11 @@ def draw(plot: Plot, path: Path, theme: str = "") -> None:
 
 
 def _size(plot: Plot) -> tuple[float, float]:
-    """Inches, so that every bar is wide enough to be seen."""
+    """Inches, so that every bar is wide enough to be seen, and every interval of a line."""
     bars = len(plot.ticks) * (len(plot.series) + 1)
     if plot.kind == "rows":
         return 7.2, max(2.6, 0.16 * bars + 1.4)
-    return max(6.4, 0.16 * bars + 1.5 if plot.kind == "bars" else 0.0), 3.8
+    return max(6.4, (0.16 if plot.kind == "bars" else 0.18) * bars + 1.5), 3.8
 
 
 def _draw_series(axes: Any, plot: Plot, series: Series, number: int) -> None:
@@ -205,10 +205,11 @@ def _draw_series(axes: Any, plot: Plot, series: Series, number: int) -> None:
             [v - low for v, low in zip(series.values, series.low, strict=True)],
             [high - v for v, high in zip(series.values, series.high, strict=True)],
         ]
+    lines = plot.kind == "lines"
     # Lines stand a little beside each other, so that their intervals can be told apart.
-    width = (0.2 if plot.kind == "lines" else 0.8) / len(plot.series)
+    width = min(0.05, 0.6 / len(plot.series)) if lines else 0.8 / len(plot.series)
     at = [p + (number - (len(plot.series) - 1) / 2) * width for p in range(len(plot.ticks))]
-    if plot.kind == "lines":
+    if lines:
         axes.errorbar(at, series.values, yerr=errors, marker="o", markersize=5, capsize=3,
                       elinewidth=1, label=series.label, color=colour)  # fmt: skip
         return

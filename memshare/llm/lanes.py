@@ -14,6 +14,9 @@ from typing import cast
 import httpx
 
 KEPT = 64  # idle connections to one server
+# Then an idle connection isn't used again. Servers close theirs after 5 s (uvicorn's default, and
+# vLLM's): a request that meets that moment is lost.
+IDLE_SECONDS = 2.0
 Origin = tuple[str, str, int | None]  # scheme, host, port
 
 
@@ -51,7 +54,7 @@ class Lanes(httpx.AsyncBaseTransport):
         proxies = {} if urllib.request.proxy_bypass(url.host) else urllib.request.getproxies()
         return httpx.AsyncHTTPTransport(
             verify=self._certificates,
-            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
+            limits=httpx.Limits(max_connections=1, keepalive_expiry=IDLE_SECONDS),
             proxy=proxies.get(url.scheme, proxies.get("all")),
         )
 

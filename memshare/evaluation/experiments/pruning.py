@@ -132,8 +132,9 @@ async def pruned(
     _, threshold = pool_settings(lab, pool)
     gain = measured_gain(lab)
     policies = {RANDOM: at_random(lab.seed), **POLICIES}
-    if stream.votes is None:
-        del policies[FEEDBACK]
+    voted = policies.pop(FEEDBACK)
+    if stream.votes is not None:
+        policies[FEEDBACK] = voted  # last, so that the others look alike where it is left out
     chosen = [(arm, share) for share in CAPS for arm in policies]
     left = await asyncio.gather(*(
         survivors(

@@ -95,6 +95,18 @@ def test_one_that_the_server_closed_while_idle_is_opened_again() -> None:
     run(body)
 
 
+def test_one_that_was_idle_for_long_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server may be about to close it."""
+    monkeypatch.setattr(lanes, "IDLE_SECONDS", 0.05)
+
+    async def body(server: Server, client: httpx.AsyncClient) -> None:
+        assert (await client.get("/")).text == "1"
+        await asyncio.sleep(0.1)
+        assert (await client.get("/")).text == "2"
+
+    run(body)
+
+
 def test_giving_up_closes_the_connection() -> None:
     async def body(server: Server, client: httpx.AsyncClient) -> None:
         with pytest.raises(TimeoutError):

@@ -124,7 +124,7 @@ def test_k_are_found_if_k_exist(
         shard.freeze(None)
         assert shard.delta_rows == 0
     queries = vectors_of(3, seed + 1)
-    for restrict in (None, Filter(agent, after, before, excluded, most)):
+    for restrict in (None, Filter(agent, after, before, excluded, max_per_agent=most)):
         for query, found in zip(queries, shard.top(queries, k, restrict), strict=True):
             same(found, model.top(query, k, restrict))
 
