@@ -86,10 +86,11 @@ def test_texts_do_not_stay_in_memory(tmp_path: Path) -> None:
         write_marker(folder, {"shards": count // 50})
         folders.append(str(folder))
     encoder = str(tiny_encoder(tmp_path / "tiny"))
+    alone = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1",
+             "ARROW_DEFAULT_MEMORY_POOL": "system", "TMPDIR": str(tmp_path)}  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, encoder, *folders], capture_output=True, text=True,
-        check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1",
-             "MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system", "TMPDIR": str(tmp_path)},
+        [sys.executable, "-c", MEASURE, encoder, *folders],
+        capture_output=True, text=True, check=True, env={**os.environ, **alone},
     )  # fmt: skip
     _, *found = json.loads(done.stdout.splitlines()[-1])
     # The first one pays for what every further one uses again.
