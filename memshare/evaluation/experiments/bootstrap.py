@@ -81,15 +81,16 @@ async def written(
     texts = [(memory.prompt, memory.answer) for memory in seeds]
     sections = [getattr(config, name).model_dump(mode="json")
                 for name in ("bootstrap", "agent", "encoder")]  # fmt: skip
-    name = content_hash(agent.llm.model, lab.scorer_llm.model, kind, sections, pool, texts,
-                        config.run.seed)[:16]  # fmt: skip
+    _, threshold = pool_settings(lab, pool)
+    grading = config.scorer.model_dump(mode="json", exclude={"kind", "references"})
+    name = content_hash(agent.llm.model, lab.scorer_llm.model, kind, grading, threshold, sections,
+                        pool, texts, config.run.seed)[:16]  # fmt: skip
     home = lab.work / "bootstrap" / name
     report = home / "report.json"
     if report.exists():
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return found
     shutil.rmtree(home, ignore_errors=True)  # of a run that was killed; its LLM calls are kept
-    _, threshold = pool_settings(lab, pool)
     settings = config.pools.get(pool, next(iter(config.pools.values())))
     changed = {
         "run": config.run.model_copy(update={"dir": home}),
