@@ -11,8 +11,6 @@ in their number.
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -44,7 +42,6 @@ from memshare.retrieval.worker import SearcherClosed, Worker
 
 _CLOSE = 64  # changes that may be left for when the feeder pauses
 _ROUNDS = 10  # of catching up before that, should writes come faster than they are encoded
-_NICENESS = 10  # of the loading thread: about a tenth of a core that others want, too
 _SETUP_ERRORS = (EncoderError, IndexFault, GpuFault)  # at the first load: a wrong configuration
 
 
@@ -98,7 +95,6 @@ class Loader:
             self._thread.join()
 
     def _loop(self) -> None:
-        _step_aside()
         poll, wait = self._config.retriever.poll_seconds, 0.0
         while not self._stop.wait(wait):
             try:
@@ -255,9 +251,3 @@ class Loader:
             pool: shard.position - following.shards[pool].position
             for pool, shard in old.shards.items()
         }
-
-
-def _step_aside() -> None:
-    """Leave the cores to others: the calling thread, and the ones that libraries start for it."""
-    if sys.platform == "linux":  # elsewhere it would be the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import random
-import sys
 import threading
 import time
 import weakref
@@ -332,18 +330,6 @@ def test_a_generation_loaded_aside_moves_up_after_its_swap(
     until(lambda: moved != [])
     assert moved == [(2, "cpu", True, "searcher-worker")]
     assert len(find(searcher, memories[0])) == 8
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux alone")
-def test_the_loader_leaves_the_cores_to_searches(searcher: Searcher) -> None:
-    searcher.wait_ready(60)
-    nice = {
-        thread.name: os.getpriority(os.PRIO_PROCESS, thread.native_id)
-        for thread in threading.enumerate()
-        if thread.name.startswith("searcher-") and thread.native_id is not None
-    }
-    assert nice["searcher-loader"] == nice["searcher-worker"] + 10
-    assert nice["searcher-worker"] == os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def retrained(folder: Path) -> Encoder:
