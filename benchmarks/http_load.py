@@ -62,9 +62,7 @@ class Load:
 
     async def __aenter__(self) -> Load:
         """Open the clients' connections."""
-        self._client = httpx.AsyncClient(
-            timeout=_TIMEOUT_SECONDS, transport=Lanes()
-        )  # fmt: skip
+        self._client = httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, transport=Lanes())
         self._free = asyncio.Semaphore(CLIENTS)
         self._numbers = itertools.count()
         self._generation: int | None = None

@@ -2,10 +2,10 @@
 
     accelerate launch train/contrastive.py --config FILE --examples DIR --output DIR
 
-writes ``DIR/encoder`` (a sentence-transformers folder, LoRA merged), ``DIR/result.json`` (how it
-ended: see memshare/training/outcome.py), ``DIR/log.jsonl`` and ``DIR/checkpoints``. With
-``training.eval_every``, the encoder is the best by the held-out examples. Run again, it continues
-from the last intact checkpoint; asked to stop, it finishes the step, writes a checkpoint and ends.
+writes ``DIR/encoder`` (a sentence-transformers folder, LoRA merged), ``DIR/result.json`` (see
+memshare/training/outcome.py), ``DIR/log.jsonl`` and ``DIR/checkpoints``. With
+``training.eval_every`` the encoder is the best by the held-out examples. Run again, it goes on from
+the last intact checkpoint; on SIGTERM, SIGUSR1 or ``--stop-file`` it ends a step, saves and ends.
 """
 
 from __future__ import annotations

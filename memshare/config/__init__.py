@@ -13,12 +13,7 @@ from memshare.config.learning import (
     SplitConfig,
     TrainingConfig,
 )
-from memshare.config.llm import (
-    AgentConfig,
-    LLMConfig,
-    ScorerConfig,
-    VLLMServerConfig,
-)
+from memshare.config.llm import AgentConfig, LLMConfig, ScorerConfig, VLLMServerConfig
 from memshare.config.load import Config, ConfigError, add_config_arguments, load_config
 from memshare.config.sections import (
     BM25Config,

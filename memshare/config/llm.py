@@ -6,18 +6,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-from memshare.config.base import (
-    Fraction,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-)
+from memshare.config.base import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class VLLMServerConfig(Section):

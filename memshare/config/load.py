@@ -23,11 +23,7 @@ from memshare.config.learning import (
     SplitConfig,
     TrainingConfig,
 )
-from memshare.config.llm import (
-    AgentConfig,
-    LLMConfig,
-    ScorerConfig,
-)
+from memshare.config.llm import AgentConfig, LLMConfig, ScorerConfig
 from memshare.config.sections import (
     BM25Config,
     BootstrapConfig,

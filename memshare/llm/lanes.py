@@ -1,7 +1,7 @@
 """HTTP connections that are each used by one request at a time, without a pool to search.
 
-httpx's pool looks at every connection several times a request and polls its socket: with 32 of
-them, that is three quarters of the processor time that a small request costs.
+httpx's pool looks at every connection several times a request and polls its socket, so a request
+costs the more the more of them there are.
 """
 
 from __future__ import annotations

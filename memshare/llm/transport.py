@@ -31,8 +31,6 @@ from memshare.llm.replicas import Replicas
 
 T = TypeVar("T")
 MAX_WAIT_SECONDS = 60.0  # of a Retry-After that asks for more
-
-
 _GONE = (502, 503, 504)  # what stands before a server says so of one that is away
 
 

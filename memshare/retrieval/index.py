@@ -32,7 +32,7 @@ _WIDEST = 4096  # beyond this, products over the gathered rows are cheaper
 _BLOCK_ROWS = 16_384  # rows converted or gathered at a time
 _BLOCK_FLOATS = 2**24  # rough products kept at a time
 # Queries times dimensions from which FAISS multiplies matrices. 1.15 does so from 128,000, and pays
-# for a micro-batch of 64 like for 64 queries: 16 times the processor time at 384 dimensions.
+# for a micro-batch of 64 like for 64 queries (benchmarks/search_speed.py: `faiss_default_qps`).
 _MATRIX_FROM = 512
 _ERROR = 1e-5  # bound on float32 products' error, relative to the norms (FAISS uses no TF32)
 

@@ -24,7 +24,7 @@ from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.order import Ints, Order
 from memshare.training.select import Passage, Selected
-from memshare.training.token_table import TokenTable as TokenTable  # the steps' as well
+from memshare.training.token_table import TokenTable
 
 _SMALLEST = 1 / 8  # of batch_tokens: what keeps a device busy
 _MUCH_SHORTER = 0.85  # of a micro-batch's longest text

@@ -36,11 +36,11 @@ class DifferentData(RuntimeError):
 def launch() -> Accelerator:
     """Join the processes that ``accelerate launch`` started; on the CPU where there is no GPU.
 
-    What is set for a process that trains and does nothing else is set here.
+    What is set for a process that trains or encodes, and then ends, is set here.
 
     Raises `ConfigError` for what accelerate offers and this trainer does not do.
     """
-    wants_fsdp()
+    wants_fsdp()  # for what it refuses; `spread` asks whether
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if accelerator.device.type == "cpu":
         keep_freed_memory()

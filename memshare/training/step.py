@@ -33,11 +33,12 @@ from torch import Tensor, nn
 from memshare.config import TrainingConfig
 from memshare.retrieval import packing
 from memshare.retrieval.encoder import SIDES, Encoder, Side
-from memshare.training.batching import StepBatch, TokenTable, cut, cut_packed, deal
+from memshare.training.batching import StepBatch, cut, cut_packed, deal
 from memshare.training.flops import ModelCost, bf16_peak
 from memshare.training.gather import World
 from memshare.training.loss import objective_rows
 from memshare.training.order import Ints
+from memshare.training.token_table import TokenTable
 from memshare.training.towers import FrozenMemories
 
 TILE_ROWS = 1024  # queries whose similarities to all docs are in memory at a time
