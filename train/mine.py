@@ -76,18 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     role = "mining" if args.share is None else f"mining-{args.share.name}"
     try:
         with run_lock(config.run.dir, role), PoolStore.open(config.url) as store:
-            marker = asyncio.run(
-                run(
-                    config,
-                    store,
-                    args.round,
-                    args.iteration,
-                    args.proposer,
-                    since,
-                    until,
-                    args.share,
-                )
-            )
+            marker = asyncio.run(run(config, store, args, since, until))
     except EXPECTED as error:
         log(f"error: {error}")
         return EXIT_DATABASE_AWAY if isinstance(error, PoolUnavailable) else 1
@@ -99,17 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def run(
     config: Config,
     store: PoolStore,
-    number: int | None,
-    iteration: int,
-    proposer: str | None,
+    args: argparse.Namespace,
     since: Mapping[str, int],
     until: Mapping[str, int],
-    share: Share | None = None,
 ) -> dict[str, Any] | None:
-    """One round of mining, from the change log to its marker; None: other shares are not done.
-
-    ``proposer``: the folder of an encoder that proposes in place of the one that serves.
-    """
+    """One round of mining, from the change log to its marker; None: other shares are not done."""
+    share: Share | None = args.share
     pools, examples = config.served_pools, config.examples_dir
     with ExitStack() as opened, ExitStack() as planning:
         if share is not None:  # one plans, the others read its plan
@@ -119,8 +103,8 @@ async def run(
 
         # 1. What is new: the spans of the change log that no round has covered yet.
         last, done = last_mined(examples)
-        number = number or max(last_begun(examples), last + 1)
-        folder = round_dir(examples, number, iteration)
+        number = args.round or max(last_begun(examples), last + 1)
+        folder = round_dir(examples, number, args.iteration)
         if is_whole(folder):
             log(f"round {number}: mined already, in {folder}")
             return read_marker(folder)
@@ -140,7 +124,7 @@ async def run(
 
         # 3. BM25 and the serving retriever propose, the labeller measures, and each shard is
         # written when it is complete.
-        opening = open_proposer(config, begun.proposer if begun else proposer)
+        opening = open_proposer(config, begun.proposer if begun else args.proposer)
         proposing = opened.enter_context(opening)
         by = None if proposing is None else proposing.name
         plan = plan_round(store, config, number, spans, fates, folder, by)
