@@ -19,10 +19,9 @@ Rows = npt.NDArray[np.int64]
 class Growing:
     """An array that grows at its end in amortised constant time; ``view`` is what is in it."""
 
-    def __init__(self, dtype: Any, width: int | None = None) -> None:
-        """An empty array, (n,) or (n, width)."""
-        self._shape = () if width is None else (width,)
-        self._data = np.empty((0, *self._shape), dtype=dtype)
+    def __init__(self, dtype: Any) -> None:
+        """An empty array (n,)."""
+        self._data = np.empty(0, dtype=dtype)
         self._size = 0
 
     @property
@@ -32,10 +31,10 @@ class Growing:
 
     def extend(self, values: npt.ArrayLike) -> None:
         """Append ``values``."""
-        new = np.asarray(values, dtype=self._data.dtype).reshape(-1, *self._shape)
+        new = np.asarray(values, dtype=self._data.dtype)
         size = self._size + len(new)
         if size > len(self._data):
-            data = np.empty((max(size, 2 * len(self._data)), *self._shape), self._data.dtype)
+            data = np.empty(max(size, 2 * len(self._data)), self._data.dtype)
             data[: self._size] = self.view
             self._data = data
         self._data[self._size : size] = new

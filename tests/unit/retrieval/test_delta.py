@@ -246,9 +246,9 @@ def test_times() -> None:
 
 @given(st.lists(st.integers(0, 50), max_size=12))
 def test_growing(sizes: list[int]) -> None:
-    grown, expected = Growing(np.float32, 2), np.empty((0, 2), np.float32)
+    grown, expected = Growing(np.float32), np.empty(0, np.float32)
     for i, size in enumerate(sizes):
-        part = np.full((size, 2), i, np.float32)
+        part = np.full(size, i, np.float32)
         grown.extend(part)
         expected = np.concatenate([expected, part])
         assert np.array_equal(grown.view, expected)
