@@ -95,7 +95,8 @@ def erase_deleted(store: PoolStore, examples_dir: Path, pools: Sequence[str]) ->
     gone: set[str] = set()
     for pool in pools:
         since = done.get(pool, 0)
-        while page := store.changes(pool, since, _PAGE):
+        # The loop asks at every look: where nothing came, nothing is read.
+        while since < upto[pool] and (page := store.changes(pool, since, _PAGE)):
             gone |= {change.id for change in page if change.kind in ("delete", "hold")}
             since = page[-1].seq
     rewritten = erase(examples_dir, gone)
