@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRA ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
 VLLM_VENV := .venv-vllm
+GPU ?= h200# the folder of gpu-bench's results
 
 # Tests run several programs on few cores: a thread that waits must sleep, not spin. (torch's OpenMP
 # spins by default; two such processes then slow each other tenfold, while one alone is faster so.)
@@ -59,7 +60,7 @@ gpu-check: setup
 
 # Beside sentence-transformers, on this machine's GPU; refuses where there is none.
 gpu-bench: setup
-	$(BIN)/python benchmarks/gpu_train.py --json benchmarks/results/gpu_train.json
+	$(BIN)/python benchmarks/gpu_train.py --json benchmarks/results/$(GPU)/gpu_train.json
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) runs build *.egg-info
