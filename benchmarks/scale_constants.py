@@ -20,7 +20,8 @@ from typing import TypeVar
 import faiss
 import numpy as np
 from common import parser, write_claims
-from scaling_worker import MEMORY_TOKENS, MODEL, text, words_of
+from random_texts import words_of
+from scaling_worker import MEMORY_TOKENS, MODEL, text
 
 from memshare.config import BM25Config, EncoderConfig
 from memshare.pool.store import PoolStore

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_texts import random_text, selected, words_of
 from torch import Tensor
 
 from memshare.config import Config, EncoderConfig, PoolSettings, RunConfig, TrainingConfig
@@ -32,7 +33,7 @@ from memshare.training.batching import Batches
 from memshare.training.gather import World, launch
 from memshare.training.optimizer import make_optimizer, update
 from memshare.training.order import Ints
-from memshare.training.select import Passage, Selected, text_key
+from memshare.training.select import Selected
 from memshare.training.step import ContrastiveStep
 
 MODEL = "all-MiniLM-L6-v2"
@@ -77,35 +78,22 @@ class Watched(World):
             super().sum_gradients(parameters)
 
 
-def words_of(encoder: Encoder) -> list[str]:
-    """Words of one token each."""
-    words = encoder.tokenizer.get_vocab()
-    return sorted(word for word in words if word.isalpha() and word.isascii())
-
-
 def text(draw: random.Random, words: Sequence[str], middle: int) -> str:
     """Random words, as many as a log-normal length says."""
-    length = round(draw.lognormvariate(0.0, 0.6) * middle)
-    return " ".join(draw.choices(words, k=min(max(length, 3), 250)))
+    return random_text(draw, words, middle, 3, 250)
 
 
 def items(words: Sequence[str], queries: int, seed: int) -> list[Selected]:
     """Training queries with a positive and hard negatives each; no text comes twice."""
     draw = random.Random(seed)
 
-    def passage(name: str) -> Passage:
-        made = text(draw, words, MEMORY_TOKENS)
-        return Passage(name, made, text_key(made), name)
+    def memories(count: int) -> list[str]:
+        return [text(draw, words, MEMORY_TOKENS) for _ in range(count)]
 
-    return [
-        Selected(
-            query_id=str(i), query=text(draw, words, QUERY_TOKENS), pool="main", principal=None,
-            round=1, answer=f"own {i}", positives=(passage(f"positive {i}"),),
-            negatives=tuple(passage(f"negative {i} {n}") for n in range(HARD_NEGATIVES)),
-            never_negative=frozenset(),
-        )
-        for i in range(queries)
-    ]  # fmt: skip
+    return selected(
+        (text(draw, words, QUERY_TOKENS), memories(1)[0], memories(HARD_NEGATIVES))
+        for _ in range(queries)
+    )
 
 
 class Work:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from random_texts import random_text, selected, words_of
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -34,7 +35,7 @@ from memshare.training.allocator import keep_freed_memory
 from memshare.training.batching import Batches
 from memshare.training.gather import World
 from memshare.training.optimizer import make_optimizer, update
-from memshare.training.select import Passage, Selected, text_key
+from memshare.training.select import Selected
 from memshare.training.step import ContrastiveStep
 
 LR = 2e-5
@@ -86,34 +87,17 @@ class Run:
 
 
 def triplets(encoder: Encoder, count: int, seed: int, middle: float) -> list[Triplet]:
-    """Query, positive, hard negative: random words that are one token each, in texts of log-normal
-    length, with ``middle`` words as the median and sigma 0.6.
-    """  # fmt: skip
-    draw = random.Random(seed)
-    words = [word for word in encoder.tokenizer.get_vocab() if word.isalpha() and word.isascii()]
-    words.sort()
+    """Query, positive and hard negative, each a random text with ``middle`` words as the median."""
+    draw, words = random.Random(seed), words_of(encoder)
 
     def text() -> str:
-        length = round(draw.lognormvariate(0.0, 0.6) * middle)
-        return " ".join(draw.choices(words, k=min(max(length, 4), MAX_TOKENS - 2)))
+        return random_text(draw, words, middle, 4, MAX_TOKENS - 2)
 
     return [(text(), text(), text()) for _ in range(count)]
 
 
-def selected(rows: Sequence[Triplet]) -> list[Selected]:
-    """Triplets as the trainer's own items."""
-
-    def passage(text: str, name: str) -> Passage:
-        return Passage(name, text, text_key(text), name)
-
-    return [
-        Selected(
-            query_id=str(i), query=query, pool="main", principal=None, round=1, answer=f"own {i}",
-            positives=(passage(positive, f"positive {i}"),),
-            negatives=(passage(negative, f"negative {i}"),), never_negative=frozenset(),
-        )
-        for i, (query, positive, negative) in enumerate(rows)
-    ]  # fmt: skip
+def _items(rows: Sequence[Triplet]) -> list[Selected]:
+    return selected((query, positive, [negative]) for query, positive, negative in rows)
 
 
 def ours_once(setup: Setup, rows: Sequence[Triplet], config: TrainingConfig) -> Run:
@@ -124,7 +108,7 @@ def ours_once(setup: Setup, rows: Sequence[Triplet], config: TrainingConfig) -> 
     optimizer = make_optimizer(encoder.model, config)
     _reset_peak(encoder.device)
     began = time.perf_counter()
-    batches = Batches(selected(rows), encoder, global_batch=config.batch_size, seed=0)
+    batches = Batches(_items(rows), encoder, global_batch=config.batch_size, seed=0)
     step = ContrastiveStep(
         encoder, batches.table, config, World(encoder.device), seed=0, autocast=setup.autocast
     )
@@ -190,7 +174,7 @@ def gradient_difference(
     loss = MultipleNegativesRankingLoss(model)(features, torch.empty(0))
     loss.backward()
     theirs = _gradients(model[0].auto_model)
-    batches = Batches(selected(rows), encoder, global_batch=len(rows), seed=0)
+    batches = Batches(_items(rows), encoder, global_batch=len(rows), seed=0)
     step = ContrastiveStep(encoder, batches.table, config, World(encoder.device), seed=0)
     result = step.backward(batches.batch(0), 0)
     ours = _gradients(encoder.model)
