@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import httpx
 
@@ -23,29 +24,18 @@ REFUSAL_SECONDS = 35.0
 PATIENCE_SECONDS = 90.0
 
 
-class Load:
-    """Writers that never rest, each sending its next memory once the last one is acknowledged."""
+class Restless:
+    """Threads that never rest until a block ends; what they find wrong fails the test."""
 
-    def __init__(self, url: str, killed: bool = False, pause: float = 0.0) -> None:
-        """Nothing is sent until it is entered as a context.
-
-        ``killed``: the gateway may vanish in between, so that connections break or are refused.
-        ``pause``: seconds that each writer waits between two memories.
-        """
-        self.acknowledged: dict[str, str] = {}  # prompt -> id
-        self.refusals: list[httpx.Response] = []
-        self.broken = 0  # connections
-        self.slowest = 0.0
+    def __init__(self, work: Callable[[int], None], count: int) -> None:
+        """Nothing is done until it is entered. ``work`` gets its number and heeds ``_stop``."""
         self.wrong: list[str] = []
-        self._url = url
-        self._killed = killed
-        self._pause = pause
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._write, args=(n,)) for n in range(WRITERS)]
+        self._threads = [threading.Thread(target=work, args=(place,)) for place in range(count)]
 
     @contextmanager
-    def running(self) -> Iterator[Load]:
-        """Send until the block ends; then every write under way is seen to its end."""
+    def running(self) -> Iterator[Self]:
+        """Work until the block ends; then all that is under way is seen to its end."""
         for thread in self._threads:
             thread.start()
         try:
@@ -54,26 +44,45 @@ class Load:
             self._stop.set()
             for thread in self._threads:
                 thread.join()
-        assert not self.wrong, self.wrong
+        assert not self.wrong, self.wrong[:3]
+
+    def until(self, condition: Callable[[], bool], seconds: float, problem: str) -> float:
+        """Wait for ``condition``; returns the seconds that took."""
+        began = time.monotonic()
+        while not condition():
+            assert not self.wrong, self.wrong[:3]
+            assert time.monotonic() - began < seconds, problem
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+
+class Load(Restless):
+    """Writers that never rest, each sending its next memory once the last one is acknowledged."""
+
+    def __init__(self, url: str, killed: bool = False, pause: float = 0.0) -> None:
+        """``killed``: the gateway may vanish in between: connections break or are refused.
+
+        ``pause``: seconds that each writer waits between two memories.
+        """
+        super().__init__(self._write, WRITERS)
+        self.acknowledged: dict[str, str] = {}  # prompt -> id
+        self.refusals: list[httpx.Response] = []
+        self.broken = 0  # connections
+        self.slowest = 0.0
+        self._url = url
+        self._killed = killed
+        self._pause = pause
 
     def more(self, count: int = 1, seconds: float = 60.0) -> float:
         """Wait for ``count`` further acknowledgements; returns the seconds that took."""
-        began = time.monotonic()
         target = len(self.acknowledged) + count
-        self._until(lambda: len(self.acknowledged) >= target, seconds, "no further write succeeded")
-        return time.monotonic() - began
+        problem = "no further write succeeded"
+        return self.until(lambda: len(self.acknowledged) >= target, seconds, problem)
 
     def refused(self, seconds: float = 60.0) -> None:
         """Wait until each writer can have been refused."""
         target = len(self.refusals) + WRITERS
-        self._until(lambda: len(self.refusals) >= target, seconds, "no write was refused")
-
-    def _until(self, condition: Callable[[], bool], seconds: float, problem: str) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert not self.wrong, self.wrong
-            assert time.monotonic() < deadline, problem
-            time.sleep(0.02)
+        self.until(lambda: len(self.refusals) >= target, seconds, "no write was refused")
 
     def _write(self, place: int) -> None:
         with httpx.Client(timeout=60) as client:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from memshare.pool import PoolStore
 from memshare.pool.queue import PairQueue
 from memshare.pool.schema import decisions
 from memshare.sharing import prompt_hash
-from tests.faults import Load, check
+from tests.faults import Load, Restless, check
 from tests.gateways import gateway, launch, wait_ready
 from tests.loop import loop_config_file
 from tests.postgres import free_port
@@ -71,38 +70,16 @@ def llm(tmp_path: Path, models: Path) -> Iterator[LLMServer]:
     server.kill()
 
 
-class Chats:
+class Chats(Restless):
     """Asks without rest; pairs are written where they can be."""
 
     def __init__(self, url: str) -> None:
+        super().__init__(self._run, 2)
         self.answered = 0
         self.pending: list[str] = []  # questions whose pair was taken for scoring
         self.refusals: list[httpx.Response] = []
         self.slowest = 0.0
-        self.wrong: list[str] = []
         self._url = url
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(place,)) for place in range(2)]
-
-    @contextmanager
-    def running(self) -> Iterator[Chats]:
-        for thread in self._threads:
-            thread.start()
-        try:
-            yield self
-        finally:
-            self._stop.set()
-            for thread in self._threads:
-                thread.join()
-        assert not self.wrong, self.wrong[:3]
-
-    def until(self, condition: Callable[[], bool], seconds: float, problem: str) -> float:
-        began = time.monotonic()
-        while not condition():
-            assert not self.wrong, self.wrong[:3]
-            assert time.monotonic() - began < seconds, problem
-            time.sleep(0.02)
-        return time.monotonic() - began
 
     def more(self, seconds: float) -> float:
         target = self.answered + 1
@@ -174,10 +151,7 @@ def test_killed_under_load(tmp_path: Path, models: Path, llm: LLMServer) -> None
             load.more(20)  # the memory path is up
             llm.start()
             recovery = chats.more(RECOVERY_SECONDS)
-        assert not load.refusals
-        assert chats.slowest < REFUSAL_SECONDS, f"a chat took {chats.slowest:.1f} s"
-        check_decisions(database, chats.pending)
-        check_written(database, url, load)
+        check_both(database, url, load, chats)
     print(f"{recovery:.2f} s to recover, {len(chats.refusals)} refusals")
 
 
@@ -192,11 +166,16 @@ def test_stalled_under_load(tmp_path: Path, models: Path, llm: LLMServer) -> Non
             load.more(20, seconds=20)  # the memory path is up
             llm.process.send_signal(signal.SIGCONT)
             recovery = chats.more(RECOVERY_SECONDS)
-        assert not load.refusals
-        assert chats.slowest < REFUSAL_SECONDS, f"a chat took {chats.slowest:.1f} s"
-        check_decisions(database, chats.pending)
-        check_written(database, url, load)
+        check_both(database, url, load, chats)
     print(f"{recovery:.2f} s to recover, {len(chats.refusals)} refusals")
+
+
+def check_both(database: str, url: str, load: Load, chats: Chats) -> None:
+    """No write was refused, no chat waited long, every pair was decided, no memory is lost."""
+    assert not load.refusals
+    assert chats.slowest < REFUSAL_SECONDS, f"a chat took {chats.slowest:.1f} s"
+    check_decisions(database, chats.pending)
+    check_written(database, url, load)
 
 
 def check_written(database: str, url: str, load: Load) -> None:
