@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from memshare.config import Config
 from memshare.pool.store import PoolStore
-from memshare.records import Memory, NewMemory
+from memshare.records import Memory, NewMemory, SearchAnswer
 from memshare.retrieval.build import build_generation
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.publish import publish
+from memshare.retrieval.searcher import Searcher
 
 WORDS = [
     "river", "stone", "lamp", "wolf", "paper", "green", "cloud", "salt", "clock", "bread", "tower",
@@ -76,3 +79,26 @@ def publish_now(
         config.generations_dir, config.retriever.name, encoder=encoder, parent=parent,
         **built.parts(), **options,
     )  # fmt: skip
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for ``condition``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+def serves(searcher: Searcher, number: int) -> None:
+    """Wait until generation ``number`` serves."""
+    until(lambda: searcher.stats().generation == number)
+
+
+def ids(answer: SearchAnswer) -> list[str]:
+    """The ids found, best first."""
+    return [hit.id for hit in answer.hits]
+
+
+def find(searcher: Searcher, memory: Memory, k: int = 1000) -> list[str]:
+    """The ids that a search for ``memory`` itself finds."""
+    return ids(searcher.search(memory.pool, f"{memory.prompt}\n{memory.answer}", k))
