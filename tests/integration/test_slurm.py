@@ -157,10 +157,13 @@ def test_an_interrupted_job_ends_as_an_uninterrupted_one(
     if not request.exists():
         with paused(output, 2):
             until(request.exists, 90, lambda: log_of(base, job, 0))
+    # The next attempt takes the result away when it begins, seconds later.
+    until((output / "result.json").exists, 90, lambda: log_of(base, job, 0))
+    ids = {result(output)["wandb"]["id"]}  # type: ignore[index]
     await_attempt(slurm, base, job, 1)
     log = log_of(base, job, 0)
     assert "warned by SLURM" in log and "training with: stopped" in log and "requeued" in log
-    steps, ids = steps_saved(output)[-1], {result(output)["wandb"]["id"]}  # type: ignore[index]
+    steps = steps_saved(output)[-1]
     assert 1 <= steps < STEPS
 
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
