@@ -24,7 +24,7 @@ STUBBORN = POLITE.replace("SIGTERM, stop", "SIGTERM, signal.SIG_IGN")
 PARENT = (
     "import subprocess, sys, time\n"
     "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-    "print('up', child.pid, flush=True)\n"
+    "print(f'up {child.pid}', flush=True)\n"  # in one write, also where nothing is buffered
     "time.sleep(60)\n"
 )
 
