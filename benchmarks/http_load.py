@@ -7,6 +7,7 @@ Times are seconds of `time.monotonic`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +62,12 @@ class Load:
     failures: list[str] = field(default_factory=list)
 
     async def __aenter__(self) -> Load:
-        """Open the clients' connections."""
+        """Open the clients' connections.
+
+        No garbage collection until they are closed: it stops all clients for as long as a slow
+        answer takes, and every answer in flight would seem slow.
+        """
+        gc.disable()
         self._client = httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, transport=Lanes())
         self._free = asyncio.Semaphore(CLIENTS)
         self._numbers = itertools.count()
@@ -72,6 +78,7 @@ class Load:
     async def __aexit__(self, *_: object) -> None:
         """Close them."""
         await self._client.aclose()
+        gc.enable()
 
     async def capacity(self, seconds: float) -> float:
         """Requests a second when every client sends its next one once the last is answered."""

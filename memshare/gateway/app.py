@@ -37,13 +37,14 @@ def create_app(
     shared: SharedMemory,
     on_failure: Callable[[BaseException], None] | None = None,
     *,
+    on_ready: Callable[[], None] = lambda: None,
     keys_required: bool = False,
 ) -> FastAPI:
     """The gateway over ``shared``, which it starts and closes with itself.
 
     ``keys_required``: nobody is served without a key, the health checks excepted. Starting happens
     behind /readyz, so that a large encoder's loading looks like that and not like a dead process;
-    ``on_failure`` is called if it fails.
+    ``on_failure`` is called if it fails, ``on_ready`` just before the first request is served.
     """
     metrics = Metrics()
     shared.observe = metrics.observe
@@ -59,6 +60,7 @@ def create_app(
         Access(shared, metrics, keys_required),
         Feedback(shared.store.database),
         on_failure=on_failure,
+        on_ready=on_ready,
     )
     app = FastAPI(
         title="memshare",
@@ -108,6 +110,7 @@ async def _start(gateway: Gateway) -> None:
         return
     gateway.metrics.watch(lambda: _sizes(gateway))
     gateway.queue.start()
+    gateway.on_ready()
     gateway.ready = True
     log(f"ready: generation {gateway.shared.searcher.stats().generation}")
 

@@ -16,6 +16,7 @@ from memshare.files import NETWORK_FILE_SYSTEMS, file_system
 from memshare.pool.errors import PoolError
 
 BUSY_SECONDS = 30.0
+_CONNECTIONS = 50  # kept open, one for each thread of a gateway: to open one takes several queries
 
 
 class SQLite:
@@ -47,7 +48,10 @@ class SQLite:
         # Threads of this process hand the writer's place on directly; SQLite's own wait sleeps.
         self.writers: AbstractContextManager[Any] = threading.Lock()
         self.engine = sa.create_engine(
-            url, json_serializer=serialise, connect_args={"timeout": BUSY_SECONDS}
+            url,
+            json_serializer=serialise,
+            pool_size=_CONNECTIONS,
+            connect_args={"timeout": BUSY_SECONDS},
         )
         event.listen(self.engine, "connect", _prepare)
         event.listen(self.engine, "begin", _begin)

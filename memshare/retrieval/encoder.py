@@ -257,7 +257,8 @@ class Encoder:
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
         tower = self.tower(side)
         training = tower.training
-        tower.eval()
+        if training:  # each change goes through all modules
+            tower.eval()
         try:
             with torch.inference_mode():
                 for start in range(0, len(texts), _BLOCK_TEXTS):
@@ -266,7 +267,8 @@ class Encoder:
                         out = self.embed(self.collate(rows), side).cpu().numpy()
                         vectors[np.asarray(positions) + start] = out
         finally:
-            tower.train(training)
+            if training:
+                tower.train()
         if not np.isfinite(vectors).all():
             row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
             raise EncoderError(

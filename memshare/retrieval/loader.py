@@ -36,11 +36,13 @@ from memshare.retrieval.gpu import GpuFault
 from memshare.retrieval.index import IndexFault
 from memshare.retrieval.manifest import folder_name, read_manifest
 from memshare.retrieval.placing import Choice, Placer
-from memshare.retrieval.serving import MAX_DELTA, Serving, frozen_serving
+from memshare.retrieval.serving import MAX_DELTA, Serving, frozen_serving, run_here
 from memshare.retrieval.shelf import home_of
 from memshare.retrieval.worker import SearcherClosed, Worker
 
-_CLOSE = 64  # changes that may be left for when the feeder pauses
+_CLOSE = 16  # changes that may be left for when the feeder pauses, and every write waits
+_STEP = 16  # memories encoded before a rest
+_REST = 3.0  # times as long as the step before it
 _ROUNDS = 10  # of catching up before that, should writes come faster than they are encoded
 _SETUP_ERRORS = (EncoderError, IndexFault, GpuFault)  # at the first load: a wrong configuration
 
@@ -217,7 +219,8 @@ class Loader:
             gaps = following.behind(self._store)
             if sum(gaps.values()) <= _CLOSE:
                 break
-            following.catch_up(self._store, gaps, self._stop.is_set)
+            run = run_here if self._worker.serving is None else self._then_rest
+            following.catch_up(self._store, gaps, self._stop.is_set, run, _STEP)
         following.settle(choice.place)
         with self._feeder.paused():
             gaps = self._gaps(following)
@@ -229,6 +232,17 @@ class Loader:
         if choice.placement == "aside":
             self._worker.run(lambda: self._placer.move_up(following, choice))
         return True
+
+    def _then_rest(self, step: Callable[[], None]) -> None:
+        """Run ``step``, then leave the processor to searches for as long as that took.
+
+        Catching up is nearly all of a swap's work, and no one waits for it. Running at a lower
+        priority instead would keep searches waiting whenever this thread is put off while it holds
+        the interpreter's lock.
+        """
+        began = time.perf_counter()
+        step()
+        self._stop.wait(_REST * (time.perf_counter() - began))
 
     def _swap(self, following: Serving, began: float) -> None:
         """Serve ``following`` from the next batch on; the feeder is paused."""

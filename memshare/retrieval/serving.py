@@ -157,13 +157,15 @@ class Serving:
         store: PoolStore,
         gaps: Mapping[str, int] | None = None,
         stopped: Callable[[], bool] = lambda: False,
+        run: Run = run_here,
+        step: int = PAGE,
     ) -> None:
-        """`feed` each pool in this thread by ``gaps`` changes (None: all there are now)."""
+        """`feed` each pool by ``gaps`` changes (None: all there are now), until ``stopped``."""
         gaps = self.behind(store) if gaps is None else gaps
         until = {pool: self.shards[pool].position + gap for pool, gap in gaps.items()}
         for pool, seq in until.items():
             while self.shards[pool].position < seq and not stopped():
-                if not self.feed(store, pool, run_here):
+                if not self.feed(store, pool, run, step):
                     break
 
     def snapshot(self) -> dict[str, Snapshot]:
