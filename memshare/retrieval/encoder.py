@@ -221,14 +221,14 @@ class Encoder:
 
         Gives ``input_ids`` and ``attention_mask``, both (batch, tokens) int64.
         """
-        pad = self.tokenizer.pad_token_id
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), 0 if pad is None else pad, dtype=torch.int64)
-        mask = torch.zeros((len(rows), width), dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-            mask[i, : len(row)] = 1
-        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        lengths = np.array([len(row) for row in rows])
+        width = int(lengths.max())
+        ids = np.full((len(rows), width), self.tokenizer.pad_token_id or 0)
+        for own, row in zip(ids, rows, strict=True):
+            own[: len(row)] = row
+        mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+        batch = {"input_ids": ids, "attention_mask": mask}
+        return {name: torch.from_numpy(part).to(self.device) for name, part in batch.items()}
 
     def pack(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Token ids without padding, for `embed` by towers that `packing.enable` has prepared."""
