@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from memshare.config import Config, LLMConfig
+from memshare.config import Config, EncoderConfig, LLMConfig
 from memshare.evaluation.arms import answer_all, ranked_memories
 from memshare.evaluation.cache import CachedLLM, ResultCache
 from memshare.evaluation.data import Domain, Pair, data_root, load_domains
@@ -50,6 +50,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "world": (8, 8, 3),
         "stream": 16,
         "problems": 2,
+        "seeds": 4,
         "labelled": 8,
     },
     "training": {"max_steps": 2, "eval_every": None, "patience": None},
@@ -130,9 +131,9 @@ class Lab:
 
     def __init__(
         self, config: Config, out: Path, cache: ResultCache, llms: Mapping[str, LLM],
-        scorer_llm: LLM,
+        partners: Mapping[str, LLM], scorer_llm: LLM,
     ) -> None:  # fmt: skip
-        """``llms``: the agents' models by name; ``out``: where reports go.
+        """``llms``, ``partners``: the agents' models by name; ``out``: where reports go.
 
         What is worth keeping from run to run (cache, encoders) goes to ``work``, the run folder.
         """
@@ -140,7 +141,11 @@ class Lab:
         self.out, self.work = out, config.run.dir
         self.cache = cache
         self.uncached, self.uncached_scorer = llms, scorer_llm
-        self.agents = {n: Agent(CachedLLM(llm, cache), config.agent) for n, llm in llms.items()}
+        self.team = {
+            name: Agent(CachedLLM(llm, cache), config.agent)
+            for name, llm in {**llms, **partners}.items()
+        }
+        self.agents = {name: self.team[name] for name in llms}  # who answers everywhere
         self.scorer_llm = CachedLLM(scorer_llm, cache)
         self.measures = Measures(config.evaluation.bertscore_model, cache)
         self.published = load_data(config)
@@ -148,6 +153,8 @@ class Lab:
         if config.evaluation.world is not None:
             self.domains[WORLD] = world_domain(self.seed, config.evaluation.world)
         self.stream = long_world(config)
+        self.encoder_name = _label(config.encoder)
+        self.scorer_name = _label(config.scorer_llm)
         # Every problem has a known answer: that is what a scorer of kind `reference` grades by.
         known = self.work / "references.jsonl"
         told = [*self.domains.values(), *([self.stream] if self.stream else [])]
@@ -199,6 +206,10 @@ class Lab:
         """
         return {n: d if n == WORLD else self.few(d, most) for n, d in self.own_pools.items()}
 
+    def started(self, domain: Domain) -> Domain:
+        """``domain`` with ``evaluation.seeds`` seed memories, for agents to fill its pool."""
+        return replace(domain, pool=domain.pool[: self.config.evaluation.seeds])
+
     async def learn(self, pools: Pools, iterations: int = 1, **sections: Any) -> Learned:
         """`learn` with the lab's configuration, ``sections`` of it changed: ``training={...}``."""
         changed = {
@@ -238,8 +249,8 @@ class Lab:
     ) -> list[Row]:
         """The rows of some arms: each test of ``domain`` answered with its ranker's best memories.
 
-        ``agents``: which of them answer (default: all). A question that fails scores 0 and counts
-        in ``failed``. All is asked at once: the backends bound and batch what they do together.
+        ``agents``: which of the `team` answer (default: `agents`). A question that fails scores 0
+        and counts in ``failed``. All is asked at once: the backends bound and batch what they do together.
         """
         by_id = {memory.id: memory for memory in memories}
         asked: list[tuple[Key, Sequence[Pair], Sequence[Sequence[Memory]]]] = []
@@ -253,7 +264,7 @@ class Lab:
                     for name in agents or self.agents
                 ]
         answered = await asyncio.gather(
-            *(answer_all(self.agents[key.model], tests, best) for key, tests, best in asked)
+            *(answer_all(self.team[key.model], tests, best) for key, tests, best in asked)
         )
         texts = [[answer.text if answer else "" for answer in answers] for answers in answered]
         scores = await self.measures.datasets(
@@ -271,6 +282,15 @@ class Lab:
     def random(self, memories: Sequence[Memory]) -> Ranker:
         """Random memories: the arm that tells retrieval from any examples at all."""
         return random_ranker(memories, self.seed)
+
+    def beside_random(
+        self, arm: str, memories: Sequence[Memory], encoder: Encoder | None = None
+    ) -> dict[str, Ranker]:
+        """``arm``, by ``encoder`` (default: the one that is configured), and ``arm, random``."""
+        return {
+            arm: self.dense(memories, encoder or self.encoder),
+            f"{arm}, random": self.random(memories),
+        }
 
 
 def relevant_ids(
@@ -302,10 +322,13 @@ async def open_lab(config: Config, out: Path) -> AsyncIterator[Lab]:
                 await opened[name].ready()
             return opened[name]
 
+        async def named(settings: Mapping[str, LLMConfig]) -> dict[str, LLM]:
+            return {name: await llm(one) for name, one in settings.items()}
+
         agents = config.evaluation.agents or {_label(config.agent_llm): config.agent_llm}
-        llms = {name: await llm(settings) for name, settings in agents.items()}
-        yield Lab(config, out, cache, llms, await llm(config.scorer_llm))
+        llms, partners = await named(agents), await named(config.evaluation.partners)
+        yield Lab(config, out, cache, llms, partners, await llm(config.scorer_llm))
 
 
-def _label(config: LLMConfig) -> str:
+def _label(config: LLMConfig | EncoderConfig) -> str:
     return config.model.rstrip("/").rsplit("/", 1)[-1]

@@ -90,7 +90,7 @@ def metric_tables(record: Record, metric: str) -> list[Table]:
             found = [cells.get((model, arm, at, dataset)) for dataset in datasets]
             lines.append([arm, at, model, *map(cell, found)])
         title = _NAMES.get(metric, metric) + ("" if split == DECONTAMINATED else f" ({split})")
-        tables.append(without_empty(title, ["arm", "at", "agent", *datasets], lines))
+        tables.append(without_empty(title, ["arm", "at", "model", *datasets], lines))
     return tables
 
 
@@ -105,10 +105,10 @@ def cell(row: Record | None) -> str | None:
 
 
 def without_empty(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> Table:
-    """A table without the columns that are empty, or the same agent or split, everywhere."""
+    """A table without the columns that are empty, or the same model or split, everywhere."""
     keep = [
         i for i, name in enumerate(columns)
-        if len({line[i] for line in lines}) > 1 or (name not in ("at", "agent", "split"))
+        if len({line[i] for line in lines}) > 1 or (name not in ("at", "model", "split"))
     ]  # fmt: skip
     return Table(title, [columns[i] for i in keep], [[line[i] for i in keep] for line in lines])
 
@@ -129,7 +129,7 @@ def paired_tables(record: Record) -> list[Table]:
         ])  # fmt: skip
     if not lines:
         return []
-    columns = ["difference", "at", "agent", "dataset", "metric", "split", "mean", "95 % low",
+    columns = ["difference", "at", "model", "dataset", "metric", "split", "mean", "95 % low",
                "high", "p", "p (Holm)", "n"]  # fmt: skip
     found = without_empty("Differences, question by question", columns, lines)
     return [
@@ -191,9 +191,9 @@ def arm_at(row: Record) -> str:
 
 
 def label(row: Record, record_rows: Sequence[Record]) -> str:
-    """A row's arm, with its agent where there are several."""
-    several = len({other["model"] for other in record_rows if other["model"]}) > 1
-    return f"{row['arm']} ({row['model']})" if several and row["model"] else str(row["arm"])
+    """A row's arm, with its model where the arm was measured by several."""
+    several = len({other["model"] for other in record_rows if other["arm"] == row["arm"]}) > 1
+    return f"{row['arm']} ({row['model']})" if several else str(row["arm"])
 
 
 def lines_plot(name: str, view: View, dataset: str, rows: Sequence[Record]) -> Plot:

@@ -56,9 +56,9 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
     domains = lab.own_pools
     learned = await lab.learn({name: as_memories(name, d.pairs) for name, d in domains.items()})
     memories = sum(len(as_memories(name, domain.pairs)) for name, domain in domains.items())
-    for step in ("mine", "train"):
+    for step, model in (("mine", lab.scorer_name), ("train", lab.encoder_name)):
         stage = Stage(step, learned.report[step]["seconds"])
-        for row in told(lab, stage, "all pools", "", MEMORY, memories, gpus):
+        for row in told(lab, stage, "all pools", model, MEMORY, memories, gpus):
             yield row
 
 

@@ -36,8 +36,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
         encoder = (await lab.learn(pools)).encoder
         for name, domain in domains.items():
             chosen = memories[name]
-            rankers = {arm: lab.dense(chosen, encoder), f"{arm}, random": lab.random(chosen)}
-            for row in await lab.answers(rankers, domain, chosen):
+            arms = lab.beside_random(arm, chosen, encoder)
+            for row in await lab.answers(arms, domain, chosen):
                 yield row
 
 

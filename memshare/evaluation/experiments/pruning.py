@@ -39,7 +39,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
     with reference answers: that is their ``use``; what they add to the likelihood of the answer
     that arrives is their ``usefulness``. ``feedback``: the asker is for a memory of his question's
     group with a right answer, against any other; only the pocket world knows groups, so elsewhere
-    that policy is left out. ``random``: whoever is unlucky whenever the cap is exceeded.
+    that policy is left out. ``random``: whoever is unlucky whenever the cap is exceeded. ``nothing
+    pruned, random``: random shots, from all of it.
 
     A memory is relevant if it is of the question's group and its answer is right.
     """
@@ -64,11 +65,13 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
             yield count_row(key, len(left), len(memories), lab.seed)
             good = [memory for memory in left if memory.id in right]
             yield count_row(key._replace(metric=RIGHT), len(good), len(left), lab.seed)
-            ranker = lab.dense(left, encoder)
-            for row in await lab.answers({arm: ranker}, domain, left, at=at):
+            arms = lab.beside_random(arm, left, encoder)
+            if arm != EVERYTHING:  # there the control is what pruning at random leaves
+                del arms[f"{arm}, random"]
+            for row in await lab.answers(arms, domain, left, at=at):
                 yield row
             if domain.keys:
-                for row in found(lab, domain, good, {arm: ranker}, at):
+                for row in found(lab, domain, good, {arm: arms[arm]}, at):
                     yield row
 
 
@@ -153,6 +156,7 @@ EXPERIMENT = Experiment(
     contrasts=(
         *((arm, f"{EVERYTHING}@100%") for arm in (RANDOM, *POLICIES)),
         *((arm, RANDOM) for arm in POLICIES),
+        (EVERYTHING, f"{EVERYTHING}, random"),
     ),
     shown=(F1, CHRF, *METRICS),
     tested=(F1, CHRF, "MRR@10"),

@@ -12,6 +12,7 @@ from memshare.evaluation.measures import CHRF, F1, QUALITY
 from memshare.evaluation.rows import DECONTAMINATED, PUBLISHED, WORLD, Key, Row, count_row
 
 COUNTS = (1, 2, 3)
+COMPARED_BY = "word 3-grams"
 LEAKS = ("unique_tests", "exact_questions", "exact_answers", "near_questions")
 
 
@@ -54,7 +55,7 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
     for domain in published.values():
         for leaks in leak_report(domain):
             for what in LEAKS:
-                key = Key("leaks", "", leaks.dataset, f"count: {what}", "", PUBLISHED)
+                key = Key("leaks", "", leaks.dataset, f"count: {what}", COMPARED_BY, PUBLISHED)
                 yield count_row(key, getattr(leaks, what), leaks.tests, lab.seed)
 
 

@@ -27,7 +27,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
 
     ``at`` a threshold, an arm's pool is the seed memories and what its scorer lets in: how many
     answers those are, how good they truly are (BERTScore F1 against the reference), what they cost
-    in tokens, and three shots from that pool. ``agreement``: of two scorers' grades.
+    in tokens, and three shots from that pool, retrieved and (``arm, random``) at random.
+    ``agreement``: of two scorers' grades.
     """
     names = ", ".join(lab.agents)
     for name, domain in lab.sampled().items():
@@ -90,8 +91,8 @@ async def at_threshold(
         yield mean_row(key._replace(metric=QUALITY), good, lab.seed)
     pairs = [*domain.pool, *(item.pair for item in accepted.values())]
     memories: list[Memory] = as_memories(domain.name, pairs)
-    ranker = lab.dense(memories, lab.encoder)
-    for row in await lab.answers({kind: ranker}, domain, memories, at=str(threshold)):
+    arms = lab.beside_random(kind, memories)
+    for row in await lab.answers(arms, domain, memories, at=str(threshold)):
         yield row
 
 
@@ -102,7 +103,11 @@ EXPERIMENT = Experiment(
     contrasts=(
         ("rubric", "reference"), ("likelihood", "reference"), ("rubric", "rubric@0"),
         ("likelihood", "likelihood@0"), ("reference", "reference@0"),
+        *((kind, f"{kind}, random") for kind in KINDS),
     ),
-    shown=(F1, CHRF, QUALITY, ACCEPTED, TOKENS, AGREEMENT),
-    views=(View("Three shots from what each scorer lets in", "lines", "threshold"),),
+    shown=(F1, CHRF, QUALITY, TOKENS, AGREEMENT),
+    views=(
+        View("Three shots from what each scorer lets in", "lines", "threshold",
+             arms=(*KINDS, "reference, random")),
+    ),
 )  # fmt: skip
