@@ -107,7 +107,7 @@ async def _experiments(names: Sequence[str], config: Config, out: Path, quick: b
 def plan(config: Config, names: Sequence[str]) -> str:
     """What would be asked, as YAML: experiments, data with its leaks, and the configuration."""
     from memshare.evaluation.decontaminate import decontaminate, leak_report
-    from memshare.evaluation.lab import load_data
+    from memshare.evaluation.material import load_data
 
     data: dict[str, Any] = {}
     for name, domain in load_data(config).items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memshare.evaluation.experiment import EXPERIMENTS, load_experiment
-from memshare.evaluation.report import Table
+from memshare.evaluation.report import Table, p_value
 from memshare.evaluation.rows import (
     Difference,
     Key,
@@ -72,7 +72,8 @@ def tables(found: dict[str, list[Difference]]) -> list[Table]:
             columns,
             [
                 [d.ours.arm, d.ours.at, d.ours.dataset, d.ours.metric, d.ours.split,
-                 f"{d.mean:+.3f}", f"{d.low:+.3f}", f"{d.high:+.3f}", d.p, d.p_holm, d.n]
+                 f"{d.mean:+.3f}", f"{d.low:+.3f}", f"{d.high:+.3f}", p_value(d.p),
+                 p_value(d.p_holm), d.n]
                 for d in found_here
             ],
             "Paired by question. Holm's p allows for the number of rows of this table.",

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from memshare.evaluation.arms import answer_all, ranked_memories
 from memshare.evaluation.data import Domain, Pair
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.llm.agent import Agent
 from memshare.llm.base import Completion, LLMError, LLMUnavailable
 from memshare.llm.rubric import load_rubric

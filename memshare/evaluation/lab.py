@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,10 @@ import numpy as np
 from memshare.config import Config, EncoderConfig, LLMConfig
 from memshare.evaluation.arms import answer_all, ranked_memories
 from memshare.evaluation.cache import CachedLLM, ResultCache
-from memshare.evaluation.data import Domain, Pair, data_root, load_domains
+from memshare.evaluation.data import Domain, Pair
 from memshare.evaluation.decontaminate import decontaminate
 from memshare.evaluation.learn import Learned, Pools, learn
+from memshare.evaluation.material import load_data, long_world, world_domain
 from memshare.evaluation.measures import Measures
 from memshare.evaluation.rankers import Ranker, dense_ranker, random_ranker
 from memshare.evaluation.rows import (
@@ -38,8 +39,8 @@ from memshare.llm.agent import Agent
 from memshare.llm.base import LLM
 from memshare.llm.factory import make_llm
 from memshare.llm.scorer import Scorer, make_scorer
-from memshare.pocket.world import World, write_references
-from memshare.records import Memory, content_key, normalise
+from memshare.pocket.world import write_references
+from memshare.records import Memory
 from memshare.retrieval.encoder import Encoder
 
 QUICK: dict[str, dict[str, Any]] = {
@@ -58,7 +59,6 @@ QUICK: dict[str, dict[str, Any]] = {
     "bootstrap": {"questions": 4, "rounds": 1},
     "agent": {"max_tokens": 24},
 }
-_WORLD_LEAST = (60, 280)
 ScorerKind = Literal["rubric", "likelihood", "reference"]
 
 
@@ -71,59 +71,6 @@ def shrink(config: Config) -> Config:
             values = {key: value for key, value in values.items() if key != "world"}
         sections[name] = section.model_copy(update=values)
     return config.model_copy(update=sections)
-
-
-def as_memories(pool: str, pairs: Iterable[Pair], agent: str | None = None) -> list[Memory]:
-    """``pairs`` as a pool's memories in their order; copies count once, as in a store."""
-    found: dict[str, Memory] = {}
-    for pair in pairs:
-        key = content_key(pool, *pair)
-        if pair.answer.strip() and key not in found:
-            found[key] = Memory(
-                key[:24], pool, *pair, None, agent, None, "1970-01-01T00:00:00+00:00", {},
-                len(found) + 1,
-            )  # fmt: skip
-    return list(found.values())
-
-
-def load_data(config: Config) -> dict[str, Domain]:
-    """The configured domains as they were published, by name. Raises FileNotFoundError.
-
-    Seed memories and problems come in an order drawn by the seed: the published files go dataset by
-    dataset, so that the first part of a pool would hold one dataset alone.
-    """
-
-    def drawn(name: str, pairs: Sequence[Pair]) -> tuple[Pair, ...]:
-        order = random.Random(f"{config.run.seed}/{name}").sample(pairs, len(pairs))
-        return tuple(order[: config.evaluation.memories])
-
-    return {
-        name: replace(
-            domain,
-            pool=drawn(f"{name}/pool", domain.pool),
-            problems=drawn(f"{name}/problems", domain.problems),
-        )
-        for name, domain in load_domains(config.evaluation.data or data_root() / "nine").items()
-    }
-
-
-def world_domain(seed: int, sizes: tuple[int, int, int]) -> Domain:
-    """The pocket world as a domain: ``sizes`` seed memories, problems and test questions."""
-    # Cut as if for a larger pool where it is small: a test's names must occur in what goes before.
-    wide = max(sizes[0], _WORLD_LEAST[0]), max(sizes[1], _WORLD_LEAST[1]), sizes[2]
-    splits = World(seed).splits(*wide)
-    parts = [
-        [Pair(task.prompt, task.answer) for task in tasks[:size]]
-        for tasks, size in zip((splits.seed, splits.problems, splits.test), sizes, strict=True)
-    ]
-    keys = {t.prompt: t.key for t in (*splits.seed, *splits.problems, *splits.test)}
-    return Domain(WORLD, tuple(parts[0]), tuple(parts[1]), {WORLD: tuple(parts[2])}, keys)
-
-
-def long_world(config: Config) -> Domain | None:
-    """The pocket world with ``evaluation.stream`` problems, if the configuration wants it."""
-    sizes, problems = config.evaluation.world, config.evaluation.stream
-    return sizes and world_domain(config.run.seed, (sizes[0], problems or sizes[1], sizes[2]))
 
 
 class Lab:
@@ -250,7 +197,8 @@ class Lab:
         """The rows of some arms: each test of ``domain`` answered with its ranker's best memories.
 
         ``agents``: which of the `team` answer (default: `agents`). A question that fails scores 0
-        and counts in ``failed``. All is asked at once: the backends bound and batch what they do together.
+        and counts in ``failed``. All is asked at once: the backends bound and batch what they do
+        together.
         """
         by_id = {memory.id: memory for memory in memories}
         asked: list[tuple[Key, Sequence[Pair], Sequence[Sequence[Memory]]]] = []
@@ -291,17 +239,6 @@ class Lab:
             arm: self.dense(memories, encoder or self.encoder),
             f"{arm}, random": self.random(memories),
         }
-
-
-def relevant_ids(
-    domain: Domain, memories: Sequence[Memory], tests: Sequence[Pair]
-) -> list[set[str]]:
-    """For each test the memories of its group, by `Domain.keys`."""
-    keys = {normalise(prompt): key for prompt, key in domain.keys.items()}
-    groups: dict[str, set[str]] = {}
-    for memory in memories:
-        groups.setdefault(keys[normalise(memory.prompt)], set()).add(memory.id)
-    return [groups.get(keys[normalise(test.prompt)], set()) for test in tests]
 
 
 @asynccontextmanager

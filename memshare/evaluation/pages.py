@@ -14,7 +14,7 @@ from memshare.evaluation.experiment import (
     read_record,
 )
 from memshare.evaluation.measures import CHRF
-from memshare.evaluation.report import Plot, Section, Series, Table, write_report
+from memshare.evaluation.report import Plot, Section, Series, Table, number, p_value, write_report
 from memshare.evaluation.rows import AVERAGE, DECONTAMINATED, WORLD
 
 Record = Mapping[str, Any]
@@ -98,7 +98,7 @@ def cell(row: Record | None) -> str | None:
     """A value, with its interval where the column is one of the first."""
     if row is None:
         return None
-    value = f"{row['value']:.3f}"
+    value = number(row["value"])
     if row["low"] is not None and row["dataset"] in _FIRST:
         return f"{value} ({row['low']:.3f}–{row['high']:.3f})"
     return value
@@ -125,7 +125,8 @@ def paired_tables(record: Record) -> list[Table]:
         lines.append([
             f"{ours['arm']} − {other}", ours["at"], ours["model"], item["dataset"],
             _NAMES.get(item["metric"], item["metric"]), item["split"], f"{item['mean']:+.3f}",
-            f"{item['low']:+.3f}", f"{item['high']:+.3f}", item["p"], item["p_holm"], item["n"],
+            f"{item['low']:+.3f}", f"{item['high']:+.3f}", p_value(item["p"]),
+            p_value(item["p_holm"]), item["n"],
         ])  # fmt: skip
     if not lines:
         return []

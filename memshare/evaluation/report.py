@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,17 +22,26 @@ from memshare.files import write_atomic
 # Told apart in both themes, and by eyes that don't see red and green apart (after Okabe & Ito).
 _COLOURS = ("#2f7fc1", "#e08a1e", "#2a9d74", "#c45f9a", "#8a8f98", "#b8a021", "#7a6fd0", "#d2553f")
 _PAGE_WIDTH = 200
+_NUMBER = re.compile(r"[-+−<]?\d")
 _THEMES = {"": ("#1c2128", "#ffffff"), "-dark": ("#e3e7ec", "#16191d")}  # as in report.html
 
 
 @dataclass(frozen=True)
 class Table:
-    """A captioned table; numbers are shown to three decimals, None as a dash."""
+    """A captioned table; numbers are shown by `number`, None as a dash."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     note: str = ""
+
+    @property
+    def worded(self) -> list[bool]:
+        """For each column whether it stands on the left: the first, and those without a number."""
+        return [
+            place == 0 or not any(_NUMBER.match(_cell(row[place])) for row in self.rows)
+            for place in range(len(self.columns))
+        ]
 
 
 @dataclass(frozen=True)
@@ -133,8 +143,8 @@ def print_tables(tables: Sequence[Table]) -> None:
     console = Console(width=None if sys.stdout.isatty() else _PAGE_WIDTH)
     for table in tables:
         shown = RichTable(title=table.title, title_justify="left", caption=table.note or None)
-        for number, column in enumerate(table.columns):
-            shown.add_column(column, justify="right" if number else "left")
+        for column, words in zip(table.columns, table.worded, strict=True):
+            shown.add_column(column, justify="left" if words else "right")
         for row in table.rows:
             shown.add_row(*map(_cell, row))
         console.print(shown)
@@ -143,7 +153,17 @@ def print_tables(tables: Sequence[Table]) -> None:
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def number(value: float) -> str:
+    """To three decimals, from 100 on to none, its thousands apart."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def p_value(p: float) -> str:
+    """A p-value: none is zero."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def draw_themes(plot: Plot, folder: Path) -> None:
@@ -194,7 +214,9 @@ def _size(plot: Plot) -> tuple[float, float]:
     bars = len(plot.ticks) * (len(plot.series) + 1)
     if plot.kind == "rows":
         return 7.2, max(2.6, 0.16 * bars + 1.4)
-    return max(6.4, (0.16 if plot.kind == "bars" else 0.18) * bars + 1.5), 3.8
+    # A tick's name needs its place too.
+    each = 0.16 if plot.kind == "bars" else 0.18
+    return max(6.4, each * bars + 1.5, 0.75 * len(plot.ticks) + 1.2), 3.8
 
 
 def _draw_series(axes: Any, plot: Plot, series: Series, number: int) -> None:

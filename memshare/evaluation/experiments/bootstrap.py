@@ -16,7 +16,8 @@ from memshare.evaluation.cache import content_hash
 from memshare.evaluation.data import Domain, Pair
 from memshare.evaluation.experiment import Experiment, View
 from memshare.evaluation.grow import grow, pool_settings
-from memshare.evaluation.lab import Lab, ScorerKind, as_memories
+from memshare.evaluation.lab import Lab, ScorerKind
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rows import Key, Row, count_row, mean_row, question_keys
 from memshare.files import write_json

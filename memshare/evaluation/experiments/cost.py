@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from memshare.evaluation.arms import answer_all, ranked_memories
 from memshare.evaluation.experiment import Experiment
 from memshare.evaluation.grow import SHOTS, pool_settings
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.report import machine
 from memshare.evaluation.rows import Key, Row, count_row
 from memshare.llm.agent import Agent

@@ -7,7 +7,8 @@ from typing import Any
 
 from memshare.evaluation.experiment import Experiment, View
 from memshare.evaluation.experiments.retriever import RANDOM, found
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rows import WORLD, Row
 from memshare.metrics.ir import METRICS

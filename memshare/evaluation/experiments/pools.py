@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 
 from memshare.evaluation.data import SINGLE
 from memshare.evaluation.experiment import Experiment, View
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rows import WORLD, Row
 

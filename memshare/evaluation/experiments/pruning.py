@@ -11,7 +11,8 @@ from memshare.evaluation.data import Domain
 from memshare.evaluation.experiment import Experiment, View
 from memshare.evaluation.experiments.retriever import found
 from memshare.evaluation.grow import BATCH, SHOTS, attempt, grade, pool_settings
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rows import WORLD, Key, Row, count_row
 from memshare.evaluation.stream import Gain, Stream, survivors

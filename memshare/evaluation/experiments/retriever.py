@@ -10,7 +10,8 @@ from memshare.config import LoRAConfig
 from memshare.evaluation.arms import retrieval
 from memshare.evaluation.data import Domain, Pair
 from memshare.evaluation.experiment import Experiment, View
-from memshare.evaluation.lab import Lab, as_memories, relevant_ids
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories, relevant_ids
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rankers import Ranker, bm25_ranker, fused_ranker
 from memshare.evaluation.rows import DECONTAMINATED, Key, Row, mean_row, question_keys

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from memshare.evaluation.data import Domain
 from memshare.evaluation.experiment import Experiment, View
 from memshare.evaluation.grow import grow
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.rankers import Ranker
 from memshare.evaluation.rows import DECONTAMINATED, WORLD, Key, Row, count_row
 

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from memshare.evaluation.decontaminate import leak_report
 from memshare.evaluation.experiment import Experiment, View
 from memshare.evaluation.grow import grow
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1, QUALITY
 from memshare.evaluation.rows import DECONTAMINATED, PUBLISHED, WORLD, Key, Row, count_row
 

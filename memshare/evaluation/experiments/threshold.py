@@ -8,7 +8,8 @@ from itertools import combinations
 from memshare.evaluation.data import Domain
 from memshare.evaluation.experiment import Experiment, View
 from memshare.evaluation.grow import Attempt, attempt
-from memshare.evaluation.lab import Lab, ScorerKind, as_memories
+from memshare.evaluation.lab import Lab, ScorerKind
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rows import Key, Row, count_row, mean_row, question_keys
 from memshare.metrics.stats import spearman
