@@ -66,6 +66,15 @@ class Plot:
     x_label: str
     y_label: str
 
+    @property
+    def inches(self) -> tuple[float, float]:
+        """Width and height, so that every bar, interval and name of a tick has its place."""
+        bars = len(self.ticks) * (len(self.series) + 1)
+        if self.kind == "rows":
+            return 7.2, max(2.6, 0.16 * bars + 1.4)
+        each = 0.16 if self.kind == "bars" else 0.18
+        return max(6.4, each * bars + 1.5, 0.75 * len(self.ticks) + 1.2), 3.8
+
 
 @dataclass(frozen=True)
 class Section:
@@ -179,7 +188,7 @@ def draw(plot: Plot, path: Path, theme: str = "") -> None:
     from matplotlib.figure import Figure
 
     ink, paper = _THEMES[theme]
-    figure = Figure(figsize=_size(plot), dpi=150, layout="constrained", facecolor=paper)
+    figure = Figure(figsize=plot.inches, dpi=150, layout="constrained", facecolor=paper)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor=paper)
     for number, series in enumerate(plot.series):
@@ -207,16 +216,6 @@ def draw(plot: Plot, path: Path, theme: str = "") -> None:
         columns = len(plot.series) if len(plot.series) <= 4 else 3
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, labelcolor=ink)
     figure.savefig(path)
-
-
-def _size(plot: Plot) -> tuple[float, float]:
-    """Inches, so that every bar is wide enough to be seen, and every interval of a line."""
-    bars = len(plot.ticks) * (len(plot.series) + 1)
-    if plot.kind == "rows":
-        return 7.2, max(2.6, 0.16 * bars + 1.4)
-    # A tick's name needs its place too.
-    each = 0.16 if plot.kind == "bars" else 0.18
-    return max(6.4, each * bars + 1.5, 0.75 * len(plot.ticks) + 1.2), 3.8
 
 
 def _draw_series(axes: Any, plot: Plot, series: Series, number: int) -> None:
