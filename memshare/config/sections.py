@@ -176,7 +176,8 @@ class EvaluationConfig(Section):
 
     ``data``: a folder of domains (docs/experiments.md); None: the nine datasets under
     ``MEMSHARE_DATA``. ``agents``: the LLMs that answer, by name; none: `Config.agent_llm` alone.
-    ``partners``: further ones, which answer only where agents of different models share a pool.
+    ``partners``: further ones, which answer only in the experiment about shots and where agents of
+    different models share a pool.
     ``memories``: at most so many seed memories, and so many problems, a domain (None: all).
     ``questions``: at most so many test questions a dataset in the experiments about shots and pools
     (None: all), ``sample``: in all others. ``world``: seed memories, problems and test questions of

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +166,10 @@ def ordered(datasets: Iterable[str]) -> list[str]:
 
 
 def view_plots(experiment: Experiment, view: View, record: Record) -> list[Plot]:
-    """A view's plots; none where nothing of it was measured. Decontaminated data only."""
+    """A view's plots; none where nothing of it was measured. Decontaminated data only.
+
+    Where an arm has several models, lines and bars are drawn for each of them apart.
+    """
     rows = [
         row for row in record["rows"]
         if row["metric"] == view.metric and row["split"] == DECONTAMINATED
@@ -174,16 +180,34 @@ def view_plots(experiment: Experiment, view: View, record: Record) -> list[Plot]
     else:
         rows = [row for row in rows if bool(row["at"]) == (view.kind == "lines")]
     name = f"{experiment.name}-{experiment.views.index(view) + 1}"
-    if view.kind == "lines":
-        return [
-            lines_plot(f"{name}-{dataset}", view, dataset, found)
-            for dataset in view.datasets
-            if (found := [row for row in rows if row["dataset"] == dataset])
-        ]
     if view.kind == "rows":
         rows = [row for row in rows if row["dataset"] in view.datasets]
         return [grid_plot(name, view, rows, "arm", "dataset")] if rows else []
-    return [grid_plot(name, view, rows, "dataset", "arm")] if rows else []
+    plots = []
+    for model, part in by_model(rows).items():
+        suffix = "-" + re.sub(r"[^\w.-]+", "-", model) if model else ""
+        named = replace(view, title=f"{view.title}, {model}" if model else view.title)
+        if view.kind == "bars":
+            plots.append(grid_plot(name + suffix, named, part, "dataset", "arm"))
+            continue
+        plots += [
+            lines_plot(f"{name}-{dataset}{suffix}", named, dataset, found)
+            for dataset in view.datasets
+            if (found := [row for row in part if row["dataset"] == dataset])
+        ]
+    return plots
+
+
+def by_model(rows: Sequence[Record]) -> dict[str, list[Record]]:
+    """A plot's rows by their model, so that it stays readable; all under "" if no arm has two."""
+    models: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        models[row["arm"]].add(row["model"])
+    several = any(len(names) > 1 for names in models.values())
+    parts: dict[str, list[Record]] = defaultdict(list)
+    for row in rows:
+        parts[row["model"] if several else ""].append(row)
+    return parts
 
 
 def arm_at(row: Record) -> str:
