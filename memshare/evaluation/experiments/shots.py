@@ -22,8 +22,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
 
     ``retrieved`` and ``random``: pools of seed memories and problems with their reference answers;
     ``own answers`` and ``own answers, random``: seed memories and what the agents, in turn,
-    answered to the problems themselves and the scorer accepted. ``none``: no memory shown. One encoder finds for
-    all arms, trained on the pools with reference answers (never on a test).
+    answered to the problems themselves and the scorer accepted. ``none``: no memory shown. One
+    encoder finds for all arms, trained on the pools with reference answers (never on a test).
     """
     limit, everyone = lab.config.evaluation.questions, tuple(lab.team)
     clean = lab.asked(limit)
