@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,19 @@ _NAMES = {
 }  # fmt: skip
 
 
-def write_page(out: Path, missing: Mapping[str, str] | None = None) -> Path:
+def write_page(
+    out: Path, missing: Mapping[str, str] | None = None, new: Collection[str] = EXPERIMENTS
+) -> Path:
     """The report of every experiment whose JSON lies in ``out``; returns its path.
 
-    ``missing``: experiments that failed, and why; the page says so.
+    ``missing``: experiments that failed, and why; the page says so. ``new``: those whose plots are
+    to be drawn; the others' lie there already.
     """
     records = [read_record(out / f"{name}.json") for name in EXPERIMENTS
                if (out / f"{name}.json").exists()]  # fmt: skip
     sections = [section(record) for record in records]
     sections += [Section(name, f"Failed: {why}", [], []) for name, why in (missing or {}).items()]
-    return write_report(out, "memshare eval", summary(records), sections)
+    return write_report(out, "memshare eval", summary(records), sections, new)
 
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import version
@@ -123,17 +123,19 @@ def _output(*command: str) -> str:
 
 
 def write_report(
-    folder: Path, title: str, summary: Mapping[str, Any], sections: Sequence[Section]
-) -> Path:
+    folder: Path, title: str, summary: Mapping[str, Any], sections: Sequence[Section],
+    new: Container[str] | None = None,
+) -> Path:  # fmt: skip
     """Write the page and its plots into ``folder``; returns the path of report.html.
 
-    ``summary`` are the facts at the head of the page.
+    ``summary`` are the facts at the head of the page; ``new`` the sections whose plots are to be
+    drawn (None: all).
     """
     from jinja2 import Environment
 
     folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
-        for plot in section.plots:
+        for plot in section.plots if new is None or section.title in new else ():
             draw_themes(plot, folder)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = _cell
