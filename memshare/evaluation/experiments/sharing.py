@@ -17,7 +17,7 @@ OWN_MEMORIES, OWN_MODEL, ALL_MODELS = "own memories", "own model", "all models"
 
 
 async def rows(lab: Lab) -> AsyncIterator[Row]:
-    """Three shots, found by the encoder as it comes; each sort of pool has a ``random`` arm.
+    """Three shots, found by the encoder as it comes; ``random`` from the whole pool beside them.
 
     ``own`` and ``shared`` at 1 to 8 agents: memories and test questions are dealt to the agents in
     turn; each question is answered from its agent's memories alone, or from everyone's.
@@ -86,7 +86,9 @@ async def models(lab: Lab, domains: dict[str, Domain]) -> AsyncIterator[Row]:
             for arm, memories in pools.items():
                 key = Key(arm, "", name, "count: memories", model, DECONTAMINATED)
                 yield count_row(key, len(memories), len(together.attempts), lab.seed)
-                arms = lab.beside_random(arm, memories)
+                arms: dict[str, Ranker] = {arm: lab.dense(memories, lab.encoder)}
+                if arm == ALL_MODELS:
+                    arms[f"{arm}, random"] = lab.random(memories)
                 for row in await lab.answers(arms, domain, memories, agents=[model]):
                     yield row
 
