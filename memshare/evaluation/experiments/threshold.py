@@ -29,8 +29,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
 
     ``at`` a threshold, an arm's pool is the seed memories and what its scorer lets in: how many
     answers those are, how good they truly are (BERTScore F1 against the reference), what they cost
-    in tokens, and three shots from that pool. ``random``: random shots from all of it, whatever the
-    threshold. ``agreement``: of two scorers' grades.
+    in tokens, and three shots from that pool. ``random``: random shots from all that could be graded,
+    whatever the threshold. ``agreement``: of two scorers' grades.
     """
     names = ", ".join(lab.agents)
     for name, domain in lab.sampled().items():
@@ -56,7 +56,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
             for threshold in THRESHOLDS:
                 async for row in at_threshold(lab, kind, threshold, domain, attempts, truth):
                     yield row
-        everything = as_memories(name, [*domain.pool, *(a.pair for a in graded[KINDS[0]])])
+        readable = [a.pair for a in graded[KINDS[0]] if a.grade.value is not None]
+        everything = as_memories(name, [*domain.pool, *readable])
         for threshold in THRESHOLDS:
             control = {RANDOM: lab.random(everything)}
             for row in await lab.answers(control, domain, everything, at=str(threshold)):
