@@ -29,8 +29,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
 
     ``at`` a threshold, an arm's pool is the seed memories and what its scorer lets in: how many
     answers those are, how good they truly are (BERTScore F1 against the reference), what they cost
-    in tokens, and three shots from that pool. ``random``: random shots from all that could be graded,
-    whatever the threshold. ``agreement``: of two scorers' grades.
+    in tokens, and three shots from that pool. ``random``: random shots from all that could be
+    graded, whatever the threshold. ``agreement``: of two scorers' grades.
     """
     names = ", ".join(lab.agents)
     for name, domain in lab.sampled().items():
