@@ -154,6 +154,11 @@ def test_all_experiments_end_and_every_row_says_what_it_is(
     assert {item["ours"]["arm"] for item in paired if item["metric"] == "MRR@10"} >= {
         "BM25", "trained", "oracle",
     }  # fmt: skip
+    tokens = {row["arm"] for row in rows["cost"] if row["metric"] == "tokens per answered question"}
+    assert tokens == {"answer", "grade"}
+    graded = [row["value"] for row in rows["cost"]
+              if row["arm"] == "grade" and row["metric"].startswith("tokens")]  # fmt: skip
+    assert min(graded) > 0  # the likelihood scorer has read something
     for name in EXPERIMENTS:  # a gain over no example at all may be anybody's
         if name != "cost":
             assert any("random" in row["arm"] for row in rows[name]), name
