@@ -20,7 +20,8 @@ from typing import Any, Literal
 from memshare.files import write_atomic
 
 # Told apart in both themes, and by eyes that don't see red and green apart (after Okabe & Ito).
-_COLOURS = ("#2f7fc1", "#e08a1e", "#2a9d74", "#c45f9a", "#8a8f98", "#b8a021", "#7a6fd0", "#d2553f")
+_COLOURS = ("#2f7fc1", "#e08a1e", "#2a9d74", "#c45f9a", "#8a8f98", "#b8a021", "#7a6fd0", "#d2553f",
+            "#9c6b3f", "#3fb5c9")  # fmt: skip
 _PAGE_WIDTH = 200
 _NUMBER = re.compile(r"[-+−<]?\d")
 _THEMES = {"": ("#1c2128", "#ffffff"), "-dark": ("#e3e7ec", "#16191d")}  # as in report.html
