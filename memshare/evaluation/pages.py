@@ -150,15 +150,16 @@ def count_tables(record: Record) -> list[Table]:
     """What was counted."""
     rows = [row for row in record["rows"] if row["metric"].startswith("count: ")]
     datasets = ordered(row["dataset"] for row in rows)
-    cells = {(row["arm"], row["at"], row["metric"], row["dataset"]): row for row in rows}
+    cells = {(row["arm"], row["at"], row["model"], row["metric"], row["dataset"]): row
+             for row in rows}  # fmt: skip
     lines = []
-    for arm, at, metric in dict.fromkeys(key[:3] for key in cells):
-        counted = [cells.get((arm, at, metric, dataset)) for dataset in datasets]
+    for key in dict.fromkeys(key[:4] for key in cells):
+        counted = [cells.get((*key, dataset)) for dataset in datasets]
         values = [None if row is None else round(row["value"]) for row in counted]
-        lines.append([arm, at, metric.removeprefix("count: "), *values])
+        lines.append([*key[:3], key[3].removeprefix("count: "), *values])
     if not lines:
         return []
-    return [without_empty("Counts", ["arm", "at", "what", *datasets], lines)]
+    return [without_empty("Counts", ["arm", "at", "model", "what", *datasets], lines)]
 
 
 def ordered(datasets: Iterable[str]) -> list[str]:

@@ -14,7 +14,6 @@ from memshare.evaluation.grow import BATCH, SHOTS, attempt, grade, pool_settings
 from memshare.evaluation.lab import Lab
 from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
-from memshare.evaluation.rankers import Ranker
 from memshare.evaluation.rows import WORLD, Key, Row, count_row
 from memshare.evaluation.stream import Gain, Stream, survivors
 from memshare.llm.base import ContextTooLong
@@ -67,14 +66,16 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
             yield count_row(key, len(left), len(memories), lab.seed)
             good = [memory for memory in left if memory.id in right]
             yield count_row(key._replace(metric=RIGHT), len(good), len(left), lab.seed)
-            arms: dict[str, Ranker] = {arm: lab.dense(left, encoder)}
-            if arm == EVERYTHING:  # elsewhere the control is what pruning at random leaves
-                arms[f"{arm}, random"] = lab.random(left)
-            for row in await lab.answers(arms, domain, left, at=at):
+            ranker = lab.dense(left, encoder)
+            for row in await lab.answers({arm: ranker}, domain, left, at=at):
                 yield row
             if domain.keys:
-                for row in found(lab, domain, good, {arm: arms[arm]}, at):
+                for row in found(lab, domain, good, {arm: ranker}, at):
                     yield row
+        # Elsewhere the control is what pruning at random leaves. Last, as it is in no other plot.
+        control = {f"{EVERYTHING}, random": lab.random(memories)}
+        for row in await lab.answers(control, domain, memories, at="100%"):
+            yield row
 
 
 async def arrivals(lab: Lab, domain: Domain) -> tuple[int, list[Memory]]:
