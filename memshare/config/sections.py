@@ -176,22 +176,29 @@ class EvaluationConfig(Section):
 
     ``data``: a folder of domains (docs/experiments.md); None: the nine datasets under
     ``MEMSHARE_DATA``. ``agents``: the LLMs that answer, by name; none: `Config.agent_llm` alone.
+    ``partners``: further ones, which answer only in the experiment about shots and where agents of
+    different models share a pool.
     ``memories``: at most so many seed memories, and so many problems, a domain (None: all).
     ``questions``: at most so many test questions a dataset in the experiments about shots and pools
     (None: all), ``sample``: in all others. ``world``: seed memories, problems and test questions of
     the pocket world, which is asked beside the data; None: it is left out. ``problems``: at most so
-    many problems a domain where the agents answer them themselves. ``labelled``: memories of one
-    domain in the experiment about labels, most of whose labels cost an answer each. ``stream``:
-    problems of the pocket world in the experiment about pruning (None: as in ``world``).
+    many problems a domain where the agents answer them themselves. ``seeds``: at most so many seed
+    memories a domain where the agents are to fill a pool (the experiment about bootstrapping, and
+    agents of different models), so that what they add is no drop in the sea. ``labelled``:
+    memories of one domain in the experiment about labels, most of whose labels cost an answer each.
+    ``stream``: problems of the pocket world in the experiment about pruning (None: as in
+    ``world``).
     """
 
     data: Path | None = None
     agents: dict[str, LLMConfig] = Field(default_factory=dict)
+    partners: dict[str, LLMConfig] = Field(default_factory=dict)
     memories: PositiveInt | None = None
     questions: PositiveInt | None = None
     sample: PositiveInt = 12
     world: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     problems: PositiveInt | None = None
+    seeds: PositiveInt | None = None
     labelled: PositiveInt = 100
     stream: PositiveInt | None = None
     bertscore_model: str = "all-MiniLM-L6-v2"

@@ -99,7 +99,7 @@ async def _experiments(names: Sequence[str], config: Config, out: Path, quick: b
             else:
                 if len(names) == 1:
                     print_tables(section(record).tables)
-            page = write_page(out, failed)  # after each, so that a kill leaves what is done
+            page = write_page(out, failed, (name,))  # after each: a kill leaves what is done
     log(f"report: {page}")
     return 1 if failed else 0
 
@@ -107,7 +107,7 @@ async def _experiments(names: Sequence[str], config: Config, out: Path, quick: b
 def plan(config: Config, names: Sequence[str]) -> str:
     """What would be asked, as YAML: experiments, data with its leaks, and the configuration."""
     from memshare.evaluation.decontaminate import decontaminate, leak_report
-    from memshare.evaluation.lab import load_data
+    from memshare.evaluation.material import load_data
 
     data: dict[str, Any] = {}
     for name, domain in load_data(config).items():

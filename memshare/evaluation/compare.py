@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from memshare.evaluation.experiment import EXPERIMENTS, load_experiment
-from memshare.evaluation.report import Table
-from memshare.evaluation.rows import Difference, Key, Row, averages, differences, mean_row
+from memshare.evaluation.report import Table, p_value
+from memshare.evaluation.rows import (
+    Difference,
+    Key,
+    Row,
+    averages,
+    differences,
+    matched,
+    mean_row,
+)
 
 
 class NothingToCompare(ValueError):
@@ -37,8 +45,8 @@ def read_rows(run: Path, experiment: str, metrics: Sequence[str], seed: int) -> 
 def compare(first: Path, second: Path, *, seed: int = 0) -> dict[str, list[Difference]]:
     """Second minus first, by experiment, for every measurement that both have.
 
-    Where each run has one agent model they are compared whatever they are called. Raises
-    `NothingToCompare`.
+    Where one model made the number in each run they are compared whatever they are called
+    (`matched`). Raises `NothingToCompare`.
     """
     for run in (first, second):
         if not run.is_dir():
@@ -54,19 +62,6 @@ def compare(first: Path, second: Path, *, seed: int = 0) -> dict[str, list[Diffe
     return found
 
 
-def matched(ours: Sequence[Row], theirs: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Rows that measured the same."""
-    alone = all(
-        len({row.key.model for row in rows if row.key.model}) <= 1 for rows in (ours, theirs)
-    )
-
-    def name(row: Row) -> Key:
-        return row.key._replace(model="") if alone else row.key
-
-    others = {name(row): row for row in theirs}
-    return [(row, others[name(row)]) for row in ours if name(row) in others]
-
-
 def tables(found: dict[str, list[Difference]]) -> list[Table]:
     """One table an experiment."""
     columns = ["arm", "at", "dataset", "metric", "split", "second − first", "95 % low", "high", "p",
@@ -77,7 +72,8 @@ def tables(found: dict[str, list[Difference]]) -> list[Table]:
             columns,
             [
                 [d.ours.arm, d.ours.at, d.ours.dataset, d.ours.metric, d.ours.split,
-                 f"{d.mean:+.3f}", f"{d.low:+.3f}", f"{d.high:+.3f}", d.p, d.p_holm, d.n]
+                 f"{d.mean:+.3f}", f"{d.low:+.3f}", f"{d.high:+.3f}", p_value(d.p),
+                 p_value(d.p_holm), d.n]
                 for d in found_here
             ],
             "Paired by question. Holm's p allows for the number of rows of this table.",

@@ -21,7 +21,15 @@ from memshare.config import Config
 from memshare.evaluation.lab import Lab
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.report import machine
-from memshare.evaluation.rows import AVERAGE, WORLD, Key, Row, averages, differences
+from memshare.evaluation.rows import (
+    AVERAGE,
+    WORLD,
+    Key,
+    Row,
+    averages,
+    differences,
+    matched,
+)
 from memshare.files import write_atomic, write_json
 from memshare.progress import log
 from memshare.version import commit
@@ -112,28 +120,23 @@ async def run_experiment(experiment: Experiment, lab: Lab, *, quick: bool) -> di
 
 def contrasts(experiment: Experiment, rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     """The rows of arms that the experiment compares, with their opposites."""
-    by_key = {row.key: row for row in rows}
-    return [
-        (row, by_key[other])
-        for ours, theirs in experiment.contrasts
-        for row in rows
-        if row.arm == ours
-        and row.metric in experiment.tested
-        and (other := _opposite(row.key, theirs)) in by_key
-        and other != row.key
-    ]
+    tested = [row for row in rows if row.metric in experiment.tested]
+    pairs: list[tuple[Row, Row]] = []
+    for ours, theirs in experiment.contrasts:
+        arm, point, at = theirs.partition("@")
 
+        def opposite(key: Key, arm: str = arm, at: str | None = at if point else None) -> Key:
+            return key._replace(arm=arm, at=key.at if at is None else at)
 
-def _opposite(key: Key, theirs: str) -> Key:
-    arm, point, at = theirs.partition("@")
-    return key._replace(arm=arm, at=at if point else key.at)
+        pairs += matched((row for row in tested if row.arm == ours), tested, opposite)
+    return [(row, other) for row, other in pairs if row is not other]
 
 
 def provenance(lab: Lab, quick: bool) -> dict[str, Any]:
     """What made the figures: models, data, seed, settings, machine."""
     return {
         "models": {
-            "agents": {name: agent.llm.model for name, agent in lab.agents.items()},
+            "agents": {name: agent.llm.model for name, agent in lab.team.items()},
             "scorer": lab.scorer_llm.model,
             "encoder": lab.config.encoder.model,
             "bertscore": lab.config.evaluation.bertscore_model,

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from memshare.evaluation.arms import answer_all, ranked_memories
 from memshare.evaluation.data import Domain, Pair
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.llm.agent import Agent
 from memshare.llm.base import Completion, LLMError, LLMUnavailable
 from memshare.llm.rubric import load_rubric
@@ -29,9 +30,13 @@ FAILED = "failed"  # the LLM gave no answer
 
 @dataclass(frozen=True)
 class Attempt:
-    """One problem with the agent's own answer (None: it failed) and the scorer's grade."""
+    """One problem with an agent's own answer (None: it failed) and the scorer's grade.
+
+    ``agent``: which of the agents, by its place among them.
+    """
 
     problem: Pair
+    agent: int
     completion: Completion | None
     grade: Grade
 
@@ -43,16 +48,15 @@ class Attempt:
 
 @dataclass
 class Grown:
-    """The pool afterwards, seed memories first, and how each problem ended."""
+    """The pool afterwards, seed memories first, and how each problem ended.
+
+    ``stored``: the attempts that became memories.
+    """
 
     memories: list[Memory]
     attempts: list[Attempt] = field(default_factory=list)
+    stored: list[Attempt] = field(default_factory=list)
     ends: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def accepted(self) -> int:
-        """How many answers became memories."""
-        return self.ends[ends.STORED]
 
 
 def pool_settings(lab: Lab, pool: str) -> tuple[str, float]:
@@ -83,7 +87,8 @@ async def attempt(
         return await grade(scorer, problem.prompt, completion.text.strip(), rubric)
 
     grades = await asyncio.gather(*map(graded, problems, completions))
-    return [Attempt(*row) for row in zip(problems, completions, grades, strict=True)]
+    turns = [number % len(agents) for number in range(len(problems))]
+    return [Attempt(*row) for row in zip(problems, turns, completions, grades, strict=True)]
 
 
 async def grade(scorer: Scorer, prompt: str, answer: str, rubric: str) -> Grade:
@@ -118,7 +123,6 @@ async def grow(
     _, threshold = pool_settings(lab, domain.name)
     problems = domain.problems[: lab.config.evaluation.problems]
     grown = Grown(as_memories(domain.name, domain.pool))
-    pairs = [Pair(memory.prompt, memory.answer) for memory in grown.memories]
     for start in range(0, len(problems), BATCH):
         batch = problems[start : start + BATCH]
         tried = await attempt(lab, agents, scorer, domain.name, batch, grown.memories)
@@ -126,8 +130,9 @@ async def grow(
             reason = _end(item, threshold)
             grown.ends[reason] += 1
             if reason == ends.STORED:
-                pairs.append(item.pair)
+                grown.stored.append(item)
         grown.attempts += tried
+        pairs = [*domain.pool, *(item.pair for item in grown.stored)]
         grown.memories = as_memories(domain.name, pairs)
     return grown
 

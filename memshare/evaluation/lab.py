@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +18,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from memshare.config import Config, LLMConfig
+from memshare.config import Config, EncoderConfig, LLMConfig
 from memshare.evaluation.arms import answer_all, ranked_memories
 from memshare.evaluation.cache import CachedLLM, ResultCache
-from memshare.evaluation.data import Domain, Pair, data_root, load_domains
+from memshare.evaluation.data import Domain, Pair
 from memshare.evaluation.decontaminate import decontaminate
 from memshare.evaluation.learn import Learned, Pools, learn
+from memshare.evaluation.material import load_data, long_world, world_domain
 from memshare.evaluation.measures import Measures
 from memshare.evaluation.rankers import Ranker, dense_ranker, random_ranker
 from memshare.evaluation.rows import (
@@ -38,8 +39,8 @@ from memshare.llm.agent import Agent
 from memshare.llm.base import LLM
 from memshare.llm.factory import make_llm
 from memshare.llm.scorer import Scorer, make_scorer
-from memshare.pocket.world import World, write_references
-from memshare.records import Memory, content_key, normalise
+from memshare.pocket.world import write_references
+from memshare.records import Memory
 from memshare.retrieval.encoder import Encoder
 
 QUICK: dict[str, dict[str, Any]] = {
@@ -50,6 +51,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "world": (8, 8, 3),
         "stream": 16,
         "problems": 2,
+        "seeds": 4,
         "labelled": 8,
     },
     "training": {"max_steps": 2, "eval_every": None, "patience": None},
@@ -57,7 +59,6 @@ QUICK: dict[str, dict[str, Any]] = {
     "bootstrap": {"questions": 4, "rounds": 1},
     "agent": {"max_tokens": 24},
 }
-_WORLD_LEAST = (60, 280)
 ScorerKind = Literal["rubric", "likelihood", "reference"]
 
 
@@ -72,67 +73,14 @@ def shrink(config: Config) -> Config:
     return config.model_copy(update=sections)
 
 
-def as_memories(pool: str, pairs: Iterable[Pair], agent: str | None = None) -> list[Memory]:
-    """``pairs`` as a pool's memories in their order; copies count once, as in a store."""
-    found: dict[str, Memory] = {}
-    for pair in pairs:
-        key = content_key(pool, *pair)
-        if pair.answer.strip() and key not in found:
-            found[key] = Memory(
-                key[:24], pool, *pair, None, agent, None, "1970-01-01T00:00:00+00:00", {},
-                len(found) + 1,
-            )  # fmt: skip
-    return list(found.values())
-
-
-def load_data(config: Config) -> dict[str, Domain]:
-    """The configured domains as they were published, by name. Raises FileNotFoundError.
-
-    Seed memories and problems come in an order drawn by the seed: the published files go dataset by
-    dataset, so that the first part of a pool would hold one dataset alone.
-    """
-
-    def drawn(name: str, pairs: Sequence[Pair]) -> tuple[Pair, ...]:
-        order = random.Random(f"{config.run.seed}/{name}").sample(pairs, len(pairs))
-        return tuple(order[: config.evaluation.memories])
-
-    return {
-        name: replace(
-            domain,
-            pool=drawn(f"{name}/pool", domain.pool),
-            problems=drawn(f"{name}/problems", domain.problems),
-        )
-        for name, domain in load_domains(config.evaluation.data or data_root() / "nine").items()
-    }
-
-
-def world_domain(seed: int, sizes: tuple[int, int, int]) -> Domain:
-    """The pocket world as a domain: ``sizes`` seed memories, problems and test questions."""
-    # Cut as if for a larger pool where it is small: a test's names must occur in what goes before.
-    wide = max(sizes[0], _WORLD_LEAST[0]), max(sizes[1], _WORLD_LEAST[1]), sizes[2]
-    splits = World(seed).splits(*wide)
-    parts = [
-        [Pair(task.prompt, task.answer) for task in tasks[:size]]
-        for tasks, size in zip((splits.seed, splits.problems, splits.test), sizes, strict=True)
-    ]
-    keys = {t.prompt: t.key for t in (*splits.seed, *splits.problems, *splits.test)}
-    return Domain(WORLD, tuple(parts[0]), tuple(parts[1]), {WORLD: tuple(parts[2])}, keys)
-
-
-def long_world(config: Config) -> Domain | None:
-    """The pocket world with ``evaluation.stream`` problems, if the configuration wants it."""
-    sizes, problems = config.evaluation.world, config.evaluation.stream
-    return sizes and world_domain(config.run.seed, (sizes[0], problems or sizes[1], sizes[2]))
-
-
 class Lab:
     """The parts, opened by `open_lab`."""
 
     def __init__(
         self, config: Config, out: Path, cache: ResultCache, llms: Mapping[str, LLM],
-        scorer_llm: LLM,
+        partners: Mapping[str, LLM], scorer_llm: LLM,
     ) -> None:  # fmt: skip
-        """``llms``: the agents' models by name; ``out``: where reports go.
+        """``llms``, ``partners``: the agents' models by name; ``out``: where reports go.
 
         What is worth keeping from run to run (cache, encoders) goes to ``work``, the run folder.
         """
@@ -140,7 +88,11 @@ class Lab:
         self.out, self.work = out, config.run.dir
         self.cache = cache
         self.uncached, self.uncached_scorer = llms, scorer_llm
-        self.agents = {n: Agent(CachedLLM(llm, cache), config.agent) for n, llm in llms.items()}
+        self.team = {
+            name: Agent(CachedLLM(llm, cache), config.agent)
+            for name, llm in {**llms, **partners}.items()
+        }
+        self.agents = {name: self.team[name] for name in llms}  # who answers everywhere
         self.scorer_llm = CachedLLM(scorer_llm, cache)
         self.measures = Measures(config.evaluation.bertscore_model, cache)
         self.published = load_data(config)
@@ -148,6 +100,8 @@ class Lab:
         if config.evaluation.world is not None:
             self.domains[WORLD] = world_domain(self.seed, config.evaluation.world)
         self.stream = long_world(config)
+        self.encoder_name = _label(config.encoder)
+        self.scorer_name = _label(config.scorer_llm)
         # Every problem has a known answer: that is what a scorer of kind `reference` grades by.
         known = self.work / "references.jsonl"
         told = [*self.domains.values(), *([self.stream] if self.stream else [])]
@@ -199,6 +153,10 @@ class Lab:
         """
         return {n: d if n == WORLD else self.few(d, most) for n, d in self.own_pools.items()}
 
+    def started(self, domain: Domain) -> Domain:
+        """``domain`` with ``evaluation.seeds`` seed memories, for agents to fill its pool."""
+        return replace(domain, pool=domain.pool[: self.config.evaluation.seeds])
+
     async def learn(self, pools: Pools, iterations: int = 1, **sections: Any) -> Learned:
         """`learn` with the lab's configuration, ``sections`` of it changed: ``training={...}``."""
         changed = {
@@ -238,8 +196,9 @@ class Lab:
     ) -> list[Row]:
         """The rows of some arms: each test of ``domain`` answered with its ranker's best memories.
 
-        ``agents``: which of them answer (default: all). A question that fails scores 0 and counts
-        in ``failed``. All is asked at once: the backends bound and batch what they do together.
+        ``agents``: which of the `team` answer (default: `agents`). A question that fails scores 0
+        and counts in ``failed``. All is asked at once: the backends bound and batch what they do
+        together.
         """
         by_id = {memory.id: memory for memory in memories}
         asked: list[tuple[Key, Sequence[Pair], Sequence[Sequence[Memory]]]] = []
@@ -253,7 +212,7 @@ class Lab:
                     for name in agents or self.agents
                 ]
         answered = await asyncio.gather(
-            *(answer_all(self.agents[key.model], tests, best) for key, tests, best in asked)
+            *(answer_all(self.team[key.model], tests, best) for key, tests, best in asked)
         )
         texts = [[answer.text if answer else "" for answer in answers] for answers in answered]
         scores = await self.measures.datasets(
@@ -272,16 +231,14 @@ class Lab:
         """Random memories: the arm that tells retrieval from any examples at all."""
         return random_ranker(memories, self.seed)
 
-
-def relevant_ids(
-    domain: Domain, memories: Sequence[Memory], tests: Sequence[Pair]
-) -> list[set[str]]:
-    """For each test the memories of its group, by `Domain.keys`."""
-    keys = {normalise(prompt): key for prompt, key in domain.keys.items()}
-    groups: dict[str, set[str]] = {}
-    for memory in memories:
-        groups.setdefault(keys[normalise(memory.prompt)], set()).add(memory.id)
-    return [groups.get(keys[normalise(test.prompt)], set()) for test in tests]
+    def beside_random(
+        self, arm: str, memories: Sequence[Memory], encoder: Encoder | None = None
+    ) -> dict[str, Ranker]:
+        """``arm``, by ``encoder`` (default: the one that is configured), and ``arm, random``."""
+        return {
+            arm: self.dense(memories, encoder or self.encoder),
+            f"{arm}, random": self.random(memories),
+        }
 
 
 @asynccontextmanager
@@ -302,10 +259,13 @@ async def open_lab(config: Config, out: Path) -> AsyncIterator[Lab]:
                 await opened[name].ready()
             return opened[name]
 
+        async def named(settings: Mapping[str, LLMConfig]) -> dict[str, LLM]:
+            return {name: await llm(one) for name, one in settings.items()}
+
         agents = config.evaluation.agents or {_label(config.agent_llm): config.agent_llm}
-        llms = {name: await llm(settings) for name, settings in agents.items()}
-        yield Lab(config, out, cache, llms, await llm(config.scorer_llm))
+        llms, partners = await named(agents), await named(config.evaluation.partners)
+        yield Lab(config, out, cache, llms, partners, await llm(config.scorer_llm))
 
 
-def _label(config: LLMConfig) -> str:
+def _label(config: LLMConfig | EncoderConfig) -> str:
     return config.model.rstrip("/").rsplit("/", 1)[-1]

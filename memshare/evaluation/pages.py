@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from memshare.evaluation.experiment import (
     read_record,
 )
 from memshare.evaluation.measures import CHRF
-from memshare.evaluation.report import Plot, Section, Series, Table, write_report
+from memshare.evaluation.report import Plot, Section, Series, Table, number, p_value, write_report
 from memshare.evaluation.rows import AVERAGE, DECONTAMINATED, WORLD
 
 Record = Mapping[str, Any]
@@ -25,16 +28,19 @@ _NAMES = {
 }  # fmt: skip
 
 
-def write_page(out: Path, missing: Mapping[str, str] | None = None) -> Path:
+def write_page(
+    out: Path, missing: Mapping[str, str] | None = None, new: Collection[str] = EXPERIMENTS
+) -> Path:
     """The report of every experiment whose JSON lies in ``out``; returns its path.
 
-    ``missing``: experiments that failed, and why; the page says so.
+    ``missing``: experiments that failed, and why; the page says so. ``new``: those whose plots are
+    to be drawn; the others' lie there already.
     """
     records = [read_record(out / f"{name}.json") for name in EXPERIMENTS
                if (out / f"{name}.json").exists()]  # fmt: skip
     sections = [section(record) for record in records]
     sections += [Section(name, f"Failed: {why}", [], []) for name, why in (missing or {}).items()]
-    return write_report(out, "memshare eval", summary(records), sections)
+    return write_report(out, "memshare eval", summary(records), sections, new)
 
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:
@@ -90,7 +96,7 @@ def metric_tables(record: Record, metric: str) -> list[Table]:
             found = [cells.get((model, arm, at, dataset)) for dataset in datasets]
             lines.append([arm, at, model, *map(cell, found)])
         title = _NAMES.get(metric, metric) + ("" if split == DECONTAMINATED else f" ({split})")
-        tables.append(without_empty(title, ["arm", "at", "agent", *datasets], lines))
+        tables.append(without_empty(title, ["arm", "at", "model", *datasets], lines))
     return tables
 
 
@@ -98,17 +104,17 @@ def cell(row: Record | None) -> str | None:
     """A value, with its interval where the column is one of the first."""
     if row is None:
         return None
-    value = f"{row['value']:.3f}"
+    value = number(row["value"])
     if row["low"] is not None and row["dataset"] in _FIRST:
         return f"{value} ({row['low']:.3f}–{row['high']:.3f})"
     return value
 
 
 def without_empty(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> Table:
-    """A table without the columns that are empty, or the same agent or split, everywhere."""
+    """A table without the columns that are empty, or the same model or split, everywhere."""
     keep = [
         i for i, name in enumerate(columns)
-        if len({line[i] for line in lines}) > 1 or (name not in ("at", "agent", "split"))
+        if len({line[i] for line in lines}) > 1 or (name not in ("at", "model", "split"))
     ]  # fmt: skip
     return Table(title, [columns[i] for i in keep], [[line[i] for i in keep] for line in lines])
 
@@ -125,11 +131,12 @@ def paired_tables(record: Record) -> list[Table]:
         lines.append([
             f"{ours['arm']} − {other}", ours["at"], ours["model"], item["dataset"],
             _NAMES.get(item["metric"], item["metric"]), item["split"], f"{item['mean']:+.3f}",
-            f"{item['low']:+.3f}", f"{item['high']:+.3f}", item["p"], item["p_holm"], item["n"],
+            f"{item['low']:+.3f}", f"{item['high']:+.3f}", p_value(item["p"]),
+            p_value(item["p_holm"]), item["n"],
         ])  # fmt: skip
     if not lines:
         return []
-    columns = ["difference", "at", "agent", "dataset", "metric", "split", "mean", "95 % low",
+    columns = ["difference", "at", "model", "dataset", "metric", "split", "mean", "95 % low",
                "high", "p", "p (Holm)", "n"]  # fmt: skip
     found = without_empty("Differences, question by question", columns, lines)
     return [
@@ -143,15 +150,16 @@ def count_tables(record: Record) -> list[Table]:
     """What was counted."""
     rows = [row for row in record["rows"] if row["metric"].startswith("count: ")]
     datasets = ordered(row["dataset"] for row in rows)
-    cells = {(row["arm"], row["at"], row["metric"], row["dataset"]): row for row in rows}
+    cells = {(row["arm"], row["at"], row["model"], row["metric"], row["dataset"]): row
+             for row in rows}  # fmt: skip
     lines = []
-    for arm, at, metric in dict.fromkeys(key[:3] for key in cells):
-        counted = [cells.get((arm, at, metric, dataset)) for dataset in datasets]
+    for key in dict.fromkeys(key[:4] for key in cells):
+        counted = [cells.get((*key, dataset)) for dataset in datasets]
         values = [None if row is None else round(row["value"]) for row in counted]
-        lines.append([arm, at, metric.removeprefix("count: "), *values])
+        lines.append([*key[:3], key[3].removeprefix("count: "), *values])
     if not lines:
         return []
-    return [without_empty("Counts", ["arm", "at", "what", *datasets], lines)]
+    return [without_empty("Counts", ["arm", "at", "model", "what", *datasets], lines)]
 
 
 def ordered(datasets: Iterable[str]) -> list[str]:
@@ -162,7 +170,10 @@ def ordered(datasets: Iterable[str]) -> list[str]:
 
 
 def view_plots(experiment: Experiment, view: View, record: Record) -> list[Plot]:
-    """A view's plots; none where nothing of it was measured. Decontaminated data only."""
+    """A view's plots; none where nothing of it was measured. Decontaminated data only.
+
+    Where an arm has several models, lines and bars are drawn for each of them apart.
+    """
     rows = [
         row for row in record["rows"]
         if row["metric"] == view.metric and row["split"] == DECONTAMINATED
@@ -173,16 +184,34 @@ def view_plots(experiment: Experiment, view: View, record: Record) -> list[Plot]
     else:
         rows = [row for row in rows if bool(row["at"]) == (view.kind == "lines")]
     name = f"{experiment.name}-{experiment.views.index(view) + 1}"
-    if view.kind == "lines":
-        return [
-            lines_plot(f"{name}-{dataset}", view, dataset, found)
-            for dataset in view.datasets
-            if (found := [row for row in rows if row["dataset"] == dataset])
-        ]
     if view.kind == "rows":
         rows = [row for row in rows if row["dataset"] in view.datasets]
         return [grid_plot(name, view, rows, "arm", "dataset")] if rows else []
-    return [grid_plot(name, view, rows, "dataset", "arm")] if rows else []
+    plots = []
+    for model, part in by_model(rows).items():
+        suffix = "-" + re.sub(r"[^\w.-]+", "-", model) if model else ""
+        named = replace(view, title=f"{view.title}, {model}" if model else view.title)
+        if view.kind == "bars":
+            plots.append(grid_plot(name + suffix, named, part, "dataset", "arm"))
+            continue
+        plots += [
+            lines_plot(f"{name}-{dataset}{suffix}", named, dataset, found)
+            for dataset in view.datasets
+            if (found := [row for row in part if row["dataset"] == dataset])
+        ]
+    return plots
+
+
+def by_model(rows: Sequence[Record]) -> dict[str, list[Record]]:
+    """A plot's rows by their model, so that it stays readable; all under "" if no arm has two."""
+    models: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        models[row["arm"]].add(row["model"])
+    several = any(len(names) > 1 for names in models.values())
+    parts: dict[str, list[Record]] = defaultdict(list)
+    for row in rows:
+        parts[row["model"] if several else ""].append(row)
+    return parts
 
 
 def arm_at(row: Record) -> str:
@@ -191,9 +220,9 @@ def arm_at(row: Record) -> str:
 
 
 def label(row: Record, record_rows: Sequence[Record]) -> str:
-    """A row's arm, with its agent where there are several."""
-    several = len({other["model"] for other in record_rows if other["model"]}) > 1
-    return f"{row['arm']} ({row['model']})" if several and row["model"] else str(row["arm"])
+    """A row's arm, with its model where the arm was measured by several."""
+    several = len({other["model"] for other in record_rows if other["arm"] == row["arm"]}) > 1
+    return f"{row['arm']} ({row['model']})" if several else str(row["arm"])
 
 
 def lines_plot(name: str, view: View, dataset: str, rows: Sequence[Record]) -> Plot:

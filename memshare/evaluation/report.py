@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import version
@@ -19,19 +20,29 @@ from typing import Any, Literal
 from memshare.files import write_atomic
 
 # Told apart in both themes, and by eyes that don't see red and green apart (after Okabe & Ito).
-_COLOURS = ("#2f7fc1", "#e08a1e", "#2a9d74", "#c45f9a", "#8a8f98", "#b8a021", "#7a6fd0", "#d2553f")
+_COLOURS = ("#2f7fc1", "#e08a1e", "#2a9d74", "#c45f9a", "#8a8f98", "#b8a021", "#7a6fd0", "#d2553f",
+            "#9c6b3f", "#3fb5c9")  # fmt: skip
 _PAGE_WIDTH = 200
+_NUMBER = re.compile(r"[-+−<]?\d")
 _THEMES = {"": ("#1c2128", "#ffffff"), "-dark": ("#e3e7ec", "#16191d")}  # as in report.html
 
 
 @dataclass(frozen=True)
 class Table:
-    """A captioned table; numbers are shown to three decimals, None as a dash."""
+    """A captioned table; numbers are shown by `number`, None as a dash."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     note: str = ""
+
+    @property
+    def worded(self) -> list[bool]:
+        """For each column whether it stands on the left: the first, and those without a number."""
+        return [
+            place == 0 or not any(_NUMBER.match(_cell(row[place])) for row in self.rows)
+            for place in range(len(self.columns))
+        ]
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,15 @@ class Plot:
     series: Sequence[Series]
     x_label: str
     y_label: str
+
+    @property
+    def inches(self) -> tuple[float, float]:
+        """Width and height, so that every bar, interval and name of a tick has its place."""
+        bars = len(self.ticks) * (len(self.series) + 1)
+        if self.kind == "rows":
+            return 7.2, max(2.6, 0.16 * bars + 1.4)
+        each = 0.16 if self.kind == "bars" else 0.18
+        return max(6.4, each * bars + 1.5, 0.75 * len(self.ticks) + 1.2), 3.8
 
 
 @dataclass(frozen=True)
@@ -104,17 +124,19 @@ def _output(*command: str) -> str:
 
 
 def write_report(
-    folder: Path, title: str, summary: Mapping[str, Any], sections: Sequence[Section]
-) -> Path:
+    folder: Path, title: str, summary: Mapping[str, Any], sections: Sequence[Section],
+    new: Container[str] | None = None,
+) -> Path:  # fmt: skip
     """Write the page and its plots into ``folder``; returns the path of report.html.
 
-    ``summary`` are the facts at the head of the page.
+    ``summary`` are the facts at the head of the page; ``new`` the sections whose plots are to be
+    drawn (None: all).
     """
     from jinja2 import Environment
 
     folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
-        for plot in section.plots:
+        for plot in section.plots if new is None or section.title in new else ():
             draw_themes(plot, folder)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = _cell
@@ -133,8 +155,8 @@ def print_tables(tables: Sequence[Table]) -> None:
     console = Console(width=None if sys.stdout.isatty() else _PAGE_WIDTH)
     for table in tables:
         shown = RichTable(title=table.title, title_justify="left", caption=table.note or None)
-        for number, column in enumerate(table.columns):
-            shown.add_column(column, justify="right" if number else "left")
+        for column, words in zip(table.columns, table.worded, strict=True):
+            shown.add_column(column, justify="left" if words else "right")
         for row in table.rows:
             shown.add_row(*map(_cell, row))
         console.print(shown)
@@ -143,7 +165,17 @@ def print_tables(tables: Sequence[Table]) -> None:
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def number(value: float) -> str:
+    """To three decimals, from 100 on to none, its thousands apart."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def p_value(p: float) -> str:
+    """A p-value: none is zero."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def draw_themes(plot: Plot, folder: Path) -> None:
@@ -159,7 +191,7 @@ def draw(plot: Plot, path: Path, theme: str = "") -> None:
     from matplotlib.figure import Figure
 
     ink, paper = _THEMES[theme]
-    figure = Figure(figsize=_size(plot), dpi=150, layout="constrained", facecolor=paper)
+    figure = Figure(figsize=plot.inches, dpi=150, layout="constrained", facecolor=paper)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor=paper)
     for number, series in enumerate(plot.series):
@@ -187,14 +219,6 @@ def draw(plot: Plot, path: Path, theme: str = "") -> None:
         columns = len(plot.series) if len(plot.series) <= 4 else 3
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, labelcolor=ink)
     figure.savefig(path)
-
-
-def _size(plot: Plot) -> tuple[float, float]:
-    """Inches, so that every bar is wide enough to be seen, and every interval of a line."""
-    bars = len(plot.ticks) * (len(plot.series) + 1)
-    if plot.kind == "rows":
-        return 7.2, max(2.6, 0.16 * bars + 1.4)
-    return max(6.4, (0.16 if plot.kind == "bars" else 0.18) * bars + 1.5), 3.8
 
 
 def _draw_series(axes: Any, plot: Plot, series: Series, number: int) -> None:

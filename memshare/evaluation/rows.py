@@ -1,14 +1,14 @@
 """The rows that every experiment yields, and what is made of them: averages and paired contrasts.
 
-A row is one measured number: which arm of the experiment, on which dataset, by which metric, with
-which agent model. Where it is a mean over questions, it keeps each question's value, so that arms,
-and whole runs, are compared question by question.
+A row is one measured number: which arm of the experiment, on which dataset, by which metric, and
+the model that made it. Where it is a mean over questions, it keeps each question's value, so that
+arms, and whole runs, are compared question by question.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,6 +37,9 @@ class Key(NamedTuple):
 class Row:
     """One number. ``at``: the point on the experiment's axis (share of the pool, number of agents).
 
+    ``model``: what made it. That is the agent by its name where one answered; where memories were
+    only looked for, what ranked them (the encoder's name, ``BM25``, the scorer LM of an oracle);
+    where text was only compared, by what.
     ``low`` and ``high``: the 95 % bootstrap interval, None for what was counted and not sampled.
     ``n``: questions, or what else was counted. ``failed``: questions that got no answer; they count
     as 0. ``questions``: question -> value.
@@ -121,6 +124,41 @@ def averages(rows: Iterable[Row]) -> list[Row]:
             failed = sum(part.failed for part in parts)
             made.append(mean_row(key, questions, parts[0].seed, failed))
     return made
+
+
+def matched(
+    ours: Iterable[Row], theirs: Iterable[Row], opposite: Callable[[Key], Key] = lambda key: key
+) -> list[tuple[Row, Row]]:
+    """Each of ``ours`` with the row of ``theirs`` that measured what ``opposite`` makes of its key.
+
+    That is the one by the same model. Where both sides were measured by one model alone, it may be
+    another: two runs' agents, or what ranked the memories.
+    """
+    ours = list(ours)
+    by_key = {row.key: row for row in theirs}
+    here, there = (_by_model(rows) for rows in (ours, by_key.values()))
+    pairs = []
+    for row in ours:
+        key = opposite(row.key)
+        found = by_key.get(key)
+        if found is None and len(here[_of_any(row.key)]) == 1:
+            others = there.get(_of_any(key), [])
+            found = others[0] if len(others) == 1 else None
+        if found is not None:
+            pairs.append((row, found))
+    return pairs
+
+
+def _of_any(key: Key) -> Key:
+    return key._replace(model="")
+
+
+def _by_model(rows: Iterable[Row]) -> dict[Key, list[Row]]:
+    """The rows that differ by nothing but their model."""
+    found: dict[Key, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[_of_any(row.key)].append(row)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from memshare.config import LLMConfig
 from memshare.files import sha256_file
 from memshare.llm.base import LLM, LLMError
+from memshare.pocket.lm import RECIPES, PocketLMMissing, lm_folder
 
 _WHOLE_FILE_BYTES = 256 * 2**20  # larger files are sampled: hashing 140 GB would take minutes
 _SAMPLES = 64
@@ -36,15 +37,13 @@ def make_llm(config: LLMConfig) -> LLM:
 
 
 def resolve_model(name: str) -> str:
-    """Folder of ``pocket`` or of a local model; anything else is a hub name and stays as it is.
+    """Folder of a pocket LM or of a local model; anything else is a hub name and stays as it is.
 
     Raises `LLMError` naming a folder that is missing.
     """
-    if name == "pocket":
-        from memshare.pocket.lm import PocketLMMissing, lm_folder
-
+    if name in RECIPES:
         try:
-            return str(lm_folder())
+            return str(lm_folder(name))
         except PocketLMMissing as error:
             raise LLMError(str(error)) from error
     path = Path(name).expanduser()

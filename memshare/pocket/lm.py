@@ -1,4 +1,4 @@
-"""The pocket LM in the user's cache: where it lies, and how it is built there.
+"""The pocket LMs in the user's cache: where they lie, and how they are built there.
 
 The folder's name is a hash of the recipe and of the sources that decide the weights, so a changed
 recipe is a new LM, and an old one is never mistaken for it.
@@ -20,6 +20,14 @@ from memshare.pocket.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+
+# By the name that a configuration gives as an LLM's ``model``. The small one is a second model
+# for agents that differ: a third as large, from other first weights and other reading.
+RECIPES = {
+    "pocket": Recipe(),
+    "pocket-small": Recipe(seed=1, hidden_size=128, mlp_size=128),
+}
 
 
 class PocketLMMissing(RuntimeError):
@@ -45,19 +53,20 @@ def is_built(folder: Path) -> bool:
     return (folder / "report.json").is_file()
 
 
-def lm_folder(build: bool = False) -> Path:
-    """The pocket LM's Hugging Face folder; ``build``: train it first if it is not there.
+def lm_folder(name: str = "pocket", build: bool = False) -> Path:
+    """A pocket LM's Hugging Face folder; ``build``: train it first if it is not there.
 
-    Raises `PocketLMMissing` when it isn't built and ``build`` is off.
+    Raises `PocketLMMissing` when it isn't built and ``build`` is off, KeyError for a ``name`` that
+    is none of `RECIPES`.
     """
-    recipe = Recipe()
+    recipe = RECIPES[name]
     folder = folder_of(recipe)
     if is_built(folder):
         return folder
     if not build:
         raise PocketLMMissing(
-            f"the pocket LM is not built ({folder} is missing): run `python train/pocket_lm.py`, "
-            "which takes a few minutes, or name another model"
+            f"the LM {name} is not built ({folder} is missing): run "
+            f"`python train/pocket_lm.py {name}`, which takes a few minutes, or name another model"
         )
     from memshare.pocket.fit import train  # imports torch
 

@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from memshare.cli import main
+from memshare.evaluation.experiment import EXPERIMENTS
 from memshare.llm.hf import TransformersBackend
 from tests.loop import loop_settings
+from tests.tiny_lm import tiny_lm
 from tests.unit.evaluation.test_data import write_domain
 
 THINGS = ("teapot", "harbour", "violin", "orchard", "lantern", "engine", "compass", "market")
@@ -106,6 +108,60 @@ def test_an_experiment_killed_and_resumed_gives_the_same_rows_and_asks_nothing_t
     assert main(["eval", "compare", str(whole / "out"), str(broken / "out")]) == 0
     assert main(["eval", "pools", *options(broken, models, data)]) == 0
     assert len(asked) == before  # a finished run asks nothing
+
+
+def test_all_experiments_end_and_every_row_says_what_it_is(
+    tmp_path: Path, models: Path, data: Path
+) -> None:
+    """A few of everything, the pocket world among it, with a partner of another model."""
+    partner = tiny_lm(models / "partner", seed=1, context=2048)
+    llm = {"backend": "transformers", "model": str(partner), "device": "cpu"}
+    arguments = options(tmp_path, models, data, partners={"partner": llm}, world=[8, 8, 3])
+    assert main(["eval", "all", *arguments, "--quick"]) == 0
+    rows = {name: report(tmp_path, name)["rows"] for name in EXPERIMENTS}
+    for name, found in rows.items():
+        assert found, name
+        for row in found:
+            assert row["arm"] and row["dataset"] and row["metric"] and row["model"], (name, row)
+            assert row["seed"] == 0 and row["n"] >= 0
+            assert row["low"] is None or row["low"] <= row["value"] <= row["high"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(f"<h2>{name}</h2>" in page for name in EXPERIMENTS)
+
+    # Each model answers from its own memories, from as many of its own, and from everyone's.
+    shared = {
+        (row["arm"], row["model"]): row["value"]
+        for row in rows["sharing"]
+        if row["metric"] == "count: memories" and row["dataset"] == "world"
+    }
+    teams = {"lm", "partner"}
+    assert {model for _, model in shared} == teams
+    for model in teams:
+        own, alone, everyone = (
+            shared[arm, model] for arm in ("own memories", "own model", "all models")
+        )
+        assert 0 < own <= everyone and alone > 0
+    answered = {
+        row["arm"]
+        for row in rows["sharing"]
+        if row["metric"] == "bertscore_f1" and row["model"] == "partner"
+    }
+    assert answered == {"own memories", "own model", "all models", "all models, random"}
+    # What an encoder, words or the scorer's likelihood has found is put down to them.
+    by = {row["arm"]: row["model"] for row in rows["retriever"] if row["metric"] == "MRR@10"}
+    assert (by["trained"], by["BM25"], by["oracle"]) == ("encoder", "BM25", "lm")
+    paired = report(tmp_path, "retriever")["paired"]
+    assert {item["ours"]["arm"] for item in paired if item["metric"] == "MRR@10"} >= {
+        "BM25", "trained", "oracle",
+    }  # fmt: skip
+    tokens = {row["arm"] for row in rows["cost"] if row["metric"] == "tokens per answered question"}
+    assert tokens == {"answer", "grade"}
+    graded = [row["value"] for row in rows["cost"]
+              if row["arm"] == "grade" and row["metric"].startswith("tokens")]  # fmt: skip
+    assert min(graded) > 0  # the likelihood scorer has read something
+    for name in EXPERIMENTS:  # a gain over no example at all may be anybody's
+        if name != "cost":
+            assert any("random" in row["arm"] for row in rows[name]), name
 
 
 def test_a_failed_question_is_counted_and_shown(

@@ -16,7 +16,8 @@ from memshare.evaluation.cache import content_hash
 from memshare.evaluation.data import Domain, Pair
 from memshare.evaluation.experiment import Experiment, View
 from memshare.evaluation.grow import grow, pool_settings
-from memshare.evaluation.lab import Lab, ScorerKind, as_memories
+from memshare.evaluation.lab import Lab, ScorerKind
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rows import Key, Row, count_row, mean_row, question_keys
 from memshare.files import write_json
@@ -34,8 +35,9 @@ UNAIDED = "nats per token of the answer, no memory shown"
 
 
 async def rows(lab: Lab) -> AsyncIterator[Row]:
-    """Three shots from the seed memories; with what the agents asked and answered themselves added;
-    and with equally many answers of theirs to real problems, taken by the same scorer.
+    """Three shots, retrieved and (``arm, random``) at random, from a few seed memories
+    (``evaluation.seeds``); with what the agents asked and answered themselves added; and with
+    equally many answers of theirs to real problems, taken by the same scorer.
 
     A written question has no known answer, so a ``reference`` scorer gives way to ``likelihood``
     here. ``distance``: 1 - cosine to the nearest of the domain's problems, by the encoder as it
@@ -47,7 +49,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
     if kind == "reference":
         kind = "likelihood"
     for label in lab.agents:
-        for name, domain in lab.sampled().items():
+        for name, whole in lab.sampled().items():
+            domain = lab.started(whole)
             seeds = as_memories(name, domain.pool)
             made = await written(lab, label, kind, name, seeds)
             stored = [Pair(*row) for row in made["stored"]]
@@ -62,14 +65,14 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
             for reason, count in {**made["counts"], "real questions beside": len(real)}.items():
                 named = key._replace(metric=f"count: {reason}")
                 yield count_row(named, count, made["questions"], lab.seed)
-            for row in described(lab, key, domain, stored):
+            for row in described(lab, key, whole, stored):
                 yield row
             for arm, pairs in ((WRITTEN, stored), (REAL, [Pair(m.prompt, m.answer) for m in real])):
                 if pairs:
                     yield await unaided(lab, key._replace(arm=arm, metric=UNAIDED), pairs)
             for arm, memories in pools.items():
-                ranker = lab.dense(memories, lab.encoder)
-                for row in await lab.answers({arm: ranker}, domain, memories, agents=[label]):
+                arms = lab.beside_random(arm, memories)
+                for row in await lab.answers(arms, domain, memories, agents=[label]):
                     yield row
 
 
@@ -155,7 +158,13 @@ EXPERIMENT = Experiment(
     "Do questions that the agents write for themselves fill a pool as well as real ones, and how "
     "trivial are they?",
     rows,
-    contrasts=((WRITTEN, SEEDS), (WRITTEN, REAL), (REAL, SEEDS)),
+    contrasts=(
+        (WRITTEN, SEEDS), (WRITTEN, REAL), (REAL, SEEDS),
+        *((arm, f"{arm}, random") for arm in (SEEDS, WRITTEN, REAL)),
+    ),
     shown=(F1, CHRF, DISTANCE, CHARS, UNAIDED),
-    views=(View("Three shots from seeds, written and real questions", "bars", "dataset"),),
-)
+    views=(
+        View("Three shots from seeds, written and real questions", "bars", "dataset",
+             arms=(SEEDS, WRITTEN, REAL)),
+    ),
+)  # fmt: skip

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from memshare.evaluation.arms import answer_all, ranked_memories
+from memshare.evaluation.cache import CachedLLM, ResultCache
 from memshare.evaluation.experiment import Experiment
 from memshare.evaluation.grow import SHOTS, pool_settings
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.report import machine
 from memshare.evaluation.rows import Key, Row, count_row
 from memshare.llm.agent import Agent
-from memshare.llm.base import Completion
+from memshare.llm.base import LLM, Completion, LogLikelihood, Message
 from memshare.llm.scorer import make_scorer
 from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
@@ -28,9 +31,37 @@ FIGURES = tuple(
 )  # fmt: skip
 
 
+class Metered(CachedLLM):
+    """An LLM that counts the tokens it reads and writes, behind a cache that begins empty."""
+
+    def __init__(self, llm: LLM) -> None:
+        super().__init__(llm, ResultCache())
+        self.tokens = 0
+
+    async def chat(self, *args: Any, **settings: Any) -> Completion:
+        """As the LLM's."""
+        completion = await super().chat(*args, **settings)
+        self.tokens += tokens(completion)
+        return completion
+
+    async def loglikelihood(self, context: Sequence[Message], continuation: str) -> LogLikelihood:
+        """As the LLM's."""
+        found = await super().loglikelihood(context, continuation)
+        self.tokens += self.count_tokens(context) + found.tokens
+        return found
+
+    async def label_probabilities(
+        self, context: Sequence[Message], labels: Sequence[str]
+    ) -> list[float]:
+        """As the LLM's, which writes one token."""
+        found = await super().label_probabilities(context, labels)
+        self.tokens += self.count_tokens(context) + 1
+        return found
+
+
 @dataclass(frozen=True)
 class Stage:
-    """What one stage took for a batch of questions."""
+    """What one stage took for a batch of questions; ``tokens``: None where no LLM has a part."""
 
     name: str
     seconds: float
@@ -42,7 +73,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
     in each run (nothing comes from the cache), and mining and training from the lab's first one.
 
     Seconds are wall time of the whole batch by its size; GPU seconds are that times the machine's
-    GPUs, which are reserved whether they work or wait. Tokens: prompt and answer together.
+    GPUs, which are reserved whether they work or wait. Tokens: prompt and answer together, the
+    agent's and the scorer's (0 for one that asks no LLM).
     """
     gpus = len(machine()["gpus"])
     for label in lab.agents:
@@ -56,9 +88,9 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
     domains = lab.own_pools
     learned = await lab.learn({name: as_memories(name, d.pairs) for name, d in domains.items()})
     memories = sum(len(as_memories(name, domain.pairs)) for name, domain in domains.items())
-    for step in ("mine", "train"):
+    for step, model in (("mine", lab.scorer_name), ("train", lab.encoder_name)):
         stage = Stage(step, learned.report[step]["seconds"])
-        for row in told(lab, stage, "all pools", "", MEMORY, memories, gpus):
+        for row in told(lab, stage, "all pools", model, MEMORY, memories, gpus):
             yield row
 
 
@@ -82,7 +114,8 @@ async def turn(lab: Lab, label: str, name: str) -> tuple[list[Stage], int, int]:
     """One turn of the loop for a batch of problems; also how many were answered and accepted."""
     domain = lab.own_pools[name]
     agent = Agent(lab.uncached[label], lab.config.agent)
-    scorer = make_scorer(lab.config.scorer, lab.uncached_scorer)
+    metered = Metered(lab.uncached_scorer)
+    scorer = make_scorer(lab.config.scorer, metered)
     seeds = as_memories(name, domain.pool)
     problems = domain.problems[: lab.config.evaluation.sample]
     ranker = lab.dense(seeds, lab.encoder)
@@ -103,7 +136,7 @@ async def turn(lab: Lab, label: str, name: str) -> tuple[list[Stage], int, int]:
     grades = await asyncio.gather(
         *(scorer.grade(problem.prompt, c.text.strip(), rubric) for problem, c in answers)
     )
-    stages.append(Stage("grade", time.perf_counter() - began))
+    stages.append(Stage("grade", time.perf_counter() - began, metered.tokens))
 
     kept = [
         NewMemory(name, problem.prompt, c.text.strip(), score=grade.value)

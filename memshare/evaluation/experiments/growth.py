@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from memshare.evaluation.experiment import Experiment, View
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.rows import Row
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)

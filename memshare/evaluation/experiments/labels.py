@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from memshare.evaluation.experiment import Experiment, View
-from memshare.evaluation.experiments.retriever import found
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.experiments.retriever import RANDOM, found
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rows import WORLD, Row
 from memshare.metrics.ir import METRICS
@@ -48,7 +49,7 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
     for row in await lab.answers(rankers, domain, memories):
         yield row
     if domain.keys:
-        for row in found(lab, domain, memories, rankers):
+        for row in found(lab, domain, memories, rankers, by={"random": RANDOM}):
             yield row
 
 

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 
 from memshare.evaluation.data import SINGLE
 from memshare.evaluation.experiment import Experiment, View
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rows import WORLD, Row
 
@@ -36,8 +37,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
         encoder = (await lab.learn(pools)).encoder
         for name, domain in domains.items():
             chosen = memories[name]
-            rankers = {arm: lab.dense(chosen, encoder), f"{arm}, random": lab.random(chosen)}
-            for row in await lab.answers(rankers, domain, chosen):
+            arms = lab.beside_random(arm, chosen, encoder)
+            for row in await lab.answers(arms, domain, chosen):
                 yield row
 
 

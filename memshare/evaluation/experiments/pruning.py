@@ -11,7 +11,8 @@ from memshare.evaluation.data import Domain
 from memshare.evaluation.experiment import Experiment, View
 from memshare.evaluation.experiments.retriever import found
 from memshare.evaluation.grow import BATCH, SHOTS, attempt, grade, pool_settings
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rows import WORLD, Key, Row, count_row
 from memshare.evaluation.stream import Gain, Stream, survivors
@@ -39,7 +40,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
     with reference answers: that is their ``use``; what they add to the likelihood of the answer
     that arrives is their ``usefulness``. ``feedback``: the asker is for a memory of his question's
     group with a right answer, against any other; only the pocket world knows groups, so elsewhere
-    that policy is left out. ``random``: whoever is unlucky whenever the cap is exceeded.
+    that policy is left out. ``random``: whoever is unlucky whenever the cap is exceeded. ``nothing
+    pruned, random``: random shots, from all of it.
 
     A memory is relevant if it is of the question's group and its answer is right.
     """
@@ -70,6 +72,10 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
             if domain.keys:
                 for row in found(lab, domain, good, {arm: ranker}, at):
                     yield row
+        # Elsewhere the control is what pruning at random leaves. Last, as it is in no other plot.
+        control = {f"{EVERYTHING}, random": lab.random(memories)}
+        for row in await lab.answers(control, domain, memories, at="100%"):
+            yield row
 
 
 async def arrivals(lab: Lab, domain: Domain) -> tuple[int, list[Memory]]:
@@ -153,6 +159,7 @@ EXPERIMENT = Experiment(
     contrasts=(
         *((arm, f"{EVERYTHING}@100%") for arm in (RANDOM, *POLICIES)),
         *((arm, RANDOM) for arm in POLICIES),
+        (EVERYTHING, f"{EVERYTHING}, random"),
     ),
     shown=(F1, CHRF, *METRICS),
     tested=(F1, CHRF, "MRR@10"),

@@ -10,15 +10,17 @@ from memshare.config import LoRAConfig
 from memshare.evaluation.arms import retrieval
 from memshare.evaluation.data import Domain, Pair
 from memshare.evaluation.experiment import Experiment, View
-from memshare.evaluation.lab import Lab, as_memories, relevant_ids
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories, relevant_ids
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rankers import Ranker, bm25_ranker, fused_ranker
-from memshare.evaluation.rows import Key, Row, mean_row, question_keys
+from memshare.evaluation.rows import DECONTAMINATED, Key, Row, mean_row, question_keys
 from memshare.llm.base import ContextTooLong
 from memshare.llm.likelihood import Likelihood
 from memshare.metrics.ir import METRICS
 from memshare.records import Memory, normalise
 
+RANDOM = "random draw"  # the model of rows for which nothing ranked
 # arm -> (iterations, changed settings of `training`)
 TRAINED: dict[str, tuple[int, Mapping[str, Any]]] = {
     "trained": (1, {}),
@@ -54,7 +56,9 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
         for row in await lab.answers(rankers, domain, memories):
             yield row
         if domain.keys:
-            for row in found(lab, domain, memories, rankers):
+            by = {"random": RANDOM, "BM25": "BM25", "oracle": lab.scorer_name,
+                  "BM25 + trained": f"BM25 + {lab.encoder_name}"}  # fmt: skip
+            for row in found(lab, domain, memories, rankers, by=by):
                 yield row
 
 
@@ -88,9 +92,12 @@ async def oracle(
 
 def found(
     lab: Lab, domain: Domain, memories: Sequence[Memory], rankers: Mapping[str, Ranker],
-    at: str = "",
+    at: str = "", by: Mapping[str, str] | None = None,
 ) -> list[Row]:  # fmt: skip
-    """What every retriever finds of ``memories`` that are of a test's group, where it is known."""
+    """What every retriever finds of ``memories`` that are of a test's group, where it is known.
+
+    ``by``: what ranks in an arm, if it is not the encoder; that is the rows' ``model``.
+    """
     made = []
     for dataset, tests in domain.tests.items():
         prompts = [test.prompt for test in tests]
@@ -99,8 +106,9 @@ def found(
         for arm, per_question in per_arm.items():
             for metric in METRICS:
                 values = {name: per_question[str(i)][metric] for i, name in enumerate(names)}
-                made.append(mean_row(Key(arm, at, dataset, metric, "", "decontaminated"), values,
-                                     lab.seed))  # fmt: skip
+                model = (by or {}).get(arm, lab.encoder_name)
+                key = Key(arm, at, dataset, metric, model, DECONTAMINATED)
+                made.append(mean_row(key, values, lab.seed))
     return made
 
 

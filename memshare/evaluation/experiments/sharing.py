@@ -7,22 +7,28 @@ from collections.abc import AsyncIterator
 from memshare.evaluation.data import Domain
 from memshare.evaluation.experiment import Experiment, View
 from memshare.evaluation.grow import grow
-from memshare.evaluation.lab import Lab, as_memories
+from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.rankers import Ranker
-from memshare.evaluation.rows import WORLD, Row
-from memshare.records import Memory
+from memshare.evaluation.rows import DECONTAMINATED, WORLD, Key, Row, count_row
 
 AGENTS = (1, 2, 4, 8)
+OWN_MEMORIES, OWN_MODEL, ALL_MODELS = "own memories", "own model", "all models"
 
 
 async def rows(lab: Lab) -> AsyncIterator[Row]:
-    """Three shots, found by the encoder as it comes.
+    """Three shots, found by the encoder as it comes; ``random`` from the whole pool beside them.
 
     ``own`` and ``shared`` at 1 to 8 agents: memories and test questions are dealt to the agents in
     turn; each question is answered from its agent's memories alone, or from everyone's.
     ``homogeneous`` and ``diverse`` (the data's domains only): equally many memories, from the
-    question's own domain or in equal parts from all domains. With several agent models:
-    ``own model`` and ``all models``, pools that one model or all of them in turn have answered.
+    question's own domain or in equal parts from all domains.
+
+    With several agent models (``evaluation.agents`` and ``partners``), each of them answers from
+    pools of ``evaluation.seeds`` seed memories and what agents made of the problems. ``all
+    models``: the models took turns; ``own memories``: of that pool the seeds and what this very
+    model wrote; ``own model``: this model answered all the problems alone, as many as they
+    together.
     """
     domains = lab.sampled()
     for name, domain in domains.items():
@@ -31,12 +37,12 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
         for count in AGENTS:
             parts = [memories[agent::count] for agent in range(count)]
             own = dealt(domain, [lab.dense(part or memories[:1], lab.encoder) for part in parts])
-            arms = {"own": own, "shared": everyone}
+            arms = {"own": own, "shared": everyone, "random": lab.random(memories)}
             for row in await lab.answers(arms, domain, memories, at=str(count)):
                 yield row
     async for row in diversity(lab, {n: d for n, d in domains.items() if n != WORLD}):
         yield row
-    if len(lab.agents) > 1:
+    if len(lab.team) > 1:
         async for row in models(lab, domains):
             yield row
 
@@ -61,32 +67,46 @@ async def diversity(lab: Lab, domains: dict[str, Domain]) -> AsyncIterator[Row]:
     for name, domain in domains.items():
         same = pools[name][: len(mixed)]
         for arm, memories in (("homogeneous", same), ("diverse", mixed)):
-            ranker = lab.dense(memories, lab.encoder)
-            for row in await lab.answers({arm: ranker}, domain, memories):
+            for row in await lab.answers(lab.beside_random(arm, memories), domain, memories):
                 yield row
 
 
 async def models(lab: Lab, domains: dict[str, Domain]) -> AsyncIterator[Row]:
-    """Pools that hold the agents' own answers, of one model or of all in turn."""
-    for domain in domains.values():
-        everyone = (await grow(lab, list(lab.agents.values()), domain)).memories
-        for model, agent in lab.agents.items():
-            alone = (await grow(lab, [agent], domain)).memories
-            pools: dict[str, list[Memory]] = {"own model": alone, "all models": everyone}
+    """Pools that agents of one model or of several filled, asked by each of the models."""
+    for name, asked in domains.items():
+        domain = lab.started(asked)
+        together = await grow(lab, list(lab.team.values()), domain)
+        for number, (model, agent) in enumerate(lab.team.items()):
+            written = [item.pair for item in together.stored if item.agent == number]
+            pools = {
+                OWN_MEMORIES: as_memories(name, [*domain.pool, *written]),
+                OWN_MODEL: (await grow(lab, [agent], domain)).memories,
+                ALL_MODELS: together.memories,
+            }
             for arm, memories in pools.items():
-                ranker = lab.dense(memories, lab.encoder)
-                for row in await lab.answers({arm: ranker}, domain, memories, agents=[model]):
+                key = Key(arm, "", name, "count: memories", model, DECONTAMINATED)
+                yield count_row(key, len(memories), len(together.attempts), lab.seed)
+                arms: dict[str, Ranker] = {arm: lab.dense(memories, lab.encoder)}
+                if arm == ALL_MODELS:
+                    arms[f"{arm}, random"] = lab.random(memories)
+                for row in await lab.answers(arms, domain, memories, agents=[model]):
                     yield row
 
 
 EXPERIMENT = Experiment(
     "sharing",
     "Do agents answer better from everyone's memories than from their own, from how many agents "
-    "on, and does diversity of memories help or their number?",
+    "on, of different models too, and does diversity of memories help or their number?",
     rows,
-    contrasts=(("shared", "own"), ("homogeneous", "diverse"), ("all models", "own model")),
+    contrasts=(
+        ("shared", "own"), ("shared", "random"), ("homogeneous", "diverse"),
+        (ALL_MODELS, OWN_MEMORIES), (ALL_MODELS, OWN_MODEL), (ALL_MODELS, f"{ALL_MODELS}, random"),
+    ),
     views=(
         View("Own memories against shared ones", "lines", "agents that share"),
-        View("Equally many memories of one domain or of all", "bars", "dataset"),
+        View("Equally many memories of one domain or of all", "bars", "dataset",
+             arms=("homogeneous", "diverse")),
+        View("Pools that agents of one model or of several filled", "rows", "",
+             arms=(OWN_MEMORIES, OWN_MODEL, ALL_MODELS)),
     ),
-)
+)  # fmt: skip

@@ -8,7 +8,8 @@ from itertools import combinations
 from memshare.evaluation.data import Domain
 from memshare.evaluation.experiment import Experiment, View
 from memshare.evaluation.grow import Attempt, attempt
-from memshare.evaluation.lab import Lab, ScorerKind, as_memories
+from memshare.evaluation.lab import Lab, ScorerKind
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rows import Key, Row, count_row, mean_row, question_keys
 from memshare.metrics.stats import spearman
@@ -16,6 +17,7 @@ from memshare.records import Memory
 
 THRESHOLDS = (0, 20, 40, 60, 80, 95)
 KINDS: tuple[ScorerKind, ...] = ("rubric", "likelihood", "reference")
+RANDOM = "random"
 QUALITY = "true quality of the accepted"
 AGREEMENT = "agreement (Spearman)"
 ACCEPTED = "count: accepted"
@@ -27,7 +29,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
 
     ``at`` a threshold, an arm's pool is the seed memories and what its scorer lets in: how many
     answers those are, how good they truly are (BERTScore F1 against the reference), what they cost
-    in tokens, and three shots from that pool. ``agreement``: of two scorers' grades.
+    in tokens, and three shots from that pool. ``random``: random shots from all that could be
+    graded, whatever the threshold. ``agreement``: of two scorers' grades.
     """
     names = ", ".join(lab.agents)
     for name, domain in lab.sampled().items():
@@ -53,6 +56,12 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
             for threshold in THRESHOLDS:
                 async for row in at_threshold(lab, kind, threshold, domain, attempts, truth):
                     yield row
+        readable = [a.pair for a in graded[KINDS[0]] if a.grade.value is not None]
+        everything = as_memories(name, [*domain.pool, *readable])
+        for threshold in THRESHOLDS:
+            control = {RANDOM: lab.random(everything)}
+            for row in await lab.answers(control, domain, everything, at=str(threshold)):
+                yield row
 
 
 async def quality(lab: Lab, attempts: Sequence[Attempt]) -> Mapping[str, float]:
@@ -90,8 +99,8 @@ async def at_threshold(
         yield mean_row(key._replace(metric=QUALITY), good, lab.seed)
     pairs = [*domain.pool, *(item.pair for item in accepted.values())]
     memories: list[Memory] = as_memories(domain.name, pairs)
-    ranker = lab.dense(memories, lab.encoder)
-    for row in await lab.answers({kind: ranker}, domain, memories, at=str(threshold)):
+    arms = {kind: lab.dense(memories, lab.encoder)}
+    for row in await lab.answers(arms, domain, memories, at=str(threshold)):
         yield row
 
 
@@ -102,7 +111,8 @@ EXPERIMENT = Experiment(
     contrasts=(
         ("rubric", "reference"), ("likelihood", "reference"), ("rubric", "rubric@0"),
         ("likelihood", "likelihood@0"), ("reference", "reference@0"),
+        *((kind, RANDOM) for kind in KINDS),
     ),
-    shown=(F1, CHRF, QUALITY, ACCEPTED, TOKENS, AGREEMENT),
+    shown=(F1, CHRF, QUALITY, TOKENS, AGREEMENT),
     views=(View("Three shots from what each scorer lets in", "lines", "threshold"),),
 )  # fmt: skip

@@ -49,6 +49,20 @@ def test_with_several_agents_only_equal_names_are_compared(tmp_path: Path) -> No
     assert {d.ours.model for d in found} == {"small"} and len(found) == 3
 
 
+def test_what_no_agent_answered_is_compared_too(tmp_path: Path) -> None:
+    """Rows of one run by several models, which have their counterparts each for itself."""
+    for run, agent, encoder, mean in (("a", "small", "old", 0.2), ("b", "large", "new", 0.5)):
+        rows = json.loads((write_run(tmp_path / run, agent, {"frozen": values(mean)}, "retriever")
+                           / "retriever.questions.json").read_text())["rows"]  # fmt: skip
+        rows += [{**row, "metric": "MRR@10", "model": encoder} for row in rows]
+        (tmp_path / run / "retriever.questions.json").write_text(json.dumps({"rows": rows}))
+    found = compare(tmp_path / "a", tmp_path / "b")["retriever"]
+    assert {(d.ours.metric, d.ours.model, d.theirs.model) for d in found} == {
+        (F1, "large", "small"), ("MRR@10", "new", "old"),
+    }  # fmt: skip
+    assert all(d.mean == pytest.approx(0.3) and d.p <= d.p_holm < 0.05 for d in found)
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": [{"arm": "a", "questions": {"q": 1}}]}'])
 def test_what_is_no_run_is_refused(tmp_path: Path, content: str) -> None:
     first = write_run(tmp_path / "a", "small", {"frozen": values(0.2)})

@@ -5,7 +5,17 @@ from typing import Literal
 import pytest
 from matplotlib.image import imread
 
-from memshare.evaluation.report import Plot, Section, Series, Table, draw, machine, write_report
+from memshare.evaluation.report import (
+    Plot,
+    Section,
+    Series,
+    Table,
+    draw,
+    machine,
+    number,
+    p_value,
+    write_report,
+)
 
 PLOT = Plot(
     "f1", "F1", "lines", ["0", "3"], [Series("f1", [0.1, 0.5], [0, 0.4], [0.2, 0.6])], "x", "y"
@@ -24,6 +34,13 @@ def test_report_has_every_table_and_plot_and_escapes_text(tmp_path: Path) -> Non
     assert "First &amp; last" in html and "What it asks." in html
     for name in ("f1.png", "f1-dark.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and f'"{name}"' in html
+
+
+def test_words_stand_on_the_left_and_numbers_are_readable() -> None:
+    table = Table("T", ["arm", "what", "at", "p"], [["2 shots", "stored", "25%", "<0.001"]])
+    assert table.worded == [True, True, False, False]
+    assert [number(value) for value in (0.5, 99.9, 10960.0)] == ["0.500", "99.900", "10,960"]
+    assert [p_value(p) for p in (0.0001, 0.02, 1.0)] == ["<0.001", "0.020", "1.000"]
 
 
 @pytest.mark.parametrize("kind", ["bars", "lines", "rows"])

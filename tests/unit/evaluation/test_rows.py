@@ -8,6 +8,7 @@ from memshare.evaluation.rows import (
     averages,
     count_row,
     differences,
+    matched,
     mean_row,
     question_keys,
 )
@@ -48,6 +49,21 @@ def test_differences_pair_the_questions_that_both_have() -> None:
     told = found.record()
     assert told["ours"] == {"arm": "a"} and told["theirs"] == {"arm": "b"}
     assert told["dataset"] == "d"
+
+
+def by(model: str, arm: str = "a") -> Row:
+    return mean_row(Key(arm, "", "d", "f1", model, "s"), {"q": 1.0}, 0)
+
+
+def test_rows_are_paired_by_model_and_across_models_where_each_side_has_one() -> None:
+    assert matched([by("x"), by("y")], [by("y"), by("x")]) == [
+        (by("x"), by("x")), (by("y"), by("y")),
+    ]  # fmt: skip
+    assert matched([by("x")], [by("y")]) == [(by("x"), by("y"))]
+    assert matched([by("x"), by("y")], [by("z")]) == []  # whose of the two would it be?
+    assert matched([by("z")], [by("x"), by("y")]) == []
+    other = matched([by("x")], [by("x"), by("y", "b")], lambda key: key._replace(arm="b"))
+    assert other == [(by("x"), by("y", "b"))]
 
 
 def test_many_differences_are_told_with_an_adjusted_p() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from memshare.evaluation.data import Pair
-from memshare.evaluation.lab import as_memories
+from memshare.evaluation.material import as_memories
 from memshare.evaluation.stream import Observed, Stream, survivors
 from memshare.pruning.policies import POLICIES
 from memshare.records import Memory

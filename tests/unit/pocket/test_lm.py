@@ -33,6 +33,12 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_missing_lm_says_what_to_run(cache: Path) -> None:
     with pytest.raises(lm.PocketLMMissing, match=r"python train/pocket_lm\.py"):
         lm.lm_folder()
+    with pytest.raises(lm.PocketLMMissing, match=r"python train/pocket_lm\.py pocket-small"):
+        lm.lm_folder("pocket-small")
+
+
+def test_each_name_is_a_model_of_its_own() -> None:
+    assert len({lm.folder_of(recipe) for recipe in lm.RECIPES.values()}) == len(lm.RECIPES) == 2
 
 
 def test_another_recipe_is_another_folder() -> None:
