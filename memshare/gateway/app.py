@@ -19,7 +19,6 @@ from memshare.gateway.middleware import Admission, Requests
 from memshare.gateway.routes import chat, health, memories, retrievers
 from memshare.gateway.schemas import ErrorReply
 from memshare.gateway.state import Gateway, LLMProbe
-from memshare.pool.feedback import Feedback
 from memshare.progress import log
 from memshare.sharing import SharedMemory, uses_scorer_llm
 
@@ -58,7 +57,6 @@ def create_app(
         ScoringQueue(shared, metrics),
         probes,
         Access(shared, metrics, keys_required),
-        Feedback(shared.store.database),
         on_failure=on_failure,
         on_ready=on_ready,
     )

@@ -16,7 +16,6 @@ from memshare.gateway.access import Access
 from memshare.gateway.background import ScoringQueue
 from memshare.gateway.errors import ApiError
 from memshare.gateway.metrics import Metrics
-from memshare.pool.feedback import Feedback
 from memshare.sharing import SharedMemory
 
 _PROBE_SECONDS = 2.0
@@ -70,7 +69,6 @@ class Gateway:
     queue: ScoringQueue
     probes: dict[str, LLMProbe]
     access: Access
-    feedback: Feedback
     ready: bool = False
     failure: str | None = None
     on_failure: Callable[[BaseException], None] | None = None

@@ -262,13 +262,14 @@ class PoolStore:
     def changes(self, pool: str, since: int, limit: int = 1000) -> list[Change]:
         """Up to ``limit`` changes with ``seq > since``, in order. Raises `UnknownPool`."""
         with self._db.read() as connection:
-            need_pool(connection, pool)
             rows = connection.execute(
                 sa.select(changes)
                 .where(changes.c.pool == pool, changes.c.seq > since)
                 .order_by(changes.c.seq)
                 .limit(limit)
-            )
+            ).all()
+            if not rows:
+                need_pool(connection, pool)
             return [Change(row.pool, row.seq, row.kind, row.memory_id) for row in rows]
 
     def listening(self, wake: Callable[[], None]) -> AbstractContextManager[None]:

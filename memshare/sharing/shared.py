@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -26,6 +26,7 @@ from memshare.llm.base import LLM, LLMError, LLMUnavailable
 from memshare.llm.rubric import load_rubric
 from memshare.llm.scorer import Scorer
 from memshare.pool.errors import PoolError
+from memshare.pool.feedback import Feedback, Standing
 from memshare.pool.queue import Job
 from memshare.pool.store import PoolStore
 from memshare.pool.uses import UseCounter, UseCounts
@@ -67,6 +68,7 @@ class SharedMemory:
         self.scorer = scorer
         self.config = config
         self.llms = llms
+        self.feedback = Feedback(store.database)
         self.observe: Callable[[str, float], None] = lambda stage, seconds: None
         threads = config.gateway.threads
         self._reads = ThreadPoolExecutor(threads, thread_name_prefix="shared-read")
@@ -120,18 +122,25 @@ class SharedMemory:
         *,
         filter: Filter | None = None,
         exclude_copies: bool = False,
+        standings: bool = False,
     ) -> Retrieved:
         """The ``k`` most useful memories of ``pool``, or all there are if it holds fewer.
 
         ``exclude_copies`` leaves out memories whose normalised prompt equals the question: an
         evaluation must not show an answer to the very question it asks, and is not counted as a use
-        of what it finds. Raises `UnknownPool`.
+        of what it finds. ``standings``: with the memories' own. Raises `UnknownPool`.
         """
         with self.stage("retrieve"):
-            return await self._retrieve(pool, question, k, filter, exclude_copies)
+            return await self._retrieve(pool, question, k, filter, exclude_copies, standings)
 
     async def _retrieve(
-        self, pool: str, question: str, k: int, filter: Filter | None, exclude_copies: bool
+        self,
+        pool: str,
+        question: str,
+        k: int,
+        filter: Filter | None,
+        exclude_copies: bool,
+        with_standings: bool,
     ) -> Retrieved:
         own = normalise(question)
         wanted = k
@@ -140,7 +149,8 @@ class SharedMemory:
             filter = replace(filter or Filter(), max_per_agent=max(1, int(share * k + 1e-9)))
         while True:
             found = await self.searcher.asearch(pool, question, wanted, filter)
-            texts = await self.read(self.store.get_many, [hit.id for hit in found.hits])
+            ids = [hit.id for hit in found.hits]
+            texts, standings = await self.read(self._look_up, ids, with_standings)
             kept = [
                 (texts[hit.id], hit.similarity)
                 for hit in found.hits
@@ -155,7 +165,15 @@ class SharedMemory:
         memories = tuple(memory for memory, _ in kept)
         if not exclude_copies:
             self._uses.count(memory.id for memory in memories)
-        return Retrieved(found.generation, memories, tuple(value for _, value in kept))
+        similarities = tuple(similarity for _, similarity in kept)
+        return Retrieved(found.generation, memories, similarities, standings)
+
+    def _look_up(
+        self, ids: Sequence[str], with_standings: bool
+    ) -> tuple[dict[str, Memory], dict[str, Standing]]:
+        """Texts and standings in one call: under load, each change of thread costs more than it."""
+        standings = self.feedback.standings(ids) if with_standings else {}
+        return self.store.get_many(ids), standings
 
     async def answer(
         self, question: str, retrieved: Retrieved, seed: int | None = None

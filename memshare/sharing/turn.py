@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from memshare.llm.agent import AgentAnswer
+from memshare.pool.feedback import Standing
 from memshare.records import Memory, normalise
 
 STORED = "stored"
@@ -25,11 +27,15 @@ LIMIT = "beyond a limit of the pool"
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """Memories best first with the cosines that found them; ``generation`` None: none was asked."""
+    """Memories best first with the cosines that found them; ``generation`` None: none was asked.
+
+    ``standings``: of those memories that have any, where they were asked for.
+    """
 
     generation: int | None
     memories: tuple[Memory, ...]
     similarities: tuple[float, ...]
+    standings: Mapping[str, Standing] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

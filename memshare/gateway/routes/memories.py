@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -31,7 +31,7 @@ from memshare.gateway.state import Gateway, ReadyGateway
 from memshare.gateway.strict import StrictRoute
 from memshare.gateway.write import check_room
 from memshare.pool.errors import InvalidMemory, PoolError
-from memshare.pool.feedback import NO_STANDING
+from memshare.pool.feedback import NO_STANDING, Standing
 from memshare.pool.keys import Key
 from memshare.pool.rows import read_cursor
 from memshare.pool.validate import check_memory, check_text
@@ -156,13 +156,16 @@ async def search(body: Search, gateway: ReadyGateway, caller: Caller) -> JSONRes
         raise ApiError(422, f"k: at most {limits.max_k} allowed", param="k", code="k_too_large")
     check_text("query", body.query, limits.max_text_chars)
     found = await gateway.shared.retrieve(
-        body.pool, body.query, body.k, filter=_filter(body.filter) if body.filter else None
+        body.pool,
+        body.query,
+        body.k,
+        filter=_filter(body.filter) if body.filter else None,
+        standings=True,
     )
+    shown = _wire(found.memories, found.standings)
     memories = [
         {**memory, "similarity": float(similarity)}
-        for memory, similarity in zip(
-            await _wire(gateway, found.memories), found.similarities, strict=True
-        )
+        for memory, similarity in zip(shown, found.similarities, strict=True)
     ]
     return JSONResponse({"generation": found.generation, "memories": memories})
 
@@ -191,7 +194,7 @@ async def page(
         _check_cursor(cursor)
     store = gateway.shared.store
     memories, after = await gateway.shared.read(store.list, pool, cursor, limit, held)
-    shown = await _wire(gateway, memories)
+    shown = await _shown(gateway, memories)
     if held:
         for memory, row in zip(memories, shown, strict=True):
             row["hold_reason"] = memory.hold_reason
@@ -211,7 +214,7 @@ def _check_cursor(cursor: str) -> None:
 @router.get("/{id}", response_model=MemoryOut, responses=_NOT_FOUND)
 async def get(id: MemoryId, gateway: ReadyGateway, caller: Caller) -> JSONResponse:
     """One memory."""
-    (memory,) = await _wire(gateway, [await _readable(gateway, caller, id)])
+    (memory,) = await _shown(gateway, [await _readable(gateway, caller, id)])
     return JSONResponse(memory)
 
 
@@ -268,7 +271,7 @@ async def give_feedback(
     need(caller, "write", memory.pool, "id")
     value = {"up": 1.0, "down": -1.0}[body.value] if isinstance(body.value, str) else body.value
     standing = await gateway.shared.write(
-        gateway.feedback.give, id, caller.principal, value, body.comment
+        gateway.shared.feedback.give, id, caller.principal, value, body.comment
     )
     if standing is None:
         raise _unknown(id)
@@ -281,10 +284,13 @@ async def give_feedback(
     return JSONResponse({"id": id, "standing": standing.value, "votes": standing.votes})
 
 
-async def _wire(gateway: Gateway, memories: Sequence[Memory]) -> list[dict[str, Any]]:
-    """Memories on the wire, with their standings."""
-    ids = [memory.id for memory in memories]
-    standings = await gateway.shared.read(gateway.feedback.standings, ids)
+async def _shown(gateway: Gateway, memories: Sequence[Memory]) -> list[dict[str, Any]]:
+    """Memories on the wire, with their standings as of now."""
+    shared, ids = gateway.shared, [memory.id for memory in memories]
+    return _wire(memories, await shared.read(shared.feedback.standings, ids))
+
+
+def _wire(memories: Sequence[Memory], standings: Mapping[str, Standing]) -> list[dict[str, Any]]:
     shown = []
     for memory in memories:
         standing = standings.get(memory.id, NO_STANDING)

@@ -416,3 +416,38 @@ def test_a_large_first_delta_becomes_an_index(
         searcher.wait_ready(60)
         assert searcher.stats().delta_rows == 0
         assert set(find(searcher, memories[0])) == {memory.id for memory in memories}
+
+
+def test_catching_up_rests_while_another_generation_serves(
+    store: PoolStore, config: Config, searcher: Searcher, encoders: list[Encoder],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    fill(store, "p", 4)
+    publish_now(store, config, encoders[0])
+    serves(searcher, 1)
+    built = build_generation(store, config, encoders[1])
+    fill(store, "p", 100, seed=1)  # newer than what is published next
+    searcher.wait_visible("p", store.last_seq("p"), 60)
+    spans: list[tuple[float, float]] = []
+    encode = Encoder.encode_memories
+
+    def slow(self: Encoder, pairs: list[tuple[str, str]]) -> Any:
+        if threading.current_thread().name != "searcher-loader":
+            return encode(self, pairs)
+        began = time.perf_counter()
+        assert len(pairs) <= 16
+        time.sleep(0.02)
+        vectors = encode(self, pairs)
+        spans.append((began, time.perf_counter()))
+        return vectors
+
+    monkeypatch.setattr(Encoder, "encode_memories", slow)
+    publish(
+        config.generations_dir, "main", encoder=encoders[1], parent=None, metrics={}, keep=9,
+        **built.parts(),
+    )  # fmt: skip
+    serves(searcher, 2)
+    worked = sum(end - began for began, end in spans)
+    # The last few changes are taken in while writes wait, without a rest.
+    rested = sum(after - end for (_, end), (after, _) in zip(spans, spans[1:], strict=False))
+    assert len(spans) >= 6 and rested > 2 * worked
