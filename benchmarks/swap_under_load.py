@@ -19,8 +19,8 @@ PostgreSQL database with the same memories and generations, a quarter of the cap
 both: from when a write through one was due to the first search through the other that finds it.
 
 ``requests`` (searches and writes), ``writes`` and ``swaps`` count the first part. Gateways run with
-one thread for tensors (OMP_NUM_THREADS=1), as programs that share two cores should. ``--folder``
-keeps what is prepared, and uses it if it is there; ``--prepare`` does nothing else.
+one thread for tensors and texts (OMP_NUM_THREADS=1), as programs that share two cores should.
+``--folder`` keeps what is prepared, and uses it if it is there; ``--prepare`` does nothing else.
 """
 
 from __future__ import annotations
@@ -376,7 +376,9 @@ def main() -> None:
     arguments.add_argument("--prepare", action="store_true", help="only prepare --folder")
     args = arguments.parse_args()
     sizes = QUICK if args.quick else FULL
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    os.environ |= {
+        "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         folder = (args.folder or Path(scratch)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
