@@ -42,8 +42,11 @@ ReturnToService=2
 JobRequeue=1
 KillWait=30
 SlurmdTimeout=300
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2
-PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP GraceTime=90
+PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -147,9 +150,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 
 def _idle(env: dict[str, str]) -> int:
-    told = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--format=%T"], env=env, capture_output=True, text=True
-    )
+    words = ["sinfo", "--noheader", "--Node", "--partition=all", "--format=%T"]
+    told = subprocess.run(words, env=env, capture_output=True, text=True)
     return told.stdout.split().count("idle")
 
 

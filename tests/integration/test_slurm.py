@@ -148,7 +148,7 @@ def test_two_nodes_train_as_one_process(slurm: Cluster, base: Path, tmp_path: Pa
 def test_an_interrupted_job_ends_as_an_uninterrupted_one(
     slurm: Cluster, base: Path, whole: Path
 ) -> None:
-    """Time limit, `scontrol requeue`, a lost node: the same weights, bit for bit, and one run."""
+    """Time limit, `scontrol requeue`, preemption, a lost node: the same weights, bit for bit."""
     output = base / "broken"
     job = train(slurm, base, output, "--nodes=2", "--sbatch=--time=1")
     request = base / "logs/memshare-train" / job / "stop-0"
@@ -173,11 +173,20 @@ def test_an_interrupted_job_ends_as_an_uninterrupted_one(
     steps = steps_saved(output)[-1]
     assert steps < STEPS
 
+    with paused(output, 2, after=steps):  # SLURM lets them go on, then tells them, not the shell
+        words = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+        slurm.call("sbatch", *words, "--wrap=true")
+        await_attempt(slurm, base, job, 3)
+    log = log_of(base, job, 2)
+    assert "training with: stopped" in log and "requeued" in log and "by SLURM" not in log
+    steps = steps_saved(output)[-1]
+    assert steps < STEPS
+
     with paused(output, 2, after=steps):
         slurm.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    await_attempt(slurm, base, job, 3)
+    await_attempt(slurm, base, job, 4)
     assert slurm.wait(job) == "COMPLETED", slurm.job(job)
-    assert "continuing from" in log_of(base, job, 3)
+    assert "continuing from" in log_of(base, job, 4)
     ids.add(result(output)["wandb"]["id"])  # type: ignore[index]
     assert len(ids) == 1
     ours, theirs = weights(output), weights(whole)
