@@ -188,7 +188,8 @@ def test_an_interrupted_job_ends_as_an_uninterrupted_one(
     assert slurm.wait(job) == "COMPLETED", slurm.job(job)
     assert "continuing from" in log_of(base, job, 4)
     ids.add(result(output)["wandb"]["id"])  # type: ignore[index]
-    assert len(ids) == 1
+    assert len(ids) == 1 and {path.name[-8:] for path in output.rglob("offline-run-*")} == ids
+    assert len(list(whole.rglob("offline-run-*"))) == 1  # of two processes
     ours, theirs = weights(output), weights(whole)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
@@ -214,47 +215,49 @@ def test_a_mistake_is_found_before_anything_is_submitted(slurm: Cluster, base: P
 def test_an_array_mines_what_is_missing_and_nothing_twice(
     slurm: Cluster, tmp_path: Path, postgres: PostgresServer
 ) -> None:
-    """Two shares, one of which fails at first: the same bytes as one process mines."""
+    """Two shares, each with an LLM server of its own, one failing at first: as one share mines."""
     url = postgres.url(postgres.create())
-    mining = {"labels": "given", "candidates": 4, "dense_candidates": 0, "shard_rows": 6}
-    runs = tmp_path / "array", tmp_path / "alone"
-    for run in runs:
+    lm = tiny_lm(tmp_path / "lm")
+    server = {"python": str(fake_python(tmp_path / "python", lm))}
+    scorer = {"backend": "vllm", "model": str(lm), "url": "http://127.0.0.1:8001", "server": server}
+    mining = {"labels": "likelihood", "candidates": 4, "dense_candidates": 0, "shard_rows": 6}
+    array, alone = tmp_path / "array", tmp_path / "alone"
+    for run in (array, alone):
         run.mkdir()
         tree: dict[str, Any] = {"run": {"dir": str(run)}, "database_url": url}
-        tree |= {"mining": mining, "split": {"held_out": 0.0}}
+        tree |= {"mining": mining, "scorer_llm": scorer, "split": {"held_out": 0.0}}
         (run / "config.yaml").write_text(yaml.safe_dump(tree))
-    array, alone = runs
     with PoolStore.open(url) as store:
         store.create_pool("main", threshold=80.0)
         rows = [
-            NewMemory("main", f"how is {topic} made in place {i}", topic, metadata={"label": topic})
+            NewMemory("main", f"how is {topic} made in place {i}", topic)
             for i in range(4) for topic in TOPICS
         ]  # fmt: skip
         store.append(rows)
 
     logs = tmp_path / "logs"
-    env = {**slurm.env, "MEMSHARE_PYTHON": sys.executable, "MEMSHARE_LOGS": str(logs)}
-    words = ["sbatch", "--parsable", f"--output={logs}/%A_%a.out", "--array=0-1"]
-    words += ["slurm/mine.sbatch", "--config", f"{array}/config.yaml", "--round", "1"]
     logs.mkdir()
+    env = {**slurm.env, "MEMSHARE_PYTHON": sys.executable, "MEMSHARE_LOGS": str(logs)}
 
-    def submit() -> list[str]:
+    def submit(run: Path, tasks: int) -> list[str]:
+        words = ["sbatch", "--parsable", f"--output={logs}/%A_%a.out", f"--array=0-{tasks - 1}"]
+        words += ["slurm/mine.sbatch", "--config", f"{run}/config.yaml", "--round", "1"]
         told = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
-        job = told.stdout.strip()
-        return [slurm.wait(f"{job}_{task}") for task in (0, 1)]
+        return [slurm.wait(f"{told.stdout.strip()}_{task}") for task in range(tasks)]
 
     with run_lock(array, "mining-1-of-2"):
-        assert submit() == ["COMPLETED", "FAILED"]
+        assert submit(array, 2) == ["COMPLETED", "FAILED"]
     folder = round_dir(array / "examples", 1)
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     assert stamps and not is_whole(folder)
     assert "another mining-1-of-2" in next(logs.glob("memshare-mine/*_1/attempt-0.log")).read_text()
+    served = {path.name for path in (array / "logs").iterdir()}
+    assert len(served) == 2 and "vllm-8001.log" not in served
 
-    assert submit() == ["COMPLETED", "COMPLETED"]
+    assert submit(array, 2) == ["COMPLETED", "COMPLETED"]
     assert is_whole(folder)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    mine = [sys.executable, str(ROOT / "train/mine.py"), "--config", f"{alone}/config.yaml"]
-    subprocess.run(mine, env=slurm.env, cwd=ROOT, check=True, capture_output=True)
+    assert submit(alone, 1) == ["COMPLETED"]
     shards = sorted(round_dir(alone / "examples", 1).glob("shard-*"))
     assert len(shards) == 6
     assert [(folder / path.name).read_bytes() for path in shards] == [

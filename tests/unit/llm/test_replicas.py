@@ -44,7 +44,7 @@ def test_one_that_fails_is_left_out_for_a_while_and_longer_each_time(
     replicas.failed("a")
     told = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
     out = "LLM server a does not answer"
-    assert told == [out, "LLM server a answers again", out]  # each change once, however often it was tried
+    assert told == [out, "LLM server a answers again", out]  # once each, however often it is tried
 
 
 def test_what_fails_together_fails_once() -> None:
