@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -215,10 +216,13 @@ def test_a_mistake_is_found_before_anything_is_submitted(slurm: Cluster, base: P
 def test_an_array_mines_what_is_missing_and_nothing_twice(
     slurm: Cluster, tmp_path: Path, postgres: PostgresServer
 ) -> None:
-    """Two shares, each with an LLM server of its own, one failing at first: as one share mines."""
+    """Two shares, each with an LLM server of its own, one failing at first: as one share mines.
+
+    That one is warned while its server starts, and requeued.
+    """
     url = postgres.url(postgres.create())
-    lm = tiny_lm(tmp_path / "lm")
-    server = {"python": str(fake_python(tmp_path / "python", lm))}
+    lm, go = tiny_lm(tmp_path / "lm"), tmp_path / "go"
+    server = {"python": str(fake_python(tmp_path / "python", lm, go))}
     scorer = {"backend": "vllm", "model": str(lm), "url": "http://127.0.0.1:8001", "server": server}
     mining = {"labels": "likelihood", "candidates": 4, "dense_candidates": 0, "shard_rows": 6}
     array, alone = tmp_path / "array", tmp_path / "alone"
@@ -239,14 +243,27 @@ def test_an_array_mines_what_is_missing_and_nothing_twice(
     logs.mkdir()
     env = {**slurm.env, "MEMSHARE_PYTHON": sys.executable, "MEMSHARE_LOGS": str(logs)}
 
-    def submit(run: Path, tasks: int) -> list[str]:
+    def submit(run: Path, tasks: int) -> str:
         words = ["sbatch", "--parsable", f"--output={logs}/%A_%a.out", f"--array=0-{tasks - 1}"]
         words += ["slurm/mine.sbatch", "--config", f"{run}/config.yaml", "--round", "1"]
         told = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
-        return [slurm.wait(f"{told.stdout.strip()}_{task}") for task in range(tasks)]
+        return told.stdout.strip()
+
+    def mined(run: Path, tasks: int) -> list[str]:
+        job = submit(run, tasks)
+        return [slurm.wait(f"{job}_{task}") for task in range(tasks)]
+
+    job = submit(alone, 1)
+    first, second = (logs / "memshare-mine" / f"{job}_0/attempt-{n}.log" for n in (0, 1))
+    until(lambda: first.exists() and "starting" in first.read_text(), 60, lambda: str(first))
+    slurm.call("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    until(second.exists, 90, first.read_text)
+    assert "requeued" in first.read_text() and "mining ended" not in first.read_text()
+    go.touch()
+    assert slurm.wait(f"{job}_0") == "COMPLETED", second.read_text()
 
     with run_lock(array, "mining-1-of-2"):
-        assert submit(array, 2) == ["COMPLETED", "FAILED"]
+        assert mined(array, 2) == ["COMPLETED", "FAILED"]
     folder = round_dir(array / "examples", 1)
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     assert stamps and not is_whole(folder)
@@ -254,10 +271,9 @@ def test_an_array_mines_what_is_missing_and_nothing_twice(
     served = {path.name for path in (array / "logs").iterdir()}
     assert len(served) == 2 and "vllm-8001.log" not in served
 
-    assert submit(array, 2) == ["COMPLETED", "COMPLETED"]
+    assert mined(array, 2) == ["COMPLETED", "COMPLETED"]
     assert is_whole(folder)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    assert submit(alone, 1) == ["COMPLETED"]
     shards = sorted(round_dir(alone / "examples", 1).glob("shard-*"))
     assert len(shards) == 6
     assert [(folder / path.name).read_bytes() for path in shards] == [
@@ -281,13 +297,14 @@ def test_a_cancelled_server_stops_cleanly_and_stays_away(slurm: Cluster, base: P
     assert "cancelled by SLURM" in log and "stopped gateway (exit 0)" in log
 
 
-def test_the_loop_learns_is_requeued_and_falls_with_a_part(
+def test_the_loop_learns_is_requeued_learns_on_and_falls_with_a_part(
     slurm: Cluster, base: Path, postgres: PostgresServer
 ) -> None:
     """On PostgreSQL, with an agent of two replicas on GPUs and ports that the job chose."""
     run = base / "loop"
     lm = tiny_lm(base / "replicated")
-    python = fake_python(base / "python", lm)
+    go = base / "go"
+    python = fake_python(base / "python", lm, go)
     agent = {"backend": "vllm", "model": str(lm), "url": "http://127.0.0.1:8001",
              "server": {"replicas": 2, "python": str(python)}}  # fmt: skip
     config = loop_config_file(
@@ -303,20 +320,28 @@ def test_the_loop_learns_is_requeued_and_falls_with_a_part(
     submit = [sys.executable, "-m", "memshare.cli", "slurm", "submit", *site, "loop"]
     job = slurm.call(*submit, cwd=base).strip()
 
+    def add(url: str, start: int) -> None:
+        items = [
+            {"pool": "keep", "prompt": f"how is {topic} made in place {i}", "answer": topic}
+            for i in range(start, start + 6) for topic in TOPICS
+        ]  # fmt: skip
+        httpx.post(f"{url}/v1/memories", json={"items": items}, timeout=60).raise_for_status()
+
     def log(attempt: int) -> str:
         path = base / "logs/memshare-loop" / job / f"attempt-{attempt}.log"
         return path.read_text() if path.exists() else str(slurm.job(job))
 
-    until(lambda: "started continual" in log(0), 120, lambda: log(0))  # once the gateway answers
+    until((run / "gateway.json").exists, 120, lambda: log(0))
+    url = json.loads((run / "gateway.json").read_text())["url"]
+    time.sleep(3)  # of waiting, and asking every second
+    assert "unreachable" in httpx.get(f"{url}/readyz").json()["llm"]["agent"]
+    assert "started gateway" in log(0) and "started continual" not in log(0)
+    go.touch()
+    until(lambda: "started continual" in log(0), 120, lambda: log(0))
     assert "GPUs: 3 for trainer and searcher" in log(0)
     told = "".join(path.read_text() for path in sorted((run / "logs").glob("vllm-*.log")))
     assert re.findall(r"port \d+, GPUs (\d+)", told) == ["5", "6"] and "port 8001" not in told
-    url = json.loads((run / "gateway.json").read_text())["url"]
-    items = [
-        {"pool": "keep", "prompt": f"how is {topic} made in place {i}", "answer": topic}
-        for i in range(6) for topic in TOPICS
-    ]  # fmt: skip
-    httpx.post(f"{url}/v1/memories", json={"items": items}, timeout=60).raise_for_status()
+    add(url, 0)
     until(lambda: "status: generation 1" in log(0), 150, lambda: log(0))
 
     slurm.call("scancel", "--batch", "--signal=USR1", job)
@@ -325,7 +350,9 @@ def test_the_loop_learns_is_requeued_and_falls_with_a_part(
     assert "requeued" in log(0)
 
     until(lambda: "started continual" in log(1), 120, lambda: log(1))
-    assert "status: generation 1" in log(1) or "serving on" in log(1)
+    until(lambda: "status: generation 1" in log(1), 60, lambda: log(1))
+    add(json.loads((run / "gateway.json").read_text())["url"], 6)
+    until(lambda: "status: generation 2" in log(1), 150, lambda: log(1))
     (pid,) = re.findall(r"started gateway \(pid (\d+)", log(1))
     os.kill(int(pid), signal.SIGKILL)
     assert slurm.wait(job, 90) == "FAILED"
