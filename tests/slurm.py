@@ -137,16 +137,17 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         until(lambda: _idle(env) == 2, _UP_SECONDS, lambda: _logs(folder))
         yield made
     finally:
-        with suppress(subprocess.SubprocessError):
+        try:
             subprocess.run(["scancel", "--user=root"], env=env, timeout=20)
             until(lambda: _idle(env) == 2, 30, lambda: _logs(folder))
-        for daemon in reversed(daemons):
-            daemon.terminate()
-            try:
-                daemon.wait(15)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+        finally:  # also where it never came up
+            for daemon in reversed(daemons):
+                daemon.terminate()
+                try:
+                    daemon.wait(15)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
 
 
 def _idle(env: dict[str, str]) -> int:
