@@ -59,12 +59,16 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def fake_python(path: Path, model: Path) -> Path:
-    """For ``server.python``: it starts this instead of vLLM, and says which GPUs it was given."""
+def fake_python(path: Path, model: Path, after: Path = Path("/")) -> Path:
+    """For ``server.python``: it starts this instead of vLLM, and says which GPUs it was given.
+
+    Not before the file ``after`` is there.
+    """
     find = 'while [ "$1" != --port ]; do shift; done; port=$2'
     told = 'echo "port $port, GPUs ${CUDA_VISIBLE_DEVICES-all}"'
     path.write_text(
-        f'#!/bin/sh\n{find}\n{told}\nexec {sys.executable} {__file__} "$port" {model}\n'
+        f"#!/bin/sh\n{find}\n{told}\nuntil [ -e {after} ]; do sleep 0.1; done\n"
+        f'exec {sys.executable} {__file__} "$port" {model}\n'
     )
     path.chmod(0o755)
     return path

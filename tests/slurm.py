@@ -42,8 +42,11 @@ ReturnToService=2
 JobRequeue=1
 KillWait=30
 SlurmdTimeout=300
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2
-PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP GraceTime=90
+PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -134,22 +137,22 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         until(lambda: _idle(env) == 2, _UP_SECONDS, lambda: _logs(folder))
         yield made
     finally:
-        with suppress(subprocess.SubprocessError):
+        try:
             subprocess.run(["scancel", "--user=root"], env=env, timeout=20)
             until(lambda: _idle(env) == 2, 30, lambda: _logs(folder))
-        for daemon in reversed(daemons):
-            daemon.terminate()
-            try:
-                daemon.wait(15)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+        finally:  # also where it never came up
+            for daemon in reversed(daemons):
+                daemon.terminate()
+                try:
+                    daemon.wait(15)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
 
 
 def _idle(env: dict[str, str]) -> int:
-    told = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--format=%T"], env=env, capture_output=True, text=True
-    )
+    words = ["sinfo", "--noheader", "--Node", "--partition=all", "--format=%T"]
+    told = subprocess.run(words, env=env, capture_output=True, text=True)
     return told.stdout.split().count("idle")
 
 

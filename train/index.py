@@ -41,8 +41,9 @@ from memshare.retrieval.publish import publish, record_rejection
 from memshare.training.gate_report import report_gate
 from memshare.training.gather import World, launch
 from memshare.training.mining import split_memories
-from memshare.training.outcome import read_result
+from memshare.training.outcome import DATABASE_AWAY, read_result
 from memshare.training.relevance import HeldOutRelevance
+from memshare.training.rounds import latest_encoder
 from memshare.training.split import SplitError
 
 EXPECTED = (CanaryError, EncoderError, GenerationError, LLMError, PoolError, RubricError, RunLocked,
@@ -80,9 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with run_lock(config.run.dir, "index"), PoolStore.open(config.url) as store:
             outcome = run(config, store, args, world)
+    except PoolUnavailable as error:
+        log(f"error: {error}")
+        if args.result is not None:  # accelerate makes every exit code but 0 a 1
+            write_json(args.result, {"outcome": DATABASE_AWAY})
+        return EXIT_DATABASE_AWAY
     except EXPECTED as error:
         log(f"error: {error}")
-        return EXIT_DATABASE_AWAY if isinstance(error, PoolUnavailable) else 1
+        return 1
     finally:
         accelerator.end_training()
     if args.result is not None:
@@ -162,18 +168,6 @@ def load_encoder(config: Config, source: str | None, world: World) -> tuple[str,
     if world.size > 1:
         changes["device"] = str(world.device)
     return source, Encoder.load(config.encoder.model_copy(update=changes))
-
-
-def latest_encoder(run_dir: Path) -> Path:
-    """The encoder that training wrote last. Raises `EncoderError` if there is none."""
-    home = run_dir / "training"
-    found = sorted([*home.glob("[0-9]*/encoder"), *home.glob("[0-9]*/iteration-*/encoder")])
-    if not found:
-        raise EncoderError(
-            f"{run_dir / 'training'}: no trained encoder; run train/contrastive.py, or give "
-            "--encoder FOLDER (`frozen`: the configured one)"
-        )
-    return found[-1]
 
 
 def training_of(source: str) -> dict[str, Any] | None:

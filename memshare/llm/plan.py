@@ -22,6 +22,7 @@ from memshare.llm.factory import resolve_model
 _LOCAL = frozenset({"127.0.0.1", "localhost", "0.0.0.0", "::1", "[::1]"})
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _FREE_PORTS_FROM = 20_000  # below what the kernel hands out by itself
+_PORTS_APART = 16  # more than one job takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,8 @@ def on_free_ports(config: Config) -> list[str]:
     roles = {"agent_llm": config.agent_llm, "scorer_llm": config.scorer_llm}
     moved: dict[str, str] = {}
     overrides = []
-    after = _FREE_PORTS_FROM + os.getpid() % 5_000
+    # Jobs that look at one moment look in different places: nobody listens there yet.
+    after = _FREE_PORTS_FROM + os.getpid() * _PORTS_APART % 10_000
     for key, llm in roles.items():
         if llm.backend != "vllm" or not any(_is_local(url) for url in llm.urls):
             continue

@@ -2,7 +2,8 @@
 
 One that refuses connections or lets a request time out is left out for a while, twice as long after
 each failure in a row. Then one request at a time tries it, until one succeeds. Where all of them
-are out, the one that is due first is tried: a request is never refused for want of a server.
+are out, the one that is due first is tried: a request is never refused for want of a server. When
+one goes out or comes back, that is logged, once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+
+from memshare.progress import log
 
 FIRST_REST_SECONDS = 2.0
 LONGEST_REST_SECONDS = 60.0
@@ -53,8 +56,11 @@ class Replicas:
     def worked(self, url: str) -> None:
         """It answered, whatever it said."""
         with self._lock:
+            was_out = self._failures[url] > 0
             self._failures[url], self._due[url] = 0, 0.0
             self._on_trial.discard(url)
+        if was_out:
+            log(f"LLM server {url} answers again")
 
     def failed(self, url: str) -> None:
         """It could not be reached, or did not answer in time."""
@@ -63,13 +69,11 @@ class Replicas:
             if now < self._due[url] and url not in self._on_trial:
                 return  # one of the many that were under way when it was left out: no failure more
             self._failures[url] += 1
+            first = self._failures[url] == 1
             self._due[url] = now + self._pause(url)
             self._on_trial.discard(url)
-
-    def out(self) -> list[str]:
-        """Those that failed last and are left out."""
-        with self._lock:
-            return [url for url in self.urls if self._failures[url]]
+        if first:
+            log(f"LLM server {url} does not answer")
 
     def _pause(self, url: str) -> float:
         longest: float = self._rest * 2.0 ** min(self._failures[url] - 1, 10)

@@ -29,6 +29,8 @@ from memshare.files import run_lock, write_json
 Status = Literal["trained", "empty", "stopped", "failed"]
 EXIT_CODES: dict[Status, int] = {"trained": 0, "empty": 66, "stopped": 75, "failed": 1}
 EXIT_USAGE = 2
+# In the report of train/index.py, which several processes write under accelerate: try again later.
+DATABASE_AWAY = "database away"
 
 
 def write_result(output: Path, status: Status, **figures: Any) -> int:

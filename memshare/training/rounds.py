@@ -15,6 +15,7 @@ from pathlib import Path
 from memshare.config import Config
 from memshare.files import write_json
 from memshare.pool.store import PoolStore
+from memshare.retrieval.encoder import EncoderError
 from memshare.retrieval.generation import current
 from memshare.retrieval.manifest import folder_name
 from memshare.training.examples import ExamplesError, erase, read_marker, round_dir, round_dirs
@@ -108,6 +109,18 @@ def erase_deleted(store: PoolStore, examples_dir: Path, pools: Sequence[str]) ->
 def training_dir(run_dir: Path, number: int, iteration: int = 1) -> Path:
     """Where an iteration of round ``number`` keeps its checkpoints, encoder and results."""
     return round_dir(run_dir / "training", number, iteration)
+
+
+def latest_encoder(run_dir: Path) -> Path:
+    """The encoder that training wrote last. Raises `EncoderError` if there is none."""
+    home = run_dir / "training"
+    found = sorted([*home.glob("[0-9]*/encoder"), *home.glob("[0-9]*/iteration-*/encoder")])
+    if not found:
+        raise EncoderError(
+            f"{run_dir / 'training'}: no trained encoder; run train/contrastive.py, or give "
+            "--encoder FOLDER (`frozen`: the configured one)"
+        )
+    return found[-1]
 
 
 def covered(config: Config, journal: Journal) -> dict[str, int]:

@@ -19,7 +19,7 @@ from memshare.pool.store import PoolStore
 from memshare.training.child import ChildFailed, accelerate_command, run_child, stop_orphan
 from memshare.training.examples import read_marker, round_dir
 from memshare.training.journal import Round
-from memshare.training.outcome import read_result
+from memshare.training.outcome import DATABASE_AWAY, read_result
 from memshare.training.rounds import erase_deleted, forget_stale_checkpoints, training_dir
 
 
@@ -94,9 +94,11 @@ class Steps:
         report = output / "index.json"
         arguments = ["--round", str(now.number), "--encoder", str(output / "encoder")]
         arguments += ["--result", str(report)]
-        if not report.exists():
+        if _outcome(report) in (None, DATABASE_AWAY):
+            report.unlink(missing_ok=True)
             start = accelerate_command(self._config.continual, always=False)
-            self._run(now, [*start, f"{self._programs}/index.py", *self._settings, *arguments])
+            command = [*start, f"{self._programs}/index.py", *self._settings, *arguments]
+            self._run(now, command, report)
         result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return Done(result, str(result["outcome"]))
 
@@ -106,14 +108,26 @@ class Steps:
     def _training(self, now: Round, iteration: int) -> Path:
         return training_dir(self._config.run.dir, now.number, iteration)
 
-    def _run(self, now: Round, command: Sequence[str]) -> None:
-        """Run one program with its log. Raises `PoolUnavailable` where it found no database."""
+    def _run(self, now: Round, command: Sequence[str], report: Path | None = None) -> None:
+        """Run one program with its log. Raises `PoolUnavailable` where it found no database.
+
+        Its exit code says so, or, under accelerate, its ``report``.
+        """
         log_file = self._config.run.dir / "logs" / f"round-{now.number:06d}-{now.name}.log"
         try:
             run_child(command, log_file, self._record, self._stop, Path.cwd())
         except ChildFailed as error:
-            if error.code == EXIT_DATABASE_AWAY:
+            noted = report is not None and _outcome(report) == DATABASE_AWAY
+            if noted or error.code == EXIT_DATABASE_AWAY:
                 raise PoolUnavailable(
                     f"{now.name} of round {now.number}; see {log_file}"
                 ) from error
             raise
+
+
+def _outcome(report: Path) -> str | None:
+    """What train/index.py wrote; None where it wrote nothing."""
+    try:
+        return str(json.loads(report.read_text(encoding="utf-8"))["outcome"])
+    except FileNotFoundError:
+        return None

@@ -1,15 +1,15 @@
-"""One real vLLM server for the whole session, started by ``serve/llm.py`` as a user would."""
+"""Real vLLM, started by ``serve/llm.py`` as a user would; one server for the whole session."""
 
 from __future__ import annotations
 
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import yaml
 from memshare.config import LLMConfig
 from memshare.llm.base import LLMError
 from memshare.llm.factory import resolve_model
+from tests.postgres import free_port
 from tests.tiny_lm import tiny_lm
 
 ROOT = Path(__file__).parents[2]
@@ -49,10 +50,7 @@ def vllm_server(vllm_model: str, tmp_path_factory: pytest.TempPathFactory) -> It
     """Real vLLM (CPU or CUDA) in float32; takes a minute or more to start."""
     if not VLLM_PYTHON.exists():
         pytest.skip(f"no vLLM environment at {VLLM_PYTHON.parent.parent}: run make vllm")
-    folder = tmp_path_factory.mktemp("serve-llm")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     server = {
         "python": str(VLLM_PYTHON),
         "dtype": "float32",
@@ -61,10 +59,21 @@ def vllm_server(vllm_model: str, tmp_path_factory: pytest.TempPathFactory) -> It
         # Any parser will do that needs no tokens of its own.
         "args": ["--enable-auto-tool-choice", "--tool-call-parser", "pythonic"],
     }
-    llm = {"backend": "vllm", "model": vllm_model, "url": url, "server": server}
+    llm = LLMConfig(backend="vllm", model=vllm_model, url=url, server=server)
+    with serve_llm(llm, tmp_path_factory.mktemp("serve-llm")):
+        yield VLLMServer(url, vllm_model, llm)
+
+
+@contextmanager
+def serve_llm(llm: LLMConfig, folder: Path) -> Iterator[int]:
+    """``serve/llm.py`` with ``llm`` as agent and scorer, once it is ready; its process id.
+
+    It must end cleanly, and leave nothing behind.
+    """
     config = folder / "config.yaml"
+    section = llm.model_dump(mode="json")
     run = {"dir": str(folder / "run")}
-    config.write_text(yaml.safe_dump({"run": run, "agent_llm": llm, "scorer_llm": llm}))
+    config.write_text(yaml.safe_dump({"run": run, "agent_llm": section, "scorer_llm": section}))
     command = [sys.executable, str(ROOT / "serve" / "llm.py"), "--config", str(config)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
@@ -75,7 +84,7 @@ def vllm_server(vllm_model: str, tmp_path_factory: pytest.TempPathFactory) -> It
     reader.start()
     try:
         _await_ready(process, lines)
-        yield VLLMServer(url, vllm_model, LLMConfig(**llm))
+        yield process.pid
     finally:
         children = _children(process.pid)
         process.send_signal(signal.SIGTERM)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
+from threading import Event
 
 import numpy as np
+import pytest
 import yaml
 
 from memshare.config import Config, ContinualConfig
+from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolUnavailable
 from memshare.retrieval.generation import current, load
 from memshare.training.child import accelerate_command
+from memshare.training.journal import Round
+from memshare.training.steps import Steps
+from tests.postgres import free_port
 from tests.retrieving import fill, make_config, open_store
 from tests.tiny import tiny_encoder
 from tests.training_runs import ENV, ROOT, launch
@@ -64,3 +71,18 @@ def test_a_mistake_of_the_main_process_ends_all(tmp_path: Path) -> None:
     child = launch(2, PROGRAM, ["--config", str(path)])  # nothing was ever trained
     _, told = child.communicate(timeout=60)
     assert child.returncode != 0 and "no trained encoder" in told
+
+
+def test_the_loop_learns_from_two_processes_that_their_database_is_away(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", tiny_encoder(tmp_path / "encoder"))
+    shutil.copytree(tmp_path / "encoder", tmp_path / "run/training/000001/encoder")
+    away = {"database_url": f"postgresql://127.0.0.1:{free_port()}/none"}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**config.model_dump(mode="json"), **away}))
+    two = config.model_copy(update={"continual": ContinualConfig(num_processes=2)})
+    with open_store(config) as store:
+        steps = Steps(two, store, ROOT / "train", ["--config", str(path)], Event())
+        with pytest.raises(PoolUnavailable, match="index of round 1"):
+            steps.index(Round(1, {}, "start", step="index"))
+    told = (tmp_path / "run/logs/round-000001-index.log").read_text()
+    assert "--num_processes 2" in told and f"exitcode  : {EXIT_DATABASE_AWAY}" in told

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_two_nodes_train_as_one_process(slurm: Cluster, base: Path, tmp_path: Pa
 def test_an_interrupted_job_ends_as_an_uninterrupted_one(
     slurm: Cluster, base: Path, whole: Path
 ) -> None:
-    """Time limit, `scontrol requeue`, a lost node: the same weights, bit for bit, and one run."""
+    """Time limit, `scontrol requeue`, preemption, a lost node: the same weights, bit for bit."""
     output = base / "broken"
     job = train(slurm, base, output, "--nodes=2", "--sbatch=--time=1")
     request = base / "logs/memshare-train" / job / "stop-0"
@@ -173,13 +174,23 @@ def test_an_interrupted_job_ends_as_an_uninterrupted_one(
     steps = steps_saved(output)[-1]
     assert steps < STEPS
 
+    with paused(output, 2, after=steps):  # SLURM lets them go on, then tells them, not the shell
+        words = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+        slurm.call("sbatch", *words, "--wrap=true")
+        await_attempt(slurm, base, job, 3)
+    log = log_of(base, job, 2)
+    assert "training with: stopped" in log and "requeued" in log and "by SLURM" not in log
+    steps = steps_saved(output)[-1]
+    assert steps < STEPS
+
     with paused(output, 2, after=steps):
         slurm.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    await_attempt(slurm, base, job, 3)
+    await_attempt(slurm, base, job, 4)
     assert slurm.wait(job) == "COMPLETED", slurm.job(job)
-    assert "continuing from" in log_of(base, job, 3)
+    assert "continuing from" in log_of(base, job, 4)
     ids.add(result(output)["wandb"]["id"])  # type: ignore[index]
-    assert len(ids) == 1
+    assert len(ids) == 1 and {path.name[-8:] for path in output.rglob("offline-run-*")} == ids
+    assert len(list(whole.rglob("offline-run-*"))) == 1  # of two processes
     ours, theirs = weights(output), weights(whole)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
@@ -205,47 +216,64 @@ def test_a_mistake_is_found_before_anything_is_submitted(slurm: Cluster, base: P
 def test_an_array_mines_what_is_missing_and_nothing_twice(
     slurm: Cluster, tmp_path: Path, postgres: PostgresServer
 ) -> None:
-    """Two shares, one of which fails at first: the same bytes as one process mines."""
+    """Two shares, each with an LLM server of its own, one failing at first: as one share mines.
+
+    That one is warned while its server starts, and requeued.
+    """
     url = postgres.url(postgres.create())
-    mining = {"labels": "given", "candidates": 4, "dense_candidates": 0, "shard_rows": 6}
-    runs = tmp_path / "array", tmp_path / "alone"
-    for run in runs:
+    lm, go = tiny_lm(tmp_path / "lm"), tmp_path / "go"
+    server = {"python": str(fake_python(tmp_path / "python", lm, go))}
+    scorer = {"backend": "vllm", "model": str(lm), "url": "http://127.0.0.1:8001", "server": server}
+    mining = {"labels": "likelihood", "candidates": 4, "dense_candidates": 0, "shard_rows": 6}
+    array, alone = tmp_path / "array", tmp_path / "alone"
+    for run in (array, alone):
         run.mkdir()
         tree: dict[str, Any] = {"run": {"dir": str(run)}, "database_url": url}
-        tree |= {"mining": mining, "split": {"held_out": 0.0}}
+        tree |= {"mining": mining, "scorer_llm": scorer, "split": {"held_out": 0.0}}
         (run / "config.yaml").write_text(yaml.safe_dump(tree))
-    array, alone = runs
     with PoolStore.open(url) as store:
         store.create_pool("main", threshold=80.0)
         rows = [
-            NewMemory("main", f"how is {topic} made in place {i}", topic, metadata={"label": topic})
+            NewMemory("main", f"how is {topic} made in place {i}", topic)
             for i in range(4) for topic in TOPICS
         ]  # fmt: skip
         store.append(rows)
 
     logs = tmp_path / "logs"
-    env = {**slurm.env, "MEMSHARE_PYTHON": sys.executable, "MEMSHARE_LOGS": str(logs)}
-    words = ["sbatch", "--parsable", f"--output={logs}/%A_%a.out", "--array=0-1"]
-    words += ["slurm/mine.sbatch", "--config", f"{array}/config.yaml", "--round", "1"]
     logs.mkdir()
+    env = {**slurm.env, "MEMSHARE_PYTHON": sys.executable, "MEMSHARE_LOGS": str(logs)}
 
-    def submit() -> list[str]:
+    def submit(run: Path, tasks: int) -> str:
+        words = ["sbatch", "--parsable", f"--output={logs}/%A_%a.out", f"--array=0-{tasks - 1}"]
+        words += ["slurm/mine.sbatch", "--config", f"{run}/config.yaml", "--round", "1"]
         told = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
-        job = told.stdout.strip()
-        return [slurm.wait(f"{job}_{task}") for task in (0, 1)]
+        return told.stdout.strip()
+
+    def mined(run: Path, tasks: int) -> list[str]:
+        job = submit(run, tasks)
+        return [slurm.wait(f"{job}_{task}") for task in range(tasks)]
+
+    job = submit(alone, 1)
+    first, second = (logs / "memshare-mine" / f"{job}_0/attempt-{n}.log" for n in (0, 1))
+    until(lambda: first.exists() and "starting" in first.read_text(), 60, lambda: str(first))
+    slurm.call("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    until(second.exists, 90, first.read_text)
+    assert "requeued" in first.read_text() and "mining ended" not in first.read_text()
+    go.touch()
+    assert slurm.wait(f"{job}_0") == "COMPLETED", second.read_text()
 
     with run_lock(array, "mining-1-of-2"):
-        assert submit() == ["COMPLETED", "FAILED"]
+        assert mined(array, 2) == ["COMPLETED", "FAILED"]
     folder = round_dir(array / "examples", 1)
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     assert stamps and not is_whole(folder)
     assert "another mining-1-of-2" in next(logs.glob("memshare-mine/*_1/attempt-0.log")).read_text()
+    served = {path.name for path in (array / "logs").iterdir()}
+    assert len(served) == 2 and "vllm-8001.log" not in served
 
-    assert submit() == ["COMPLETED", "COMPLETED"]
+    assert mined(array, 2) == ["COMPLETED", "COMPLETED"]
     assert is_whole(folder)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    mine = [sys.executable, str(ROOT / "train/mine.py"), "--config", f"{alone}/config.yaml"]
-    subprocess.run(mine, env=slurm.env, cwd=ROOT, check=True, capture_output=True)
     shards = sorted(round_dir(alone / "examples", 1).glob("shard-*"))
     assert len(shards) == 6
     assert [(folder / path.name).read_bytes() for path in shards] == [
@@ -269,13 +297,14 @@ def test_a_cancelled_server_stops_cleanly_and_stays_away(slurm: Cluster, base: P
     assert "cancelled by SLURM" in log and "stopped gateway (exit 0)" in log
 
 
-def test_the_loop_learns_is_requeued_and_falls_with_a_part(
+def test_the_loop_learns_is_requeued_learns_on_and_falls_with_a_part(
     slurm: Cluster, base: Path, postgres: PostgresServer
 ) -> None:
     """On PostgreSQL, with an agent of two replicas on GPUs and ports that the job chose."""
     run = base / "loop"
     lm = tiny_lm(base / "replicated")
-    python = fake_python(base / "python", lm)
+    go = base / "go"
+    python = fake_python(base / "python", lm, go)
     agent = {"backend": "vllm", "model": str(lm), "url": "http://127.0.0.1:8001",
              "server": {"replicas": 2, "python": str(python)}}  # fmt: skip
     config = loop_config_file(
@@ -291,20 +320,28 @@ def test_the_loop_learns_is_requeued_and_falls_with_a_part(
     submit = [sys.executable, "-m", "memshare.cli", "slurm", "submit", *site, "loop"]
     job = slurm.call(*submit, cwd=base).strip()
 
+    def add(url: str, start: int) -> None:
+        items = [
+            {"pool": "keep", "prompt": f"how is {topic} made in place {i}", "answer": topic}
+            for i in range(start, start + 6) for topic in TOPICS
+        ]  # fmt: skip
+        httpx.post(f"{url}/v1/memories", json={"items": items}, timeout=60).raise_for_status()
+
     def log(attempt: int) -> str:
         path = base / "logs/memshare-loop" / job / f"attempt-{attempt}.log"
         return path.read_text() if path.exists() else str(slurm.job(job))
 
-    until(lambda: "started continual" in log(0), 120, lambda: log(0))  # once the gateway answers
+    until((run / "gateway.json").exists, 120, lambda: log(0))
+    url = json.loads((run / "gateway.json").read_text())["url"]
+    time.sleep(3)  # of waiting, and asking every second
+    assert "unreachable" in httpx.get(f"{url}/readyz").json()["llm"]["agent"]
+    assert "started gateway" in log(0) and "started continual" not in log(0)
+    go.touch()
+    until(lambda: "started continual" in log(0), 120, lambda: log(0))
     assert "GPUs: 3 for trainer and searcher" in log(0)
     told = "".join(path.read_text() for path in sorted((run / "logs").glob("vllm-*.log")))
     assert re.findall(r"port \d+, GPUs (\d+)", told) == ["5", "6"] and "port 8001" not in told
-    url = json.loads((run / "gateway.json").read_text())["url"]
-    items = [
-        {"pool": "keep", "prompt": f"how is {topic} made in place {i}", "answer": topic}
-        for i in range(6) for topic in TOPICS
-    ]  # fmt: skip
-    httpx.post(f"{url}/v1/memories", json={"items": items}, timeout=60).raise_for_status()
+    add(url, 0)
     until(lambda: "status: generation 1" in log(0), 150, lambda: log(0))
 
     slurm.call("scancel", "--batch", "--signal=USR1", job)
@@ -313,7 +350,9 @@ def test_the_loop_learns_is_requeued_and_falls_with_a_part(
     assert "requeued" in log(0)
 
     until(lambda: "started continual" in log(1), 120, lambda: log(1))
-    assert "status: generation 1" in log(1) or "serving on" in log(1)
+    until(lambda: "status: generation 1" in log(1), 60, lambda: log(1))
+    add(json.loads((run / "gateway.json").read_text())["url"], 6)
+    until(lambda: "status: generation 2" in log(1), 150, lambda: log(1))
     (pid,) = re.findall(r"started gateway \(pid (\d+)", log(1))
     os.kill(int(pid), signal.SIGKILL)
     assert slurm.wait(job, 90) == "FAILED"

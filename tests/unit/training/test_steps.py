@@ -13,6 +13,7 @@ from memshare.pool.errors import PoolUnavailable
 from memshare.pool.store import PoolStore
 from memshare.training.child import ChildFailed
 from memshare.training.journal import Round, Span
+from memshare.training.outcome import DATABASE_AWAY
 from memshare.training.steps import Steps
 
 # Plays each program: notes its arguments and leaves what the real one would.
@@ -21,10 +22,12 @@ import json, os, pathlib, sys
 home = pathlib.Path(__file__).parent
 with open(home / "calls.jsonl", "a") as calls:
     print(json.dumps([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]), file=calls)
-code = home / "code"
+words = dict(zip(sys.argv[1:], sys.argv[2:]))
+code, report = home / "code", home / "report"
+if report.exists():
+    pathlib.Path(words["--result"]).write_text(report.read_text())
 if code.exists():
     sys.exit(int(code.read_text()))
-words = dict(zip(sys.argv[1:], sys.argv[2:]))
 run = home / "run"
 if "mine" in sys.argv[0]:
     folder = run / "examples" / f"{int(words['--round']):06d}"
@@ -94,3 +97,22 @@ def test_a_program_without_its_database_is_told_from_one_that_failed(
     with pytest.raises(ChildFailed) as failed:
         steps.mine(now)
     assert failed.value.code == 1
+
+
+def test_a_report_says_that_the_database_was_away_where_exit_codes_are_lost(
+    steps: Steps, tmp_path: Path
+) -> None:
+    """As accelerate loses them."""
+    now = Round(3, {}, "start", step="index")
+    (tmp_path / "run/training/000003").mkdir(parents=True)
+    (tmp_path / "code").write_text("1")
+    (tmp_path / "report").write_text(json.dumps({"outcome": DATABASE_AWAY}))
+    with pytest.raises(PoolUnavailable, match="index of round 3"):
+        steps.index(now)
+    (tmp_path / "report").unlink()
+    with pytest.raises(ChildFailed):  # it fails for another reason: what stood there is old
+        steps.index(now)
+    (tmp_path / "code").write_text("0")
+    (tmp_path / "report").write_text(json.dumps({"outcome": "published"}))
+    assert steps.index(now).outcome == "published"
+    assert len(calls(tmp_path)) == 3

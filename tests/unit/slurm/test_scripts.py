@@ -1,0 +1,96 @@
+"""What slurm/common.sh and slurm/node.sh find out on a node; SLURM's commands are stand-ins."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from memshare.slurm.render import ROOT
+
+SCONTROL = """
+case "$*" in
+    "show hostnames n[07-08]") printf 'n07\\nn08\\n' ;;
+    "show node --oneliner n07") echo "NodeName=n07 NodeAddr=10.0.0.7 NodeHostName=n07 Port=0 " ;;
+    *) echo "scontrol: no such thing: $*" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    """A node's environment: stand-ins for scontrol and Python, the latter prints its arguments."""
+    for name, script in {"scontrol": SCONTROL, "python": 'printf "%s\\n" "$@"\nenv\n'}.items():
+        path = tmp_path / name
+        path.write_text(f"#!/bin/bash\n{script}")
+        path.chmod(0o755)
+    return {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "MEMSHARE_ROOT": str(ROOT),
+        "MEMSHARE_PYTHON": f"{tmp_path}/python -u",
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NODELIST": "n[07-08]",
+    }
+
+
+def run(env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", *words], env=env, capture_output=True, text=True)
+
+
+def common(env: dict[str, str], lines: str) -> subprocess.CompletedProcess[str]:
+    """After common.sh, as the jobs run it: the first failure ends it."""
+    return run(env, "-c", f"set -euo pipefail\nsource {ROOT}/slurm/common.sh\n{lines}")
+
+
+def test_the_first_node_and_its_address(env: dict[str, str]) -> None:
+    told = common(env, 'first=$(first_host)\nhead=$(address "$first")\necho "$first at $head"')
+    assert told.stdout == "n07 at 10.0.0.7\n"
+
+
+@pytest.mark.parametrize(
+    "lines, told",
+    [
+        ("SLURM_JOB_NODELIST=x; first=$(first_host)", "can't expand SLURM_JOB_NODELIST='x'"),
+        ("head=$(address n99)", "names no address of node 'n99'"),
+        ("python=(no-such-python); port=$(free_port)", "no free port, or no Python"),
+    ],
+)
+def test_what_a_node_does_not_say_ends_the_job_with_its_reason(
+    env: dict[str, str], lines: str, told: str
+) -> None:
+    done = common(env, f"{lines}\necho went on")
+    assert done.returncode == 1 and told in done.stderr
+    assert "went on" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "gpus, nodes, processes, settings", [(4, 2, 8, "ddp"), (1, 1, 1, "gpu"), (0, 2, 2, "cpu2")]
+)
+def test_a_node_launches_its_own_processes_under_its_own_rank(
+    env: dict[str, str], gpus: int, nodes: int, processes: int, settings: str
+) -> None:
+    env |= {"SLURM_NNODES": str(nodes), "SLURM_NODEID": str(nodes - 1), "SLURM_CPUS_ON_NODE": "32"}
+    env |= {"SLURMD_NODENAME": "n07", "SLURM_RESTART_COUNT": "3"}
+    if gpus:
+        env["SLURM_GPUS_ON_NODE"] = str(gpus)
+    done = run(env, f"{ROOT}/slurm/node.sh", "10.0.0.7", "4567", "train.py", "--output", "a b")
+    words = done.stdout.splitlines()
+    assert words[:3] == ["-u", "-m", "accelerate.commands.launch"], done.stderr
+    given = dict(pairwise(words))
+    assert given["--config_file"] == f"{ROOT}/configs/accelerate/{settings}.yaml"
+    assert given["--num_machines"] == str(nodes) and given["--machine_rank"] == str(nodes - 1)
+    assert given["--num_processes"] == str(processes)
+    assert given["--num_cpu_threads_per_process"] == str(32 // max(1, gpus))
+    assert (given["--rdzv_backend"], given["--output"]) == ("c10d", "a b")
+    # Another attempt must not meet what is left of the one before.
+    assert "PET_RDZV_ID=17.3" in words and "PET_RDZV_ENDPOINT=10.0.0.7:4567" in words
+    assert "PET_LOCAL_ADDR=10.0.0.7" in words
+
+
+def test_nothing_is_killed_by_name() -> None:
+    for path in (ROOT / "slurm").iterdir():
+        assert not re.search(r"\b(pkill|killall|pgrep|pidof)\b", path.read_text()), path
