@@ -17,7 +17,10 @@ reference answers, which stand in no pool (lvshi's left out: this encoder does n
 characters). Relevance is judged as the gate judges it: whatever any retriever of any seed finds in
 its first ten is shown to the pocket LM before the question; it is relevant if that makes the
 reference answer likelier by more than ``gate.gain`` (0.05 nats per token) over no example. So all
-that MRR@10 looks at is judged. Questions with nothing relevant are left out, and counted.
+that MRR@10 looks at is judged. Questions with nothing relevant are left out, and counted. What is
+trained on is all that mining can use of the pool, lvshi too: ``unknown_tokens`` is the share of the
+training queries' tokens that this encoder does not know. Where it is large, both trainers learn
+from texts that they can't read, and are judged on others.
 
 Beside the two: ``random`` and ``bm25``; ``frozen``, the encoder as it came; and ``oracle``, the
 judged memories by measured gain (on banking77 the intent itself), which ranks a relevant one first
@@ -147,6 +150,13 @@ def train_both(
     return encoders, seconds
 
 
+def unknown_tokens(config: Config, items: Sequence[Selected]) -> float:
+    """The share of the training queries' tokens that the encoder does not know."""
+    encoder = Encoder.load(config.encoder)
+    rows = encoder.tokenize_to_ids([item.query for item in items])
+    return sum(row.count(encoder.tokenizer.unk_token_id) for row in rows) / sum(map(len, rows))
+
+
 def budget(work: Work, items: Sequence[Selected], seed: int) -> Config:
     """The configuration of ``work`` for a seed, with the number of steps that both trainers get."""
     training = work.config.training
@@ -223,6 +233,7 @@ def measure_domain(
         for seed in seeds
     ]  # fmt: skip
     told = {"memories": len(memories), "training_queries": len(items), "questions": len(tests),
+            "unknown_tokens": unknown_tokens(work.config, items),
             "without_relevant": len(tests) - len(rows[0]["oracle"]),
             "judged": sum(map(len, gains)),
             "relevant_share": fmean(gain > work.config.gate.gain for row in gains

@@ -93,11 +93,15 @@ def attention(
     if text_borders is not None and query.is_cuda and query.dtype in _HALF and dropout == 0.0:
         return _flash(query, key, value, text_lengths, text_borders, scaling), None
     sizes = text_lengths.tolist()
-    texts = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)), strict=True)
-    found = [
-        scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2)
-        for q, k, v in texts
-    ]
+    # Cut where a text's tokens lie together in memory: so do their gradients then, and putting
+    # those together again is one plain copy, which the layers before take as it is.
+    by_token = (torch.split(x.transpose(1, 2), sizes, dim=1) for x in (query, key, value))
+    found = []
+    for text in zip(*by_token, strict=True):
+        q, k, v = (x.transpose(1, 2) for x in text)
+        found.append(
+            scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2)
+        )
     return torch.cat(found, dim=1), None
 
 
