@@ -1,8 +1,9 @@
-"""The loader: swaps under load, what they keep and free, damaged and foreign generations."""
+"""The loader: swaps under load, what they keep and free, and when it rests."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import threading
 import time
@@ -31,7 +32,6 @@ from tests.retrieving import (
     fill,
     find,
     ids,
-    open_store,
     publish_now,
     sentence,
     serves,
@@ -318,76 +318,6 @@ def test_the_content_check_finds_a_planted_fault(
     assert count > 20 and any("similarity" in problem for problem in problems)
 
 
-def test_a_damaged_generation_is_refused_once_and_the_old_one_serves_on(
-    store: PoolStore, config: Config, searcher: Searcher, encoders: list[Encoder],
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    memory = fill(store, "p", 5)[0]
-    publish_now(store, config, encoders[0])
-    serves(searcher, 1)
-    home = config.generations_dir / "main"
-    publish_now(store, config, encoders[1], keep=9)
-    serves(searcher, 2)
-    activate(config.generations_dir, "main", 1)
-    serves(searcher, 1)
-    weights = home / "000002" / "encoder" / "model.safetensors"
-    data = weights.read_bytes()
-    weights.write_bytes(data[:-1])
-    (home / "CURRENT").write_text("2\n")
-    until(lambda: searcher.stats().generation_error is not None)
-    time.sleep(0.3)  # many polls
-    assert find(searcher, memory) and searcher.stats().generation == 1
-    assert "model.safetensors" in str(searcher.stats().generation_error)
-    assert capsys.readouterr().err.count("serves on") == 1
-    weights.write_bytes(data)
-    activate(config.generations_dir, "main", 2)  # CURRENT written again: another try
-    serves(searcher, 2)
-    until(lambda: searcher.stats().generation_error is None)
-
-
-def test_start_with_a_damaged_current(
-    store: PoolStore, config: Config, encoders: list[Encoder]
-) -> None:
-    memory = fill(store, "p", 5)[0]
-    publish_now(store, config, encoders[0])
-    publish_now(store, config, encoders[1])
-    (config.generations_dir / "main" / "000002" / "ids.npy").unlink()
-    with Searcher(store, config) as searcher:
-        searcher.wait_ready(60)
-        assert searcher.search("p", "x", 9).generation == 1
-        assert "ids.npy" in str(searcher.stats().generation_error)
-    (config.generations_dir / "main" / "000001" / "ids.npy").unlink()
-    with Searcher(store, config) as searcher:
-        searcher.wait_ready(60)
-        assert searcher.stats().generation == 0 and memory.id in find(searcher, memory)
-
-
-def test_another_database_than_the_one_it_was_built_from(
-    store: PoolStore, config: Config, encoders: list[Encoder], tmp_path: Path
-) -> None:
-    fill(store, "p", 20)
-    publish_now(store, config, encoders[0])
-    other = config.model_copy(update={"database_url": f"sqlite:///{tmp_path}/other.db"})
-    with open_store(other) as fresh, Searcher(fresh, other) as searcher:
-        memories = fill(fresh, "p", 3, seed=7)
-        searcher.wait_visible("p", memories[-1].seq, 60)
-        assert set(find(searcher, memories[0])) == {memory.id for memory in memories}
-
-
-def test_a_pool_whose_generation_was_built_by_another_encoder(
-    store: PoolStore, config: Config, encoders: list[Encoder]
-) -> None:
-    """The configuration names encoder 0; the generation's own, encoder 1, answers and fills up."""
-    fill(store, "p", 5)
-    publish_now(store, config, encoders[1])
-    late = fill(store, "p", 5, seed=1)
-    with Searcher(store, config) as searcher:
-        searcher.wait_visible("p", late[-1].seq, 60)
-        answer = searcher.search("p", "river stone", 10)
-    triples = [(m.id, m.prompt, m.answer) for m in store.iter("p")]
-    assert mixed(answer, 0, {1: Expected.of(encoders[1], ["river stone"], triples)}, 10) is None
-
-
 def test_the_lease_of_what_serves_holds_and_is_given_back(
     store: PoolStore, config: Config, encoders: list[Encoder]
 ) -> None:
@@ -449,5 +379,5 @@ def test_catching_up_rests_while_another_generation_serves(
     serves(searcher, 2)
     worked = sum(end - began for began, end in spans)
     # The last few changes are taken in while writes wait, without a rest.
-    rested = sum(after - end for (_, end), (after, _) in zip(spans, spans[1:], strict=False))
+    rested = sum(after - end for (_, end), (after, _) in itertools.pairwise(spans))
     assert len(spans) >= 6 and rested > 2 * worked
