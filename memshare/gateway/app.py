@@ -36,7 +36,7 @@ def create_app(
     shared: SharedMemory,
     on_failure: Callable[[BaseException], None] | None = None,
     *,
-    on_ready: Callable[[], None] = lambda: None,
+    on_ready: Callable[[], None] | None = None,
     keys_required: bool = False,
 ) -> FastAPI:
     """The gateway over ``shared``, which it starts and closes with itself.
@@ -108,7 +108,8 @@ async def _start(gateway: Gateway) -> None:
         return
     gateway.metrics.watch(lambda: _sizes(gateway))
     gateway.queue.start()
-    gateway.on_ready()
+    if gateway.on_ready:
+        gateway.on_ready()
     gateway.ready = True
     log(f"ready: generation {gateway.shared.searcher.stats().generation}")
 

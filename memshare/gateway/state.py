@@ -72,7 +72,7 @@ class Gateway:
     ready: bool = False
     failure: str | None = None
     on_failure: Callable[[BaseException], None] | None = None
-    on_ready: Callable[[], None] = lambda: None
+    on_ready: Callable[[], None] | None = None
 
     @property
     def config(self) -> Config:

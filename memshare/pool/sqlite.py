@@ -16,7 +16,9 @@ from memshare.files import NETWORK_FILE_SYSTEMS, file_system
 from memshare.pool.errors import PoolError
 
 BUSY_SECONDS = 30.0
-_CONNECTIONS = 50  # kept open, one for each thread of a gateway: to open one takes several queries
+_CONNECTIONS = (
+    50  # kept open (a gateway has 35 threads by default): opening one takes several queries
+)
 
 
 class SQLite:

@@ -11,6 +11,7 @@ in their number.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ from memshare.retrieval.gpu import GpuFault
 from memshare.retrieval.index import IndexFault
 from memshare.retrieval.manifest import folder_name, read_manifest
 from memshare.retrieval.placing import Choice, Placer
-from memshare.retrieval.serving import MAX_DELTA, Serving, frozen_serving, run_here
+from memshare.retrieval.serving import MAX_DELTA, PAGE, Serving, frozen_serving, run_here
 from memshare.retrieval.shelf import home_of
 from memshare.retrieval.worker import SearcherClosed, Worker
 
@@ -49,7 +50,10 @@ _SETUP_ERRORS = (EncoderError, IndexFault, GpuFault)  # at the first load: a wro
 
 @dataclass(frozen=True, slots=True)
 class SwapRecord:
-    """One swap: seconds to load, verify, catch up and warm; seconds in which no search ran."""
+    """One swap: seconds to load, verify, catch up (rests included) and warm; and to swap.
+
+    No search ran in ``swap_seconds``.
+    """
 
     generation: int
     load_seconds: float
@@ -215,12 +219,17 @@ class Loader:
 
     def _swap_in(self, following: Serving, choice: Choice, began: float) -> bool:
         """Catch ``following`` up and serve it; False if the searcher was closed before that."""
+        before = math.inf
         for _ in range(_ROUNDS):
             gaps = following.behind(self._store)
-            if sum(gaps.values()) <= _CLOSE:
+            behind = sum(gaps.values())
+            if behind <= _CLOSE:
                 break
-            run = run_here if self._worker.serving is None else self._then_rest
-            following.catch_up(self._store, gaps, self._stop.is_set, run, _STEP)
+            # Rests as long as it gains on the writers; it would never be done otherwise.
+            rests = self._worker.serving is not None and behind < before / 2
+            run, step = (self._then_rest, _STEP) if rests else (run_here, PAGE)
+            following.catch_up(self._store, gaps, self._stop.is_set, run, step)
+            before = behind
         following.settle(choice.place)
         with self._feeder.paused():
             gaps = self._gaps(following)
@@ -234,7 +243,7 @@ class Loader:
         return True
 
     def _then_rest(self, step: Callable[[], None]) -> None:
-        """Run ``step``, then leave the processor to searches for as long as that took.
+        """Run ``step``, then leave the processor to searches for `_REST` times as long.
 
         Catching up is nearly all of a swap's work, and no one waits for it. Running at a lower
         priority instead would keep searches waiting whenever this thread is put off while it holds

@@ -29,7 +29,7 @@ from memshare.files import run_lock, write_json
 Status = Literal["trained", "empty", "stopped", "failed"]
 EXIT_CODES: dict[Status, int] = {"trained": 0, "empty": 66, "stopped": 75, "failed": 1}
 EXIT_USAGE = 2
-# In the report of train/index.py, which several processes write under accelerate: try again later.
+# In the report of train/index.py, whose exit code accelerate hides: try again later.
 DATABASE_AWAY = "database away"
 
 

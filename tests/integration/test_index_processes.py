@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from memshare.config import Config, ContinualConfig
-from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolUnavailable
+from memshare.pool.errors import PoolUnavailable
 from memshare.retrieval.generation import current, load
 from memshare.training.child import accelerate_command
 from memshare.training.journal import Round
+from memshare.training.outcome import DATABASE_AWAY
 from memshare.training.steps import Steps
 from tests.postgres import free_port
 from tests.retrieving import fill, make_config, open_store
@@ -85,4 +86,6 @@ def test_the_loop_learns_from_two_processes_that_their_database_is_away(tmp_path
         with pytest.raises(PoolUnavailable, match="index of round 1"):
             steps.index(Round(1, {}, "start", step="index"))
     told = (tmp_path / "run/logs/round-000001-index.log").read_text()
-    assert "--num_processes 2" in told and f"exitcode  : {EXIT_DATABASE_AWAY}" in told
+    assert "--num_processes 2" in told
+    report = json.loads((tmp_path / "run/training/000001/index.json").read_text())
+    assert report == {"outcome": DATABASE_AWAY}

@@ -297,6 +297,15 @@ def test_a_cancelled_server_stops_cleanly_and_stays_away(slurm: Cluster, base: P
     assert "cancelled by SLURM" in log and "stopped gateway (exit 0)" in log
 
 
+def told_of_agent(url: str) -> str:
+    """What a gateway says of its agent's LLM; nothing while it does not answer."""
+    try:
+        told: str = httpx.get(f"{url}/readyz").json()["llm"]["agent"]
+    except httpx.TransportError:
+        return ""
+    return told
+
+
 def test_the_loop_learns_is_requeued_learns_on_and_falls_with_a_part(
     slurm: Cluster, base: Path, postgres: PostgresServer
 ) -> None:
@@ -333,8 +342,8 @@ def test_the_loop_learns_is_requeued_learns_on_and_falls_with_a_part(
 
     until((run / "gateway.json").exists, 120, lambda: log(0))
     url = json.loads((run / "gateway.json").read_text())["url"]
+    until(lambda: "unreachable" in told_of_agent(url), 120, lambda: log(0))
     time.sleep(3)  # of waiting, and asking every second
-    assert "unreachable" in httpx.get(f"{url}/readyz").json()["llm"]["agent"]
     assert "started gateway" in log(0) and "started continual" not in log(0)
     go.touch()
     until(lambda: "started continual" in log(0), 120, lambda: log(0))
