@@ -106,7 +106,7 @@ def cell(row: Record | None) -> str | None:
         return None
     value = number(row["value"])
     if row["low"] is not None and row["dataset"] in _FIRST:
-        return f"{value} ({row['low']:.3f}–{row['high']:.3f})"
+        return f"{value} ({number(row['low'])}–{number(row['high'])})"
     return value
 
 
