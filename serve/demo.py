@@ -2,7 +2,7 @@
 
     python serve/demo.py --config configs/pocket.yaml
 
-1. the pocket LM is built, unless the user's cache has it;
+1. the pocket LMs that the configuration names are built, unless the user's cache has them;
 2. seed memories fill the pool, and the untrained encoder becomes generation 1;
 3. everything starts as in production (``serve/up.py``): gateway, agents' LLM, continual trainer;
 4. agents ask a stream of questions; good answers become memories; rounds of training publish new
@@ -30,6 +30,7 @@ from memshare.evaluation.report import Section, print_tables, write_report
 from memshare.evaluation.traffic import Stream, Traffic
 from memshare.files import RunLocked, run_lock, write_json
 from memshare.gateway.supervisor import Supervisor
+from memshare.pocket.lm import RECIPES
 from memshare.pocket.world import Splits, World, write_references
 from memshare.pool.store import PoolStore
 from memshare.progress import log
@@ -160,8 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         pool, splits = config.served_pools[0], World(config.run.seed).splits(*SIZES)
-        if "pocket" in (config.agent_llm.model, config.scorer_llm.model):
-            program("train/pocket_lm.py")
+        for name in sorted({config.agent_llm.model, config.scorer_llm.model} & RECIPES.keys()):
+            program("train/pocket_lm.py", name)
         fresh(config.run.dir)
         with run_lock(config.run.dir, "demo"):
             fill(config, pool, splits)

@@ -77,18 +77,12 @@ class ResultCache:
             self._db.close()
 
 
-class CachedLLM:
-    """An LLM that is not asked twice for the same thing. Follows `memshare.llm.base.LLM`.
+class AroundLLM:
+    """An LLM around another one: what it does not change is as the other's."""
 
-    Calls in flight are shared too. A sample (temperature above 0) without a seed is a new one each
-    time and goes through, as streams do. Errors are not kept: what failed is asked again.
-    """
-
-    def __init__(self, llm: LLM, cache: ResultCache) -> None:
+    def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self.model = llm.model
-        self._cache = cache
-        self._flying = InFlight[Any]()
 
     @property
     def context_length(self) -> int:
@@ -98,6 +92,42 @@ class CachedLLM:
     async def ready(self) -> None:
         """As the LLM's."""
         await self.llm.ready()
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> AsyncIterator[Mapping[str, Any]]:
+        """As the LLM's."""
+        return self.llm.stream(
+            messages, max_tokens=max_tokens, temperature=temperature, seed=seed, extra=extra
+        )
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """As the LLM's."""
+        return self.llm.count_tokens(messages)
+
+    async def aclose(self) -> None:
+        """Close the LLM."""
+        await self.llm.aclose()
+
+
+class CachedLLM(AroundLLM):
+    """An LLM that is not asked twice for the same thing. Follows `memshare.llm.base.LLM`.
+
+    Calls in flight are shared too. A sample (temperature above 0) without a seed is a new one each
+    time and goes through, as streams do. Errors are not kept: what failed is asked again. The cache
+    is its maker's to close.
+    """
+
+    def __init__(self, llm: LLM, cache: ResultCache) -> None:
+        super().__init__(llm)
+        self._cache = cache
+        self._flying = InFlight[Any]()
 
     async def chat(
         self,
@@ -124,20 +154,6 @@ class CachedLLM:
                 "seed": seed, "json_schema": json_schema, "extra": dict(extra or {})}  # fmt: skip
         return Completion(**await self._once(("chat", call), ask))
 
-    def stream(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> AsyncIterator[Mapping[str, Any]]:
-        """As the LLM's; nothing is kept."""
-        return self.llm.stream(
-            messages, max_tokens=max_tokens, temperature=temperature, seed=seed, extra=extra
-        )
-
     async def loglikelihood(self, context: Sequence[Message], continuation: str) -> LogLikelihood:
         """Log-likelihood of ``continuation`` as the reply to ``context``."""
 
@@ -157,14 +173,6 @@ class CachedLLM:
 
         found: list[float] = await self._once(("labels", list(context), list(labels)), ask)
         return found
-
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """As the LLM's."""
-        return self.llm.count_tokens(messages)
-
-    async def aclose(self) -> None:
-        """Close the LLM; the cache is its maker's."""
-        await self.llm.aclose()
 
     async def _once(self, call: Sequence[Any], ask: Callable[[], Awaitable[Any]]) -> Any:
         key = content_hash(self.model, _FENCE.sub("DATA", json.dumps(call, sort_keys=True)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,7 +94,7 @@ async def run_experiment(experiment: Experiment, lab: Lab, *, quick: bool) -> di
     async for row in experiment.rows(lab):
         rows.append(row)
     rows += averages(rows)
-    paired = differences(contrasts(experiment, rows), lab.seed)
+    paired = differences(contrasts(experiment, rows, lab.team.keys()), lab.seed)
     record = {
         "experiment": experiment.name,
         "asks": experiment.asks,
@@ -118,8 +118,13 @@ async def run_experiment(experiment: Experiment, lab: Lab, *, quick: bool) -> di
     return record
 
 
-def contrasts(experiment: Experiment, rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """The rows of arms that the experiment compares, with their opposites."""
+def contrasts(
+    experiment: Experiment, rows: Sequence[Row], agents: Container[str]
+) -> list[tuple[Row, Row]]:
+    """The rows of arms that the experiment compares, with their opposites.
+
+    What ranked may differ on the two sides, but never which of the ``agents`` answered.
+    """
     tested = [row for row in rows if row.metric in experiment.tested]
     pairs: list[tuple[Row, Row]] = []
     for ours, theirs in experiment.contrasts:
@@ -129,7 +134,12 @@ def contrasts(experiment: Experiment, rows: Sequence[Row]) -> list[tuple[Row, Ro
             return key._replace(arm=arm, at=key.at if at is None else at)
 
         pairs += matched((row for row in tested if row.arm == ours), tested, opposite)
-    return [(row, other) for row, other in pairs if row is not other]
+    return [
+        (row, other)
+        for row, other in pairs
+        if row is not other
+        and (row.model == other.model or not (row.model in agents and other.model in agents))
+    ]
 
 
 def provenance(lab: Lab, quick: bool) -> dict[str, Any]:

@@ -72,9 +72,10 @@ async def attempt(
     """Every problem answered from ``memories`` (the agents take turns), and graded."""
     shots = await _shots(lab, problems, memories)
     rubric, _ = pool_settings(lab, pool)
+    turns = [place % len(agents) for place in range(len(problems))]
     completions: list[Completion | None] = [None] * len(problems)
     for number, agent in enumerate(agents):
-        at = range(number, len(problems), len(agents))
+        at = [place for place, turn in enumerate(turns) if turn == number]
         found = await answer_all(agent, [problems[i] for i in at], [shots[i] for i in at])
         for i, completion in zip(at, found, strict=True):
             completions[i] = completion
@@ -87,7 +88,6 @@ async def attempt(
         return await grade(scorer, problem.prompt, completion.text.strip(), rubric)
 
     grades = await asyncio.gather(*map(graded, problems, completions))
-    turns = [number % len(agents) for number in range(len(problems))]
     return [Attempt(*row) for row in zip(problems, turns, completions, grades, strict=True)]
 
 

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from memshare.config import Config, EncoderConfig, LLMConfig
+from memshare.config import Config, ConfigError, EncoderConfig, LLMConfig
 from memshare.evaluation.arms import answer_all, ranked_memories
 from memshare.evaluation.cache import CachedLLM, ResultCache
 from memshare.evaluation.data import Domain, Pair
@@ -245,8 +245,13 @@ class Lab:
 async def open_lab(config: Config, out: Path) -> AsyncIterator[Lab]:
     """The lab of ``config``, its reports in ``out``; models and cache are closed at the end.
 
-    Raises `LLMError`, `EncoderError` and FileNotFoundError, each saying what is missing.
+    Raises `LLMError`, `EncoderError` and FileNotFoundError, each saying what is missing, and
+    `ConfigError` for a partner that is named as an agent.
     """
+    agents = config.evaluation.agents or {_label(config.agent_llm): config.agent_llm}
+    if both := sorted(agents.keys() & config.evaluation.partners.keys()):
+        # In the rows a name is all that tells models apart.
+        raise ConfigError(f"evaluation.partners: {', '.join(both)} is an agent's name already")
     async with AsyncExitStack() as stack:
         cache = stack.enter_context(closing(ResultCache(config.run.dir / "cache" / "results.db")))
         opened: dict[str, LLM] = {}
@@ -262,7 +267,6 @@ async def open_lab(config: Config, out: Path) -> AsyncIterator[Lab]:
         async def named(settings: Mapping[str, LLMConfig]) -> dict[str, LLM]:
             return {name: await llm(one) for name, one in settings.items()}
 
-        agents = config.evaluation.agents or {_label(config.agent_llm): config.agent_llm}
         llms, partners = await named(agents), await named(config.evaluation.partners)
         yield Lab(config, out, cache, llms, partners, await llm(config.scorer_llm))
 

@@ -34,7 +34,7 @@ def write_page(
     """The report of every experiment whose JSON lies in ``out``; returns its path.
 
     ``missing``: experiments that failed, and why; the page says so. ``new``: those whose plots are
-    to be drawn; the others' lie there already.
+    to be drawn again; of the others only what is missing is.
     """
     records = [read_record(out / f"{name}.json") for name in EXPERIMENTS
                if (out / f"{name}.json").exists()]  # fmt: skip
@@ -106,7 +106,7 @@ def cell(row: Record | None) -> str | None:
         return None
     value = number(row["value"])
     if row["low"] is not None and row["dataset"] in _FIRST:
-        return f"{value} ({row['low']:.3f}–{row['high']:.3f})"
+        return f"{value} ({number(row['low'])}–{number(row['high'])})"
     return value
 
 

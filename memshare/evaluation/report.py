@@ -68,6 +68,11 @@ class Plot:
     y_label: str
 
     @property
+    def files(self) -> dict[str, str]:
+        """Theme -> name of the picture's file."""
+        return {theme: f"{self.name}{theme}.png" for theme in _THEMES}
+
+    @property
     def inches(self) -> tuple[float, float]:
         """Width and height, so that every bar, interval and name of a tick has its place."""
         bars = len(self.ticks) * (len(self.series) + 1)
@@ -130,14 +135,17 @@ def write_report(
     """Write the page and its plots into ``folder``; returns the path of report.html.
 
     ``summary`` are the facts at the head of the page; ``new`` the sections whose plots are to be
-    drawn (None: all).
+    drawn again (None: all). Others' are drawn where they are missing: a kill may have come between
+    figures and plots.
     """
     from jinja2 import Environment
 
     folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
-        for plot in section.plots if new is None or section.title in new else ():
-            draw_themes(plot, folder)
+        for plot in section.plots:
+            drawn = all((folder / name).exists() for name in plot.files.values())
+            if new is None or section.title in new or not drawn:
+                draw_themes(plot, folder)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = _cell
     source = resources.files("memshare.evaluation").joinpath("report.html").read_text("utf-8")
@@ -180,8 +188,8 @@ def p_value(p: float) -> str:
 
 def draw_themes(plot: Plot, folder: Path) -> None:
     """Write ``plot`` into ``folder`` twice, light and dark: NAME.png and NAME-dark.png."""
-    for suffix in _THEMES:
-        draw(plot, folder / f"{plot.name}{suffix}.png", suffix)
+    for theme, name in plot.files.items():
+        draw(plot, folder / name, theme)
 
 
 def draw(plot: Plot, path: Path, theme: str = "") -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from memshare.evaluation.arms import answer_all, ranked_memories
-from memshare.evaluation.cache import CachedLLM, ResultCache
+from memshare.evaluation.cache import AroundLLM, CachedLLM, ResultCache
 from memshare.evaluation.experiment import Experiment
 from memshare.evaluation.grow import SHOTS, pool_settings
 from memshare.evaluation.lab import Lab
@@ -31,32 +32,55 @@ FIGURES = tuple(
 )  # fmt: skip
 
 
-class Metered(CachedLLM):
-    """An LLM that counts the tokens it reads and writes, behind a cache that begins empty."""
+class Metered(AroundLLM):
+    """An LLM that notes what it reads and writes. It belongs under a cache: what the cache answers
+    costs nothing.
+    """
 
     def __init__(self, llm: LLM) -> None:
-        super().__init__(llm, ResultCache())
-        self.tokens = 0
+        super().__init__(llm)
+        self._used = 0  # tokens that the LLM told
+        self._contexts: list[Sequence[Message]] = []  # those that it did not
 
-    async def chat(self, *args: Any, **settings: Any) -> Completion:
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Completion:
         """As the LLM's."""
-        completion = await super().chat(*args, **settings)
-        self.tokens += tokens(completion)
+        completion = await self.llm.chat(
+            messages, max_tokens=max_tokens, temperature=temperature, seed=seed,
+            json_schema=json_schema, extra=extra,
+        )  # fmt: skip
+        self._used += tokens(completion)
         return completion
 
     async def loglikelihood(self, context: Sequence[Message], continuation: str) -> LogLikelihood:
         """As the LLM's."""
-        found = await super().loglikelihood(context, continuation)
-        self.tokens += self.count_tokens(context) + found.tokens
+        found = await self.llm.loglikelihood(context, continuation)
+        self._note(context, found.tokens)
         return found
 
     async def label_probabilities(
         self, context: Sequence[Message], labels: Sequence[str]
     ) -> list[float]:
         """As the LLM's, which writes one token."""
-        found = await super().label_probabilities(context, labels)
-        self.tokens += self.count_tokens(context) + 1
+        found = await self.llm.label_probabilities(context, labels)
+        self._note(context, 1)
         return found
+
+    def tokens(self) -> int:
+        """Tokens read and written. This tokenises every context: ask when no clock runs."""
+        return self._used + sum(map(self.count_tokens, self._contexts))
+
+    def _note(self, context: Sequence[Message], written: int) -> None:
+        self._used += written
+        self._contexts.append(context)
 
 
 @dataclass(frozen=True)
@@ -114,8 +138,6 @@ async def turn(lab: Lab, label: str, name: str) -> tuple[list[Stage], int, int]:
     """One turn of the loop for a batch of problems; also how many were answered and accepted."""
     domain = lab.own_pools[name]
     agent = Agent(lab.uncached[label], lab.config.agent)
-    metered = Metered(lab.uncached_scorer)
-    scorer = make_scorer(lab.config.scorer, metered)
     seeds = as_memories(name, domain.pool)
     problems = domain.problems[: lab.config.evaluation.sample]
     ranker = lab.dense(seeds, lab.encoder)
@@ -132,11 +154,15 @@ async def turn(lab: Lab, label: str, name: str) -> tuple[list[Stage], int, int]:
     answers = [(p, c) for p, c in zip(problems, completions, strict=True) if c is not None]
     stages.append(Stage("answer", time.perf_counter() - began, sum(tokens(c) for _, c in answers)))
 
-    began = time.perf_counter()
-    grades = await asyncio.gather(
-        *(scorer.grade(problem.prompt, c.text.strip(), rubric) for problem, c in answers)
-    )
-    stages.append(Stage("grade", time.perf_counter() - began, metered.tokens))
+    metered = Metered(lab.uncached_scorer)
+    with closing(ResultCache()) as cache:
+        scorer = make_scorer(lab.config.scorer, CachedLLM(metered, cache))
+        began = time.perf_counter()
+        grades = await asyncio.gather(
+            *(scorer.grade(problem.prompt, c.text.strip(), rubric) for problem, c in answers)
+        )
+        seconds = time.perf_counter() - began
+    stages.append(Stage("grade", seconds, metered.tokens()))
 
     kept = [
         NewMemory(name, problem.prompt, c.text.strip(), score=grade.value)

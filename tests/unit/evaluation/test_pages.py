@@ -60,6 +60,8 @@ def test_tables_keep_the_models_apart() -> None:
     assert [line[1:] for line in table.rows] == [
         ["x", "0.200 (0.200–0.200)"], ["y", "0.400 (0.400–0.400)"],
     ]  # fmt: skip
+    (table,) = metric_tables(record(row("own", "x", 1234.0)), F1)
+    assert table.rows == [["own", "1,234 (1,234–1,234)"]]
     pairs = [(row("own", m, 0.4), row("all", m, 0.2)) for m in "xy"]
     told = {"paired": [difference.record() for difference in differences(pairs, 0)]}
     (table,) = paired_tables(told)

@@ -36,6 +36,19 @@ def test_report_has_every_table_and_plot_and_escapes_text(tmp_path: Path) -> Non
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and f'"{name}"' in html
 
 
+def test_an_old_sections_plot_is_drawn_only_where_it_is_missing(tmp_path: Path) -> None:
+    """As after a kill between an experiment's figures and its plots."""
+    sections = [Section("old", "", [], [PLOT])]
+    write_report(tmp_path, "Demo", {}, sections)
+    (tmp_path / "f1-dark.png").unlink()
+    write_report(tmp_path, "Demo", {}, sections, new=("other",))
+    assert (tmp_path / "f1-dark.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("f1.png", "f1-dark.png"):
+        (tmp_path / name).write_bytes(b"kept")
+    write_report(tmp_path, "Demo", {}, sections, new=("other",))
+    assert (tmp_path / "f1.png").read_bytes() == b"kept"
+
+
 def test_words_stand_on_the_left_and_numbers_are_readable() -> None:
     table = Table("T", ["arm", "what", "at", "p"], [["2 shots", "stored", "25%", "<0.001"]])
     assert table.worded == [True, True, False, False]

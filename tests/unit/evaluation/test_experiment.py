@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from typing import Any
+
+from memshare.evaluation.experiment import Experiment, contrasts
+from memshare.evaluation.measures import F1
+from memshare.evaluation.rows import Key, Row, mean_row
+
+
+async def nothing(lab: Any) -> Any:
+    yield lab
+
+
+def row(arm: str, model: str, metric: str = F1) -> Row:
+    return mean_row(Key(arm, "", "puns", metric, model, "decontaminated"), {"q": 1.0}, 0)
+
+
+def test_one_agents_answers_are_never_compared_with_another_agents() -> None:
+    """What ranked for two arms may differ; who answered may not, though each arm has one row."""
+    experiment = Experiment("shots", "?", nothing, (("ours", "theirs"),), tested=(F1, "MRR@10"))
+    found = [row("ours", "encoder", "MRR@10"), row("theirs", "BM25", "MRR@10")]
+    answered = [row("ours", "small"), row("theirs", "large")]
+    agents = ("small", "large")
+    assert contrasts(experiment, [*found, *answered], agents) == [(found[0], found[1])]
+    both = [*answered, row("theirs", "small")]
+    assert contrasts(experiment, both, agents) == [(both[0], both[2])]

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+from memshare.config import Config
+from memshare.evaluation.data import Domain, Pair
+from memshare.evaluation.grow import grow
+from memshare.llm.base import Completion
+from memshare.records import Grade
+
+
+class Says:
+    """An agent that answers with its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def answer(self, prompt: str, memories: Any) -> Any:
+        return SimpleNamespace(completion=Completion(f"{self.name} on {prompt}", "stop", 1, 1))
+
+
+class RefusesThree:
+    """A scorer that lets all in but the third problem."""
+
+    async def grade(self, prompt: str, answer: str, rubric: str) -> Grade:
+        return Grade(0.0 if prompt == "problem 2" else 100.0, "")
+
+
+def test_what_is_stored_names_the_agent_that_wrote_it() -> None:
+    problems = tuple(Pair(f"problem {n}", "?") for n in range(5))
+    lab: Any = SimpleNamespace(config=Config())
+    agents: list[Any] = [Says("first"), Says("second")]
+    scorer: Any = RefusesThree()
+    grown = asyncio.run(grow(lab, agents, Domain("pool", (), problems, {}), scorer))
+    assert [(item.agent, item.pair.answer) for item in grown.attempts] == [
+        (n % 2, f"{agents[n % 2].name} on problem {n}") for n in range(5)
+    ]
+    assert [item.agent for item in grown.stored] == [0, 1, 1, 0]
+    assert len(grown.memories) == 4
