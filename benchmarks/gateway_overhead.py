@@ -3,14 +3,15 @@
 A real vLLM server (``make vllm``, ``serve/llm.py``) serves the pocket LM in float32 without a
 prefix cache, so that a prompt costs the same each time; ``serve/gateway.py`` stands before it with
 the encoder of ``configs/pocket.yaml`` and a pool of pocket-world memories. 32 clients in this
-process each send their next question once the last one is answered, greedily decoded. Short blocks
-of new questions alternate between the two ways, on the same cores; each block is asked both ways
-one after the other, and the first pair warms up and is left out. Every answer must have as many
-prompt tokens both ways: the same prompts were sent.
+process each send their next question once the last one is answered. Every answer is made as long as
+the agent's may be (``ignore_eos``, as in vLLM's own benchmarks): where an answer ends depends on
+what it was batched with, and one that does not end makes its whole block slow. Short blocks of new
+questions alternate between the two ways, on the same cores; each block is asked both ways one after
+the other, and the first pair warms up and is left out. Prompts and answers must have as many tokens
+both ways.
 
 ``proxy_vs_vllm`` (goal: at least 0.95): answers a second through the gateway over those of vLLM
-itself, with memory off: the median of the pairs' ratios, since vLLM on few cores is twice as fast
-at one time than at another, for longer than a pair takes. ``retrieval_vs_vllm`` (goal: 0.75 on the
+itself, with memory off: the median of the pairs' ratios. ``retrieval_vs_vllm`` (goal: 0.75 on the
 same two cores, 0.95 with a GPU): the same with three shots; the direct run sends the prompts
 already expanded, and nothing is written. Beside them, the time by stage of a turn (retrieve,
 prompt) at p50 and p99, from the gateway's own histograms.
@@ -54,6 +55,7 @@ POOL = "world"
 CLIENTS = 32
 SHOTS = 3
 STAGES = ("retrieve", "prompt")
+SAMPLING = {"temperature": 0.0, "ignore_eos": True}  # the gateway passes both on
 _TIMEOUT_SECONDS = 300.0
 
 
@@ -66,7 +68,7 @@ class Sizes:
     requests: int
 
 
-FULL = Sizes(500, 15, 96)
+FULL = Sizes(500, 8, 96)
 QUICK = Sizes(100, 2, 48)
 
 Body = dict[str, Any]
@@ -79,17 +81,18 @@ class Asker:
         self._url = f"{url}/v1/chat/completions"
         self.per_second: list[float] = []
 
-    async def block(self, bodies: Sequence[Body]) -> list[int]:
-        """Ask all of ``bodies``; returns each answer's prompt tokens."""
+    async def block(self, bodies: Sequence[Body]) -> list[tuple[int, int]]:
+        """Ask all of ``bodies``; returns each one's tokens, of the prompt and of the answer."""
         left = iter(enumerate(bodies))
-        tokens = [0] * len(bodies)
+        tokens = [(0, 0)] * len(bodies)
 
         async with httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, transport=Lanes()) as client:
 
             async def ask_on() -> None:
                 for place, body in left:
                     reply = (await client.post(self._url, json=body)).raise_for_status().json()
-                    tokens[place] = reply["usage"]["prompt_tokens"]
+                    usage = reply["usage"]
+                    tokens[place] = usage["prompt_tokens"], usage["completion_tokens"]
 
             began = time.perf_counter()
             await asyncio.gather(*(ask_on() for _ in range(CLIENTS)))
@@ -105,7 +108,7 @@ def alternate(
         ways = [(direct, [body for body, _ in block]), (gateway, [body for _, body in block])]
         told = [asyncio.run(asker.block(bodies)) for asker, bodies in ways[:: (-1) ** number]]
         if told[0] != told[1]:
-            raise RuntimeError("the two ways did not send the same prompts")
+            raise RuntimeError("the two ways did not ask the same")
         log(f"answers a second: {direct.per_second[-1]:.1f}, {gateway.per_second[-1]:.1f} through")
     per_second = {"vllm": direct.per_second[1:], "gateway": gateway.per_second[1:]}
     ratios = [through / alone for alone, through in zip(*per_second.values(), strict=True)]
@@ -161,7 +164,7 @@ def gateway_of(work: Work) -> Iterator[str]:
 def asked(question: str, memory: Mapping[str, Any], model: str) -> Body:
     """What the gateway is sent."""
     messages = few_shot("", (), question)
-    return {"model": model, "messages": messages, "temperature": 0.0, "memory": dict(memory)}
+    return {"model": model, "messages": messages, **SAMPLING, "memory": dict(memory)}
 
 
 def proxy_pairs(questions: Sequence[str], plain: Body) -> list[tuple[Body, Body]]:
@@ -214,7 +217,7 @@ def measure(work: Work, sizes: Sizes, vllm: str) -> dict[str, Any]:
     questions = [task.prompt for task in itertools.islice(tasks, 2 * count)]
     model = httpx.get(f"{vllm}/v1/models").json()["data"][0]["id"]
     agent = work.config.agent
-    plain = {"model": model, "temperature": 0.0, "max_tokens": agent.max_tokens}
+    plain = {"model": model, "max_tokens": agent.max_tokens, **SAMPLING}
     with gateway_of(work) as url:
         pairs = proxy_pairs(questions[:count], plain)
         found = {"proxy": alternate(Asker(vllm), Asker(url), in_blocks(pairs, sizes.requests))}
