@@ -44,7 +44,7 @@ def write_page(
 
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:
-    """The facts at the head of the page, from the last record."""
+    """The facts at the head of the page, from the last record; the commits of all."""
     if not records:
         return {}
     last = records[-1]
@@ -57,7 +57,7 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
         "seed": last["seed"],
         "machine": f"{last['machine']['cpu']}, {last['machine']['cores']} cores, "
         f"{len(last['machine']['gpus'])} GPUs",
-        "commit": last["commit"],
+        "commit": ", ".join(dict.fromkeys(record["commit"] for record in records)),
         "sizes": "quick: a few of everything, no findings" if last["quick"] else "as configured",
         "finished": last["finished_at"],
         "seconds in all": round(sum(record["seconds"] for record in records)),
