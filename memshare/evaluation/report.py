@@ -5,6 +5,7 @@ What a report says is decided by the experiment; this file only knows how it loo
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -203,7 +204,7 @@ def draw(plot: Plot, path: Path, theme: str = "") -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor=paper)
     for number, series in enumerate(plot.series):
-        _draw_series(axes, plot, series, number)
+        _draw_series(axes, plot, series, number, ink)
     positions = list(range(len(plot.ticks)))
     if plot.kind == "rows":
         axes.set_yticks(positions, plot.ticks)
@@ -229,7 +230,7 @@ def draw(plot: Plot, path: Path, theme: str = "") -> None:
     figure.savefig(path)
 
 
-def _draw_series(axes: Any, plot: Plot, series: Series, number: int) -> None:
+def _draw_series(axes: Any, plot: Plot, series: Series, number: int, ink: str) -> None:
     colour = _COLOURS[number % len(_COLOURS)]
     errors = None
     if series.low is not None and series.high is not None:
@@ -238,16 +239,26 @@ def _draw_series(axes: Any, plot: Plot, series: Series, number: int) -> None:
             [high - v for v, high in zip(series.values, series.high, strict=True)],
         ]
     lines = plot.kind == "lines"
-    # Lines stand a little beside each other, so that their intervals can be told apart.
     width = min(0.05, 0.6 / len(plot.series)) if lines else 0.8 / len(plot.series)
-    at = [p + (number - (len(plot.series) - 1) / 2) * width for p in range(len(plot.ticks))]
+    at = [p + _beside(plot, number, p) * width for p in range(len(plot.ticks))]
     if lines:
         axes.errorbar(at, series.values, yerr=errors, marker="o", markersize=5, capsize=3,
                       elinewidth=1, label=series.label, color=colour)  # fmt: skip
         return
-    kwargs = {"capsize": 2, "label": series.label, "color": colour, "ecolor": "#808891",
+    kwargs = {"capsize": 2, "label": series.label, "color": colour, "ecolor": ink,
               "error_kw": {"elinewidth": 1}}  # fmt: skip
     if plot.kind == "rows":
         axes.barh(at, series.values, width * 0.92, xerr=errors, **kwargs)
     else:
         axes.bar(at, series.values, width * 0.92, yerr=errors, **kwargs)
+
+
+def _beside(plot: Plot, number: int, tick: int) -> float:
+    """Where a series stands at a tick, in widths from its middle: intervals must not overlap.
+
+    Of lines, those that have nothing there take no room.
+    """
+    there = list(range(len(plot.series)))
+    if plot.kind == "lines":
+        there = [i for i in there if not math.isnan(plot.series[i].values[tick])]
+    return there.index(number) - (len(there) - 1) / 2 if number in there else 0.0

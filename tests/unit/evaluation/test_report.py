@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ from memshare.evaluation.report import (
     Section,
     Series,
     Table,
+    _beside,
     draw,
     machine,
     number,
@@ -70,3 +72,12 @@ def test_a_plot_is_light_and_dark(tmp_path: Path, kind: Literal["bars", "lines",
 
 def test_machine_facts_are_json() -> None:
     assert json.dumps(machine())
+
+
+def test_lines_without_a_value_at_a_tick_take_no_room_there() -> None:
+    nan = float("nan")
+    series = [Series("a", [1, nan]), Series("b", [2, 3]), Series("c", [nan, nan])]
+    plot = Plot("p", "", "lines", ["0", "1"], series, "", "")
+    assert [_beside(plot, 0, 0), _beside(plot, 1, 0), _beside(plot, 1, 1)] == [-0.5, 0.5, 0.0]
+    bars = replace(plot, kind="bars")
+    assert [_beside(bars, i, 1) for i in range(3)] == [-1.0, 0.0, 1.0]
