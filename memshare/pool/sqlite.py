@@ -16,9 +16,8 @@ from memshare.files import NETWORK_FILE_SYSTEMS, file_system
 from memshare.pool.errors import PoolError
 
 BUSY_SECONDS = 30.0
-_CONNECTIONS = (
-    50  # kept open (a gateway has 35 threads by default): opening one takes several queries
-)
+# Kept open, enough for a gateway's threads by default: opening one takes several queries.
+_CONNECTIONS = 50
 
 
 class SQLite:
