@@ -4,11 +4,10 @@ A real vLLM server (``make vllm``, ``serve/llm.py``) serves the pocket LM in flo
 prefix cache, so that a prompt costs the same each time; ``serve/gateway.py`` stands before it with
 the encoder of ``configs/pocket.yaml`` and a pool of pocket-world memories. 32 clients in this
 process each send their next question once the last one is answered. Every answer is made as long as
-the agent's may be (``ignore_eos``, as in vLLM's own benchmarks): where an answer ends depends on
-what it was batched with, and one that does not end makes its whole block slow. Short blocks of new
-questions alternate between the two ways, on the same cores; each block is asked both ways one after
-the other, and the first pair warms up and is left out. Prompts and answers must have as many tokens
-both ways.
+the agent's may be (``ignore_eos``, as in vLLM's own benchmarks), so that both ways do the same
+work. Short blocks of new questions alternate between the two ways, on the same cores; each block is
+asked both ways one after the other, and the first pair warms up and is left out. Prompts and
+answers must have as many tokens both ways.
 
 ``proxy_vs_vllm`` (goal: at least 0.95): answers a second through the gateway over those of vLLM
 itself, with memory off: the median of the pairs' ratios. ``retrieval_vs_vllm`` (goal: 0.75 on the
