@@ -1,22 +1,25 @@
 """What a gateway costs in front of vLLM: throughput through it against asking vLLM directly.
 
-A real vLLM server (``make vllm``, ``serve/llm.py``) serves the pocket LM in float32 without a
-prefix cache, so that a prompt costs the same each time; ``serve/gateway.py`` stands before it with
-the encoder of ``configs/pocket.yaml`` and a pool of pocket-world memories. 32 clients in this
-process each send their next question once the last one is answered. Every answer is made as long as
-the agent's may be (``ignore_eos``, as in vLLM's own benchmarks), so that both ways do the same
-work. Short blocks of new questions alternate between the two ways, on the same cores; each block is
-asked both ways one after the other, and the first pair warms up and is left out. Prompts and
-answers must have as many tokens both ways.
+A real vLLM server (``make vllm``, ``serve/llm.py``) serves an LM without a prefix cache, so that a
+prompt costs the same each time; ``serve/gateway.py`` stands before it with the encoder of
+``configs/pocket.yaml`` and a pool of pocket-world memories. 32 clients in this process each send
+their next question once the last one is answered. Every answer is made as long as the agent's may
+be (``ignore_eos``, as in vLLM's own benchmarks), so that both ways do the same work. Short blocks
+of new questions alternate between the two ways, on the same cores; each block is asked both ways
+one after the other, and the first pair warms up and is left out. Prompts and answers must have as
+many tokens both ways.
 
 ``proxy_vs_vllm`` (goal: at least 0.95): answers a second through the gateway over those of vLLM
 itself, with memory off: the median of the pairs' ratios. ``retrieval_vs_vllm`` (goal: 0.75 on the
 same two cores, 0.95 with a GPU): the same with three shots; the direct run sends the prompts
-already expanded, and nothing is written. Beside them, the time by stage of a turn (retrieve,
-prompt) at p50 and p99, from the gateway's own histograms.
+already expanded, and nothing is written. Beside them the gateway's processor time an answer, and
+the time by stage of a turn (retrieve, prompt) at p50 and p99, from the gateway's own histograms.
 
-``--url``: a server that runs already, started by ``serve/llm.py`` with
-``server.enable_prefix_caching`` off, so that it need not be waited for.
+What a gateway costs is the same whatever LLM stands behind it, so the ratios depend on what that
+one costs. The two above are with the layers of SmolLM2-135M, the a small chat model (random
+weights, bfloat16). ``proxy_vs_vllm_pocket`` and ``retrieval_vs_vllm_pocket`` are with the
+pocket LM (float32), which is a hundred times smaller than that: the worst that can be met.
+``--quick`` has the pocket LM alone.
 """
 
 from __future__ import annotations
@@ -28,21 +31,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import aiohttp
 import httpx
 from common import ROOT, parser, write_claims
 from pipeline import Work, build_pocket_lm
 from prometheus_client.parser import text_string_to_metric_families
-from served import serve, vllm_llm
+from served import random_lm, serve, vllm_llm
 
 from memshare.config import load_config
 from memshare.evaluation.data import Pair
-from memshare.llm.lanes import Lanes
 from memshare.llm.prompts import few_shot
 from memshare.pocket.world import World
 from memshare.progress import log
@@ -69,8 +72,15 @@ class Sizes:
 
 FULL = Sizes(500, 8, 96)
 QUICK = Sizes(100, 2, 48)
+HEAVY = Sizes(500, 5, 64)  # for an LLM that takes its time
 
 Body = dict[str, Any]
+
+
+def clients() -> aiohttp.ClientSession:
+    """Connections of many clients."""
+    limit = aiohttp.ClientTimeout(_TIMEOUT_SECONDS)
+    return aiohttp.ClientSession(timeout=limit, raise_for_status=True)
 
 
 class Asker:
@@ -85,12 +95,12 @@ class Asker:
         left = iter(enumerate(bodies))
         tokens = [(0, 0)] * len(bodies)
 
-        async with httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, transport=Lanes()) as client:
+        async with clients() as client:
 
             async def ask_on() -> None:
                 for place, body in left:
-                    reply = (await client.post(self._url, json=body)).raise_for_status().json()
-                    usage = reply["usage"]
+                    async with client.post(self._url, json=body) as reply:
+                        usage = (await reply.json())["usage"]
                     tokens[place] = usage["prompt_tokens"], usage["completion_tokens"]
 
             began = time.perf_counter()
@@ -114,28 +124,34 @@ def alternate(
     return {"ratio": median(ratios), "ratios": ratios, "answers_per_second": per_second}
 
 
-class Histograms:
-    """A gateway's stage times between two looks at its metrics."""
+class Costs:
+    """What a gateway's metrics say of the time between two looks at them."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._before = self._read()
 
-    def quantiles(self, stage: str) -> dict[str, float]:
-        """Seconds at p50 and p99, linear within a bucket as Prometheus has it."""
-        after = self._read()[stage]
-        counts = [(edge, after[edge] - self._before[stage].get(edge, 0.0)) for edge in after]
-        counts.sort()
-        return {"p50": _quantile(counts, 0.5), "p99": _quantile(counts, 0.99)}
+    def since(self, answers: int) -> dict[str, Any]:
+        """Processor seconds an answer, and seconds of each stage at p50 and p99.
 
-    def _read(self) -> dict[str, dict[float, float]]:
-        found: dict[str, dict[float, float]] = {stage: {} for stage in STAGES}
+        Quantiles are linear within a bucket, as Prometheus has it.
+        """
+        after = {name: value - self._before.get(name, 0.0) for name, value in self._read().items()}
+        stages = {}
+        for stage in STAGES:
+            buckets = sorted((edge, n) for (name, edge), n in after.items() if name == stage)
+            if buckets and buckets[-1][1]:
+                stages[stage] = {"p50": _quantile(buckets, 0.5), "p99": _quantile(buckets, 0.99)}
+        return {"gateway_cpu_seconds": after["cpu", 0.0] / answers, "stage_seconds": stages}
+
+    def _read(self) -> dict[tuple[str, float], float]:
+        found = {}
         for family in text_string_to_metric_families(httpx.get(f"{self._url}/metrics").text):
             for sample in family.samples:
-                if sample.name == "memshare_stage_seconds_bucket":
-                    stage = found.get(sample.labels["stage"])
-                    if stage is not None:
-                        stage[float(sample.labels["le"])] = sample.value
+                if sample.name == "process_cpu_seconds_total":
+                    found["cpu", 0.0] = sample.value
+                elif sample.name == "memshare_stage_seconds_bucket":
+                    found[sample.labels["stage"], float(sample.labels["le"])] = sample.value
         return found
 
 
@@ -180,12 +196,12 @@ async def retrieval_pairs(
 ) -> list[tuple[Body, Body]]:
     """The chat expanded by hand with what a search finds, and the one for the gateway to expand."""
     on = {"pool": POOL, "shots": SHOTS, "write": False}
-    async with httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, transport=Lanes()) as client:
+    async with clients() as client:
 
         async def pair(question: str) -> tuple[Body, Body]:
             search = {"pool": POOL, "query": question, "k": SHOTS}
-            reply = await client.post(f"{url}/v1/memories/search", json=search)
-            found = reply.raise_for_status().json()["memories"]
+            async with client.post(f"{url}/v1/memories/search", json=search) as reply:
+                found = (await reply.json())["memories"]
             shots = [(memory["prompt"], memory["answer"]) for memory in found]
             expanded = {**plain, "messages": few_shot("", shots, question)}
             return expanded, asked(question, on, plain["model"])
@@ -217,48 +233,61 @@ def measure(work: Work, sizes: Sizes, vllm: str) -> dict[str, Any]:
     model = httpx.get(f"{vllm}/v1/models").json()["data"][0]["id"]
     agent = work.config.agent
     plain = {"model": model, "max_tokens": agent.max_tokens, **SAMPLING}
+    found = {}
     with gateway_of(work) as url:
-        pairs = proxy_pairs(questions[:count], plain)
-        found = {"proxy": alternate(Asker(vllm), Asker(url), in_blocks(pairs, sizes.requests))}
-        pairs = asyncio.run(retrieval_pairs(url, questions[count:], plain))
-        histograms = Histograms(url)
-        found["retrieval"] = alternate(Asker(vllm), Asker(url), in_blocks(pairs, sizes.requests))
-        found["retrieval"]["seconds"] = {name: histograms.quantiles(name) for name in STAGES}
+        ways = {
+            "proxy": proxy_pairs(questions[:count], plain),
+            "retrieval": asyncio.run(retrieval_pairs(url, questions[count:], plain)),
+        }
+        for name, pairs in ways.items():
+            costs = Costs(url)
+            blocks = in_blocks(pairs, sizes.requests)
+            found[name] = alternate(Asker(vllm), Asker(url), blocks) | costs.since(count)
     return found
+
+
+def measure_llm(folder: Path, llm: dict[str, Any], seed: int, sizes: Sizes) -> dict[str, Any]:
+    """Start a server of ``llm``, fill a pool, and measure."""
+    pocket = load_config(ROOT / "configs" / "pocket.yaml")
+    llm["server"]["enable_prefix_caching"] = False
+    settings = {
+        "run": {"seed": seed}, "pools": {POOL: {}}, "agent_llm": llm, "scorer_llm": llm,
+        "encoder": {"model": pocket.encoder.model, "max_length": pocket.encoder.max_length},
+        "agent": {"shots": SHOTS, "max_tokens": pocket.agent.max_tokens},
+    }  # fmt: skip
+    work = Work(folder, settings)
+    tasks = World(seed).tasks()[: sizes.memories]
+    work.fill({POOL: [Pair(task.prompt, task.answer) for task in tasks]})
+    with serve(work):
+        check_uncached(llm["url"])
+        return measure(work, sizes, llm["url"])
 
 
 def main() -> None:
     """Start everything, measure, report."""
-    arguments = parser(__doc__)
-    arguments.add_argument("--url", help="of a vLLM server that runs already")
-    args = arguments.parse_args()
-    sizes = QUICK if args.quick else FULL
+    args = parser(__doc__).parse_args()
     # Programs that share cores. (vLLM chooses its own threads.)
     os.environ |= {
         "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
-    pocket = load_config(ROOT / "configs" / "pocket.yaml")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = build_pocket_lm(folder)["recipe"]
-        llm = vllm_llm()
-        llm["server"]["enable_prefix_caching"] = False
-        llm["url"] = args.url or llm["url"]
-        settings = {
-            "run": {"seed": args.seed}, "pools": {POOL: {}}, "agent_llm": llm, "scorer_llm": llm,
-            "encoder": {"model": pocket.encoder.model, "max_length": pocket.encoder.max_length},
-            "agent": {"shots": SHOTS, "max_tokens": pocket.agent.max_tokens},
-        }  # fmt: skip
-        work = Work(folder / "run", settings)
-        tasks = World(args.seed).tasks()[: sizes.memories]
-        work.fill({POOL: [Pair(task.prompt, task.answer) for task in tasks]})
-        with nullcontext() if args.url else serve(work):
-            check_uncached(llm["url"])
-            found = measure(work, sizes, llm["url"])
-    claims = {f"{name}_vs_vllm": item.pop("ratio") for name, item in found.items()}
+        recipe = build_pocket_lm(folder)["recipe"]
+        sizes = QUICK if args.quick else FULL
+        figures = {"_pocket": measure_llm(folder / "pocket", vllm_llm(), args.seed, sizes)}
+        if not args.quick:
+            random_lm(folder / "lm")
+            llm = vllm_llm(str(folder / "lm"), "bfloat16")
+            figures = {"": measure_llm(folder / "random", llm, args.seed, HEAVY)} | figures
+    claims = {
+        f"{way}_vs_vllm{name}": item["ratio"]
+        for name, found in figures.items()
+        for way, item in found.items()
+    }
     write_claims(
-        args, claims, model=model, encoder=pocket.encoder.model, data="pocket worlds",
-        clients=CLIENTS, shots=SHOTS, memories=sizes.memories, figures=found,
+        args, claims, model={"": "SmolLM2-135M's layers, random weights", "_pocket": recipe},
+        encoder="all-MiniLM-L6-v2", data="pocket worlds", clients=CLIENTS, shots=SHOTS,
+        memories=sizes.memories, figures=figures,
     )  # fmt: skip
 
 

@@ -16,10 +16,9 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any
 
-import httpx
+import aiohttp
 
 from memshare.evaluation.traffic import arrivals
-from memshare.llm.lanes import Lanes
 from memshare.records import Hit, SearchAnswer
 
 CLIENTS = 64
@@ -68,7 +67,9 @@ class Load:
         answer takes, and every answer in flight would seem slow.
         """
         gc.disable()
-        self._client = httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, transport=Lanes())
+        self._client = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(_TIMEOUT_SECONDS), raise_for_status=True
+        )
         self._free = asyncio.Semaphore(CLIENTS)
         self._numbers = itertools.count()
         self._generation: int | None = None
@@ -77,7 +78,7 @@ class Load:
 
     async def __aexit__(self, *_: object) -> None:
         """Close them."""
-        await self._client.aclose()
+        await self._client.close()
         gc.enable()
 
     async def capacity(self, seconds: float) -> float:
@@ -180,10 +181,10 @@ class Load:
 
     async def _post(self, url: str, body: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            async with self._free:  # a client sends one request at a time
-                reply = (await self._client.post(url, json=body)).raise_for_status()
-            answer: dict[str, Any] = reply.json()
-        except (httpx.HTTPError, ValueError) as error:
+            # A client sends one request at a time.
+            async with self._free, self._client.post(url, json=body) as reply:
+                answer: dict[str, Any] = await reply.json()
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             # Counted, shown, and the load goes on: that nothing fails is what a run must prove.
             self.failures.append(f"{url}: {error!r}")
             return None

@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from memshare.llm.lanes import Lanes
 from memshare.pocket.world import Task
 
 _TIMEOUT_SECONDS = 120.0
@@ -75,7 +74,7 @@ class Stream:
     def __init__(self, url: str, pool: str, agents: int, rate: float) -> None:
         """``rate``: requests a second, over all ``agents``."""
         self.traffic = Traffic()
-        self._client = httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_SECONDS, transport=Lanes())
+        self._client = httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_SECONDS)
         self._pool = pool
         self._agents = agents
         self._rate = rate

@@ -8,15 +8,12 @@ A replica that can't be reached is left out for a while (`memshare.llm.replicas`
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
-import time
-import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-import httpx
+import aiohttp
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -26,7 +23,16 @@ from tenacity import (
 )
 
 from memshare.llm.base import LLMError, LLMUnavailable
-from memshare.llm.lanes import Lanes
+from memshare.llm.http import (
+    LOST,
+    error_message,
+    event_data,
+    open_session,
+    proxy_of,
+    reason_of,
+    retry_after,
+    server_url,
+)
 from memshare.llm.replicas import Replicas
 
 T = TypeVar("T")
@@ -61,7 +67,7 @@ class Transport:
         api_key: str | None = None,
         backoff: float = 0.5,
     ) -> None:
-        each = [_checked(url, name) for url in ([urls] if isinstance(urls, str) else urls)]
+        each = [server_url(url, name) for url in ([urls] if isinstance(urls, str) else urls)]
         self.replicas = Replicas(each)
         self.url = ", ".join(each)
         self.name = name
@@ -70,10 +76,11 @@ class Transport:
         self._concurrency = concurrency
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._backoff = wait_exponential_jitter(initial=backoff, max=20.0, jitter=backoff)
+        self._proxies = {url: proxy_of(url) for url in each}
         # Connections and semaphores belong to the loop that made them.
-        self._loops: weakref.WeakKeyDictionary[
-            asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, asyncio.Semaphore]
-        ] = weakref.WeakKeyDictionary()
+        self._loops: dict[
+            asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, asyncio.Semaphore]
+        ] = {}
 
     async def get(self, path: str) -> dict[str, Any]:
         """GET ``path`` and return its JSON object."""
@@ -96,10 +103,10 @@ class Transport:
             async def opened(url: str) -> tuple[str, AsyncIterator[str]]:
                 async with AsyncExitStack() as attempt:
                     asked = self._request("POST", url, path, body)
-                    data = _data((await attempt.enter_async_context(asked)).aiter_lines())
+                    data = event_data(await attempt.enter_async_context(asked))
                     try:
                         first = await anext(data, "")
-                    except httpx.HTTPError as error:
+                    except LOST as error:
                         raise self._lost(url, error) from error
                     stack.push_async_exit(attempt.pop_all())
                     return first, data
@@ -114,25 +121,22 @@ class Transport:
                     yield self._event(data)
                 if first == "[DONE]":
                     return
-            except httpx.HTTPError as error:
-                raise self._unavailable(f"the stream broke: {_reason(error)}") from error
+            except LOST as error:
+                raise self._unavailable(f"the stream broke: {reason_of(error)}") from error
         raise self._unavailable("the stream ended before it was complete")
 
     async def aclose(self) -> None:
         """Close this loop's connections."""
         mine = self._loops.pop(asyncio.get_running_loop(), None)
         if mine is not None:
-            await mine[0].aclose()
+            await mine[0].close()
 
-    def _mine(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
+    def _mine(self) -> tuple[aiohttp.ClientSession, asyncio.Semaphore]:
         loop = asyncio.get_running_loop()
         if loop not in self._loops:
-            client = httpx.AsyncClient(
-                headers=self._headers,
-                timeout=httpx.Timeout(self._timeout, connect=min(10.0, self._timeout), pool=None),
-                transport=Lanes(),
-            )
-            self._loops[loop] = (client, asyncio.Semaphore(self._concurrency))
+            self._loops = {old: own for old, own in self._loops.items() if not old.is_closed()}
+            session = open_session(self.replicas.urls, self._timeout, self._headers)
+            self._loops[loop] = (session, asyncio.Semaphore(self._concurrency))
         return self._loops[loop]
 
     async def _retried(self, attempt: Callable[[str], Awaitable[T]], bounded: bool = True) -> T:
@@ -170,17 +174,17 @@ class Transport:
         asked = error.wait if isinstance(error, _Passing) else None
         return self._backoff(state) if asked is None else min(asked, MAX_WAIT_SECONDS)
 
-    def _lost(self, url: str, error: httpx.HTTPError) -> _Passing:
+    def _lost(self, url: str, error: Exception) -> _Passing:
         self.replicas.failed(url)
-        return _Passing(_reason(error))
+        return _Passing(reason_of(error))
 
     async def _whole(
         self, method: str, url: str, path: str, body: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         async with self._request(method, url, path, body) as response:
             try:
-                text = await response.aread()
-            except httpx.HTTPError as error:
+                text = await response.read()
+            except LOST as error:
                 raise self._lost(url, error) from error
         try:
             value = json.loads(text)
@@ -193,36 +197,40 @@ class Transport:
     @asynccontextmanager
     async def _request(
         self, method: str, url: str, path: str, body: Mapping[str, Any] | None
-    ) -> AsyncIterator[httpx.Response]:
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """An accepted response, its body unread; anything else raises."""
-        client, _ = self._mine()
+        session, _ = self._mine()
+        data, headers = None, {}
+        if body is not None:
+            try:
+                data = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+            except ValueError as error:  # what JSON can't hold: NaN, a lone surrogate
+                raise LLMError(f"the request can't be sent: {error}") from error
+            headers = {"Content-Type": "application/json"}
         try:
-            request = client.build_request(method, url + path, json=body)
-            response = await client.send(request, stream=True)
-        except httpx.HTTPError as error:
+            response = await session.request(
+                method, url + path, data=data, headers=headers, proxy=self._proxies[url],
+                allow_redirects=False,
+            )  # fmt: skip
+        except LOST as error:
             raise self._lost(url, error) from error
-        except ValueError as error:  # a body that JSON can't hold: NaN, a lone surrogate
-            raise LLMError(f"the request can't be sent: {error}") from error
-        try:
-            if response.status_code in _GONE:
+        async with response:
+            if response.status in _GONE:
                 self.replicas.failed(url)
             else:
                 self.replicas.worked(url)
-            if response.is_success:
-                yield response
-            else:
+            if not 200 <= response.status < 300:
                 try:
-                    text = (await response.aread()).decode(errors="replace")
-                except httpx.HTTPError as error:
+                    text = (await response.read()).decode(errors="replace")
+                except LOST as error:
                     raise self._lost(url, error) from error
                 self._refuse(response, url + path, text)
-        finally:
-            await response.aclose()
+            yield response
 
-    def _refuse(self, response: httpx.Response, where: str, text: str) -> None:
-        reason = f"status {response.status_code}: {_message(text)}"
-        if response.status_code in (408, 429) or response.status_code >= 500:
-            raise _Passing(reason, _retry_after(response.headers.get("retry-after")))
+    def _refuse(self, response: aiohttp.ClientResponse, where: str, text: str) -> NoReturn:
+        reason = f"status {response.status}: {error_message(text)}"
+        if response.status in (408, 429) or response.status >= 500:
+            raise _Passing(reason, retry_after(response.headers.get("retry-after")))
         raise LLMError(f"{where} refused the request (model {self.name}): {reason}")
 
     def _event(self, data: str) -> dict[str, Any]:
@@ -231,7 +239,7 @@ class Transport:
         except ValueError as error:
             raise LLMError(f"{self.url} ({self.name}) streamed no JSON: {data[:200]}") from error
         if "error" in value:  # vLLM reports a failure inside a stream as an event
-            raise LLMError(f"{self.url} (model {self.name}): {_message(data)}")
+            raise LLMError(f"{self.url} (model {self.name}): {error_message(data)}")
         return value
 
     def _unavailable(self, reason: str) -> LLMUnavailable:
@@ -239,53 +247,3 @@ class Transport:
             f"LLM unavailable at {self.url} (model {self.name}): {reason}; "
             "start it (python serve/llm.py) or correct the url in the configuration"
         )
-
-
-def _checked(url: str, name: str) -> str:
-    """``url`` without ``/v1`` at its end; raises `LLMError` if it can't be a server's."""
-    bare = url.rstrip("/").removesuffix("/v1")
-    try:
-        usable = httpx.URL(bare).scheme in ("http", "https") and httpx.URL(bare).host
-    except httpx.InvalidURL:
-        usable = False
-    if not usable:
-        raise LLMError(f"{url!r} is no URL of an LLM server (model {name}): http://host:port")
-    return bare
-
-
-async def _data(lines: AsyncIterator[str]) -> AsyncIterator[str]:
-    """What server-sent events carry."""
-    async for line in lines:
-        data = line.removeprefix("data:").strip()
-        if line.startswith("data:") and data:
-            yield data
-
-
-def _reason(error: Exception) -> str:
-    kind = "no answer in time" if isinstance(error, httpx.TimeoutException) else "no connection"
-    return f"{kind} ({type(error).__name__}{': ' + str(error) if str(error) else ''})"
-
-
-def _message(text: str) -> str:
-    """The message inside an OpenAI-style error, or the beginning of whatever came."""
-    try:
-        value = json.loads(text)
-        error = value.get("error", value.get("detail", value))
-        return str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
-        return text[:500].strip()
-
-
-def _retry_after(header: str | None) -> float | None:
-    """Seconds of a Retry-After header, given as a number or a date; None if there is none."""
-    if not header:
-        return None
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        moment = email.utils.parsedate_to_datetime(header)
-    except ValueError:
-        return None
-    return max(0.0, moment.timestamp() - time.time())
