@@ -11,11 +11,13 @@ change without asking an LLM again. For one example:
 * what can't be a hard negative of this query can't be its in-batch negative either, wherever else
   in the batch it turns up: ``Selected.never_negative`` carries the keys.
 
-Candidates come in the order in which they were proposed, and ties go to the earlier one. With
-``labels: none`` the query's own memory is the positive and BM25's candidates are the negatives,
-first ranks first. With ``labels: given`` a candidate of log-likelihood 0 has the query's label and
-is a positive; there is no baseline to beat. An example without hard negatives is kept, since the
-batch gives it negatives.
+Candidates come in the order in which they were proposed, BM25's first ranks first, and equal scores
+go to the earlier one: among the positives as among the hard negatives, where an early rank means
+that the query takes the memory for useful. With ``labels: none`` the query's own memory is the
+positive and BM25's candidates are the negatives, first ranks first. With ``labels: given`` a
+candidate of log-likelihood 0 has the query's label and is a positive, and all others are equally
+bad; there is no baseline to beat. An example without hard negatives is kept, since the batch gives
+it negatives.
 
 Of a query that was mined more than once the latest example counts, at the place of the first. What
 is chosen goes to disk (`Spool`) as it is read, so that examples may be larger than memory.
@@ -216,7 +218,8 @@ def select_one(example: Example, config: TrainingConfig) -> Selected | str:
     slack = 0.0 if example.labels == "given" else config.false_negative_margin
     floor = _score(best[-1]) - slack
     taken = {c.id for c in best}
-    rest = [c for c in reversed(scored) if c.id not in taken]  # worst first
+    # Worst first. Sorted, not reversed: of equal ones the first proposed is the hardest.
+    rest = [c for c in sorted(scored, key=_score) if c.id not in taken]
     positives = [Passage.of(c) for c in best]
     return _selected(example, own, positives, rest, floor=floor, count=config.hard_negatives)
 
