@@ -6,8 +6,9 @@ change without asking an LLM again. For one example:
 * positives are the best ``training.positives`` candidates by likelihood, of those that beat the
   likelihood with no example by more than ``training.margin`` (without a baseline: the best ones);
 * hard negatives are the worst ``training.hard_negatives`` of the rest. Never one of them: the
-  query's own memory or a copy of it, a copy of a positive, a memory with the query's own answer or
-  a positive's, a candidate within ``training.false_negative_margin`` of the worst positive chosen;
+  query's own memory or a copy of it, another one with the query for its prompt, a copy of a
+  positive, a memory with the query's own answer or a positive's, a candidate within
+  ``training.false_negative_margin`` of the worst positive chosen;
 * what can't be a hard negative of this query can't be its in-batch negative either, wherever else
   in the batch it turns up: ``Selected.never_negative`` carries the keys.
 
@@ -52,7 +53,8 @@ def text_key(text: str) -> str:
 class Passage:
     """One memory as the encoder sees it: its text, and the keys that tell copies and answers.
 
-    ``loglik``: what an LM measured of it for this query, None where none did.
+    ``loglik``: what an LM measured of it for this query, None where none did. ``prompt``: the key
+    of its prompt, None where the examples don't have it.
     """
 
     id: str
@@ -60,6 +62,7 @@ class Passage:
     key: str
     answer: str
     loglik: float | None = None
+    prompt: str | None = None
 
     @classmethod
     def of(cls, candidate: Candidate) -> Passage:
@@ -68,8 +71,9 @@ class Passage:
         value = candidate.loglik
         known = value is not None and math.isfinite(value)
         return cls(
-            candidate.id, candidate.text, key, candidate.answer_key, value if known else None
-        )
+            candidate.id, candidate.text, key, candidate.answer_key, value if known else None,
+            candidate.prompt_key,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,8 @@ class Selected:
     """One training query, ready for batching.
 
     ``answer`` is the key of the query's own answer; ``never_negative`` the text keys and ids that
-    must not count against this query even if another query of the batch brings them in.
+    must not count against this query even if another query of the batch brings them in. Neither
+    must what has ``prompt`` for its prompt.
     """
 
     query_id: str
@@ -89,6 +94,11 @@ class Selected:
     positives: tuple[Passage, ...]
     negatives: tuple[Passage, ...]
     never_negative: frozenset[str]
+
+    @property
+    def prompt(self) -> str:
+        """The query's key, and that of any memory with the same prompt."""
+        return text_key(self.query)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +201,10 @@ def _from_json(row: list[Any]) -> Selected:
 def select_one(example: Example, config: TrainingConfig) -> Selected | str:
     """One example's positives and negatives, or the reason why it can't be used."""
     own_text = memory_text(example.query, example.answer)
-    own = Passage(example.query_id, own_text, text_key(own_text), answer_key(example.answer))
+    own = Passage(
+        example.query_id, own_text, text_key(own_text), answer_key(example.answer),
+        prompt=text_key(example.query),
+    )  # fmt: skip
     others = distinct_candidates(example)
     if example.labels == "none":
         return _selected(example, own, [own], others, floor=math.inf, count=config.hard_negatives)
@@ -263,7 +276,9 @@ def _selected(
         passage = Passage.of(candidate)
         if candidate.loglik is not None and candidate.loglik >= floor:
             never |= {passage.id, passage.key}
-        elif passage.answer not in answers and len(negatives) < count:
+        elif passage.answer in answers or passage.prompt == own.prompt:
+            continue
+        elif len(negatives) < count:
             negatives.append(passage)
     return Selected(
         query_id=example.query_id,

@@ -116,6 +116,7 @@ def test_copies_and_equal_answers_are_never_negatives() -> None:
             candidate("own", memory_text("question q", "forty two"), -9.0, "else 2"),
             candidate("same-as-own", "x", -9.0, "Forty  Two"),
             candidate("same-as-positive", "y", -9.0, "Good Answer"),
+            candidate("same-prompt", memory_text("Question  Q", "another"), -9.0, "another"),
             candidate("fine", "z", -2.0, "other"),
             candidate("fine-again", "Z", -2.5, "other"),
         ),
