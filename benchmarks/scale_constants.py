@@ -33,6 +33,7 @@ from memshare.retrieval.index import FlatIndex
 from memshare.retrieval.publish import publish
 from memshare.retrieval.text import memory_text
 from memshare.training.examples import write_shard
+from memshare.training.select import text_key
 
 T = TypeVar("T")
 SIZES = (10_000, 40_000)
@@ -81,7 +82,9 @@ def measure(count: int, encoder: Encoder, folder: Path, seed: int) -> dict[str, 
             item.id, item.prompt, item.answer, "main", None, 1, item.seq, "scorer", "likelihood",
             -3.0,
             tuple(
-                Candidate(ids[i], texts[i], rank, -2.5, answer_key(ids[i]), rank)
+                Candidate(
+                    ids[i], texts[i], rank, -2.5, answer_key(ids[i]), rank, text_key(ids[i])
+                )
                 for rank, i in enumerate(draw.sample(range(count), CANDIDATES))
             ),
         )

@@ -148,7 +148,9 @@ class Candidate:
     ``bm25_rank`` and ``dense_rank`` count from 0; None: that one did not propose it. ``loglik`` is
     the mean log-likelihood per token, in nats, of the query's own answer when this memory is shown
     before the query; None where nothing measured it. ``answer_key`` is the hash of the candidate's
-    normalised answer: equal answers are never negatives of each other.
+    normalised answer: equal answers are never negatives of each other. ``prompt_key`` is that of
+    its normalised prompt (`select.text_key`): it is no negative of a query that is its prompt. None
+    in examples that earlier versions mined.
     """
 
     id: str
@@ -157,6 +159,7 @@ class Candidate:
     loglik: float | None
     answer_key: str
     dense_rank: int | None = None
+    prompt_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from memshare.records import Candidate, Example, answer_key
 from memshare.retrieval.text import memory_text
 from memshare.training.examples import shard_path, write_marker, write_shard
+from memshare.training.select import text_key
 
 TOPICS = ("tea", "rain", "iron", "moss", "salt", "wool", "echo", "fern")
 
@@ -15,7 +16,9 @@ TOPICS = ("tea", "rain", "iron", "moss", "salt", "wool", "echo", "fern")
 def candidate(
     name: str, text: str, loglik: float | None, answer: str = "", rank: int = 0
 ) -> Candidate:
-    return Candidate(name, text, rank, loglik, answer_key(answer or text))
+    prompt, _, _ = text.partition("\n")
+    key = answer_key(answer or text)
+    return Candidate(name, text, rank, loglik, key, prompt_key=text_key(prompt))
 
 
 def example(name: str = "q", **changes: object) -> Example:

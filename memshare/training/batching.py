@@ -35,36 +35,35 @@ class StepBatch:
     """One step's global batch: g queries, m distinct docs, n = m + distinct queries texts.
 
     ``texts`` (n,) are rows of the token table, docs first. ``rows`` (g,) says where in ``texts``
-    each query stands. ``positives`` (p, 2) and ``masked`` (k, 2) are pairs of query and doc,
-    ordered by query; ``logliks`` (l, 3) are query, doc and the score that an LM gave to the pair,
-    ordered likewise. ``query_answers`` (g, s), padded with -1, and ``doc_answers`` (m,) number the
-    answers: a doc with an answer of the query's is no negative of it.
+    each query stands. ``positives`` (p, 2) are pairs of query and doc, ordered by query;
+    ``logliks`` (l, 3) are query, doc and the score that an LM gave to the pair, ordered likewise.
+
+    What is no negative depends on the prompt alone: queries with equal ones pull and push the same
+    vector. ``prompts`` (g,) numbers them. ``masked`` (k, 2) are pairs of prompt and doc. With
+    numbers for the answers, too, ``doc_answers`` (m,) has each doc's, and ``answers`` (a, 2) are
+    pairs of prompt and answer: whatever doc gives that answer is no negative either.
     """
 
     query_ids: tuple[str, ...]
     texts: Ints
     docs: int
     rows: Ints
+    prompts: Ints
     positives: Ints
     masked: Ints
     logliks: npt.NDArray[np.float64]
-    query_answers: Ints
+    answers: Ints
     doc_answers: Ints
 
     def masks(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Positive and valid masks (stop - start, m) of some queries, as `info_nce_rows` wants."""
-        shape = (stop - start, self.docs)
-        positive = torch.zeros(shape, dtype=torch.bool, device=device)
-        masked = torch.zeros(shape, dtype=torch.bool, device=device)
-        for target, pairs in ((positive, self.positives), (masked, self.masked)):
-            low, high = np.searchsorted(pairs[:, 0], (start, stop))
-            at = torch.from_numpy(pairs[low:high]).to(device)
-            target[at[:, 0] - start, at[:, 1]] = True
-        answers = torch.from_numpy(self.query_answers[start:stop]).to(device)
-        columns = torch.from_numpy(self.doc_answers).to(device)
-        for slot in range(answers.shape[1]):
-            masked |= answers[:, slot : slot + 1] == columns
-        return positive, positive | ~masked
+        positive = _paired(np.arange(start, stop), self.positives, self.docs, device)
+        asked, row = np.unique(self.prompts[start:stop], return_inverse=True)
+        known = _paired(asked, self.answers, int(self.doc_answers.max()) + 1, device)
+        given = torch.from_numpy(self.doc_answers).to(device)
+        masked = known.gather(1, given.expand(len(asked), -1))
+        masked |= _paired(asked, self.masked, self.docs, device)
+        return positive, positive | ~masked.index_select(0, torch.from_numpy(row).to(device))
 
     def measured(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Log-likelihoods (stop - start, m) of some queries, as `distillation_rows` wants them."""
@@ -73,6 +72,15 @@ class StepBatch:
         found = torch.from_numpy(self.logliks[low:high])
         table[found[:, 0].long() - start, found[:, 1].long()] = found[:, 2].float()
         return table.to(device)
+
+
+def _paired(firsts: Ints, pairs: Ints, columns: int, device: torch.device) -> Tensor:
+    """A mask (f, columns) of what ``pairs`` (k, 2) pair each of the sorted ``firsts`` (f,) with."""
+    first, second = pairs[np.isin(pairs[:, 0], firsts)].T
+    at = np.stack([np.searchsorted(firsts, first), second])
+    mask = torch.zeros(len(firsts), columns, dtype=torch.bool, device=device)
+    mask[tuple(torch.from_numpy(at).to(device))] = True
+    return mask
 
 
 class Batches:
@@ -129,7 +137,8 @@ class Batches:
         digest = hashlib.sha256(how.encode())
         for item in self.items:
             passages = [
-                (p.id, p.text, p.answer, p.loglik) for p in (*item.positives, *item.negatives)
+                (p.id, p.text, p.answer, p.loglik, p.prompt)
+                for p in (*item.positives, *item.negatives)
             ]
             never = sorted(item.never_negative)
             who = (item.query_id, item.query, item.pool, item.principal)
@@ -159,6 +168,8 @@ class Batches:
         docs: dict[int, int] = {}  # row of the token table -> column
         queries: dict[int, int] = {}
         columns: dict[str, set[int]] = defaultdict(set)  # text key or id -> columns
+        prompted: dict[str | None, set[int]] = defaultdict(set)  # prompt key -> columns
+        asking: dict[str, list[int]] = defaultdict(list)  # prompt key -> rows
         numbers: dict[str, int] = {}  # answer key -> number
         doc_answers: list[int] = []
         positives: list[tuple[int, int]] = []
@@ -167,6 +178,7 @@ class Batches:
         for row, item in enumerate(items):
             at = self.table.row(query_prefix, item.query)
             rows.append(queries.setdefault(at, len(queries)))
+            asking[item.prompt].append(row)
             for passage in (*drawn[row], *item.negatives):
                 at = self.table.row(memory_prefix, passage.text)
                 column = docs.setdefault(at, len(docs))
@@ -174,28 +186,32 @@ class Batches:
                     doc_answers.append(numbers.setdefault(passage.answer, len(numbers)))
                 columns[passage.key].add(column)
                 columns[passage.id].add(column)
+                prompted[passage.prompt].add(column)
                 if passage in drawn[row]:
                     positives.append((row, column))
                 if passage.loglik is not None:
                     logliks.append((row, column, passage.loglik))
+        prompts = np.zeros(len(items), dtype=np.int64)
         masked: list[tuple[int, int]] = []
-        answers: list[list[int]] = []
-        for row, item in enumerate(items):
-            hit = set[int]().union(*(columns.get(key, ()) for key in item.never_negative))
-            masked.extend((row, column) for column in sorted(hit))
-            keys = dict.fromkeys((item.answer, *(p.answer for p in item.positives)))
-            answers.append([numbers[key] for key in keys if key in numbers])
-        width = max(1, max(len(known) for known in answers))
-        padded = [known + [-1] * (width - len(known)) for known in answers]
+        answers: list[tuple[int, int]] = []
+        for number, (prompt, equal) in enumerate(asking.items()):
+            prompts[equal] = number
+            never = {key for row in equal for key in items[row].never_negative}
+            hit = prompted.get(prompt, set()).union(*(columns.get(key, ()) for key in never))
+            masked.extend((number, column) for column in sorted(hit))
+            known = {p.answer for row in equal for p in items[row].positives}
+            known |= {items[row].answer for row in equal}
+            answers.extend((number, numbers[key]) for key in known & numbers.keys())
         return StepBatch(
             query_ids=tuple(item.query_id for item in items),
             texts=np.array([*docs, *queries], dtype=np.int64),
             docs=len(docs),
             rows=np.array(rows, dtype=np.int64) + len(docs),
+            prompts=prompts,
             positives=np.array(positives, dtype=np.int64).reshape(-1, 2),
             masked=np.array(masked, dtype=np.int64).reshape(-1, 2),
             logliks=np.array(logliks, dtype=np.float64).reshape(-1, 3),
-            query_answers=np.array(padded, dtype=np.int64).reshape(len(items), width),
+            answers=np.array(answers, dtype=np.int64).reshape(-1, 2),
             doc_answers=np.array(doc_answers, dtype=np.int64),
         )
 

@@ -29,6 +29,15 @@ from memshare.records import Candidate, Example
 MARKER = "round.json"
 HELD_OUT = "held_out"
 
+_CANDIDATE = {
+    "id": Value("string"),
+    "text": Value("string"),
+    "bm25_rank": Value("int64"),
+    "loglik": Value("float64"),
+    "answer_key": Value("string"),
+    "dense_rank": Value("int64"),
+    "prompt_key": Value("string"),
+}
 FEATURES = Features(
     {
         "query_id": Value("string"),
@@ -41,18 +50,14 @@ FEATURES = Features(
         "scorer": Value("string"),
         "labels": Value("string"),
         "baseline_loglik": Value("float64"),
-        "candidates": List(
-            {
-                "id": Value("string"),
-                "text": Value("string"),
-                "bm25_rank": Value("int64"),
-                "loglik": Value("float64"),
-                "answer_key": Value("string"),
-                "dense_rank": Value("int64"),
-            }
-        ),
+        "candidates": List(_CANDIDATE),
     }
 )
+# Shards of earlier versions have fewer columns; they are read with nulls in them.
+_ADDED = ("prompt_key",)
+_EARLIER = Features(
+    {**FEATURES, "candidates": List({k: v for k, v in _CANDIDATE.items() if k not in _ADDED})}
+).arrow_schema
 
 
 class ExamplesError(RuntimeError):
@@ -101,6 +106,8 @@ def _read_table(path: Path) -> pa.Table:
             f"{path}: damaged or unreadable ({error}); delete it and run train/mine.py "
             f"--round {inside.name}"
         ) from error
+    if table.schema.equals(_EARLIER):
+        return table.cast(FEATURES.arrow_schema)
     if not table.schema.equals(FEATURES.arrow_schema):
         raise ExamplesError(f"{path}: not a shard of training examples (its columns differ)")
     return table

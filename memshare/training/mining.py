@@ -48,6 +48,7 @@ from memshare.training.labels import Labeller, Share
 from memshare.training.proposals import PoolProposals, Proposal, Proposer, disliked
 from memshare.training.relevance import judging
 from memshare.training.rounds import new_ids
+from memshare.training.select import text_key
 from memshare.training.split import Fate, kept_split
 
 PLAN = "plan.json"
@@ -330,7 +331,10 @@ async def _example(
 
 def _candidate(memory: Memory, proposal: Proposal, worth: float | None) -> Candidate:
     text, key = memory_text(memory.prompt, memory.answer), answer_key(memory.answer)
-    return Candidate(memory.id, text, proposal.bm25_rank, worth, key, proposal.dense_rank)
+    return Candidate(
+        memory.id, text, proposal.bm25_rank, worth, key, proposal.dense_rank,
+        prompt_key=text_key(memory.prompt),
+    )  # fmt: skip
 
 
 def _marker(plan: Plan, labeller: Labeller, folder: Path, seconds: float) -> dict[str, Any]:

@@ -6,16 +6,19 @@ change without asking an LLM again. For one example:
 * positives are the best ``training.positives`` candidates by likelihood, of those that beat the
   likelihood with no example by more than ``training.margin`` (without a baseline: the best ones);
 * hard negatives are the worst ``training.hard_negatives`` of the rest. Never one of them: the
-  query's own memory or a copy of it, a copy of a positive, a memory with the query's own answer or
-  a positive's, a candidate within ``training.false_negative_margin`` of the worst positive chosen;
+  query's own memory or a copy of it, another one with the query for its prompt, a copy of a
+  positive, a memory with the query's own answer or a positive's, a candidate within
+  ``training.false_negative_margin`` of the worst positive chosen;
 * what can't be a hard negative of this query can't be its in-batch negative either, wherever else
   in the batch it turns up: ``Selected.never_negative`` carries the keys.
 
-Candidates come in the order in which they were proposed, and ties go to the earlier one. With
-``labels: none`` the query's own memory is the positive and BM25's candidates are the negatives,
-first ranks first. With ``labels: given`` a candidate of log-likelihood 0 has the query's label and
-is a positive; there is no baseline to beat. An example without hard negatives is kept, since the
-batch gives it negatives.
+Candidates come in the order in which they were proposed, BM25's first ranks first, and equal scores
+go to the earlier one: among the positives as among the hard negatives, where an early rank means
+that the query takes the memory for useful. With ``labels: none`` the query's own memory is the
+positive and BM25's candidates are the negatives, first ranks first. With ``labels: given`` a
+candidate of log-likelihood 0 has the query's label and is a positive, and all others are equally
+bad; there is no baseline to beat. An example without hard negatives is kept, since the batch gives
+it negatives.
 
 Of a query that was mined more than once the latest example counts, at the place of the first. What
 is chosen goes to disk (`Spool`) as it is read, so that examples may be larger than memory.
@@ -50,7 +53,8 @@ def text_key(text: str) -> str:
 class Passage:
     """One memory as the encoder sees it: its text, and the keys that tell copies and answers.
 
-    ``loglik``: what an LM measured of it for this query, None where none did.
+    ``loglik``: what an LM measured of it for this query, None where none did. ``prompt``: the key
+    of its prompt, None where the examples don't have it.
     """
 
     id: str
@@ -58,6 +62,7 @@ class Passage:
     key: str
     answer: str
     loglik: float | None = None
+    prompt: str | None = None
 
     @classmethod
     def of(cls, candidate: Candidate) -> Passage:
@@ -66,8 +71,9 @@ class Passage:
         value = candidate.loglik
         known = value is not None and math.isfinite(value)
         return cls(
-            candidate.id, candidate.text, key, candidate.answer_key, value if known else None
-        )
+            candidate.id, candidate.text, key, candidate.answer_key, value if known else None,
+            candidate.prompt_key,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,8 @@ class Selected:
     """One training query, ready for batching.
 
     ``answer`` is the key of the query's own answer; ``never_negative`` the text keys and ids that
-    must not count against this query even if another query of the batch brings them in.
+    must not count against this query even if another query of the batch brings them in. Neither
+    must what has ``prompt`` for its prompt.
     """
 
     query_id: str
@@ -87,6 +94,11 @@ class Selected:
     positives: tuple[Passage, ...]
     negatives: tuple[Passage, ...]
     never_negative: frozenset[str]
+
+    @property
+    def prompt(self) -> str:
+        """The query's key, and that of any memory with the same prompt."""
+        return text_key(self.query)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +201,10 @@ def _from_json(row: list[Any]) -> Selected:
 def select_one(example: Example, config: TrainingConfig) -> Selected | str:
     """One example's positives and negatives, or the reason why it can't be used."""
     own_text = memory_text(example.query, example.answer)
-    own = Passage(example.query_id, own_text, text_key(own_text), answer_key(example.answer))
+    own = Passage(
+        example.query_id, own_text, text_key(own_text), answer_key(example.answer),
+        prompt=text_key(example.query),
+    )  # fmt: skip
     others = distinct_candidates(example)
     if example.labels == "none":
         return _selected(example, own, [own], others, floor=math.inf, count=config.hard_negatives)
@@ -216,7 +231,8 @@ def select_one(example: Example, config: TrainingConfig) -> Selected | str:
     slack = 0.0 if example.labels == "given" else config.false_negative_margin
     floor = _score(best[-1]) - slack
     taken = {c.id for c in best}
-    rest = [c for c in reversed(scored) if c.id not in taken]  # worst first
+    # Worst first. Sorted, not reversed: of equal ones the first proposed is the hardest.
+    rest = [c for c in sorted(scored, key=_score) if c.id not in taken]
     positives = [Passage.of(c) for c in best]
     return _selected(example, own, positives, rest, floor=floor, count=config.hard_negatives)
 
@@ -260,7 +276,9 @@ def _selected(
         passage = Passage.of(candidate)
         if candidate.loglik is not None and candidate.loglik >= floor:
             never |= {passage.id, passage.key}
-        elif passage.answer not in answers and len(negatives) < count:
+        elif passage.answer in answers or passage.prompt == own.prompt:
+            continue
+        elif len(negatives) < count:
             negatives.append(passage)
     return Selected(
         query_id=example.query_id,

@@ -88,6 +88,28 @@ def test_any_text_and_number_survives(
     assert read_shard(path) == [row]
 
 
+def test_shards_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """Without the columns that came later, which are null then."""
+    now, path = example("a"), shard_path(tmp_path / "000001", 0)
+    write_shard(path, [now, example("b", ())])
+    rows = pq.read_table(path).to_pylist()
+    kept = ("id", "text", "bm25_rank", "loglik", "answer_key", "dense_rank")
+    for row in rows:
+        row["candidates"] = [{name: item[name] for name in kept} for item in row["candidates"]]
+    types = {field.name: field.type for field in FEATURES.arrow_schema}
+    struct = types["candidates"].value_type
+    types["candidates"] = pa.list_(pa.struct([struct.field(name) for name in kept]))
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(types.items()))), path)
+    assert read_shard(path) == [now, example("b", ())]
+    assert erase(tmp_path, ["c1"]) == 1  # written anew, with all columns
+    assert [c.id for c in read_shard(path)[0].candidates] == ["c2"]
+    assert pq.read_schema(path).equals(FEATURES.arrow_schema)
+    write_marker(path.parent, {"shards": 2})
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(types.items()))),
+                   shard_path(path.parent, 1))  # fmt: skip
+    assert len(load_examples([path.parent])) == 4
+
+
 def test_equal_examples_give_equal_bytes(tmp_path: Path) -> None:
     write_shard(tmp_path / "a", [example("a")])
     write_shard(tmp_path / "b", [example("a")])

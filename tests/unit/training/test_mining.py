@@ -42,6 +42,7 @@ from memshare.training.mining import mine, plan_round, split_memories
 from memshare.training.proposals import open_proposer
 from memshare.training.relevance import HeldOutRelevance, answer_overlap, mined_gains
 from memshare.training.rounds import open_spans
+from memshare.training.select import text_key
 from tests.tiny import tiny_encoder
 from tests.tiny_lm import tiny_lm
 
@@ -242,6 +243,8 @@ def test_labels_none_need_no_model(tmp_path: Path) -> None:
         expected = index.top([example.query], 5, [copies])[0]
         assert [candidate.id for candidate in others] == [memory_id for memory_id, _ in expected]
         assert example.principal == "seed"
+        keys = {candidate.id: candidate.prompt_key for candidate in example.candidates}
+        assert keys == {memory_id: text_key(memories[memory_id].prompt) for memory_id in keys}
 
 
 @needs_data

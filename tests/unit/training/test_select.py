@@ -116,6 +116,7 @@ def test_copies_and_equal_answers_are_never_negatives() -> None:
             candidate("own", memory_text("question q", "forty two"), -9.0, "else 2"),
             candidate("same-as-own", "x", -9.0, "Forty  Two"),
             candidate("same-as-positive", "y", -9.0, "Good Answer"),
+            candidate("same-prompt", memory_text("Question  Q", "another"), -9.0, "another"),
             candidate("fine", "z", -2.0, "other"),
             candidate("fine-again", "Z", -2.5, "other"),
         ),
@@ -168,3 +169,18 @@ def test_labels_given_need_no_baseline() -> None:
     # The margin is in nats of a measured likelihood: labels that are given are sure.
     config = TrainingConfig(margin=5.0, false_negative_margin=5.0)
     assert chosen(select_one(made, config)) == (["equal"], ["other"])
+
+
+@pytest.mark.parametrize("labels", ["likelihood", "given"])
+def test_among_equal_scores_the_first_proposed_is_taken(labels: str) -> None:
+    """As positive and as hard negative: BM25's first rank before the tail that vectors proposed."""
+    scores = [("n0", -1.0), ("p0", 0.0), ("n1", -1.0), ("p1", 0.0), ("n2", -1.0)]
+    scores += [] if labels == "given" else [("worst", -9.0)]
+    made = example(
+        labels=labels,
+        baseline_loglik=None,
+        candidates=tuple(candidate(n, n, s, rank=rank) for rank, (n, s) in enumerate(scores)),
+    )
+    worst = [name for name, score in scores if score == -9.0]
+    config = TrainingConfig(positives=1, hard_negatives=2 + len(worst))
+    assert chosen(select_one(made, config)) == (["p0"], [*worst, "n0", "n1"])
