@@ -6,6 +6,7 @@ completions do not offer, so a scorer LLM that labels by likelihood is vLLM's or
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from memshare.config import LLMConfig
-from memshare.llm.base import Completion, LLMError, LogLikelihood, Message
+from memshare.llm.base import Completion, LLMError, LogLikelihood, Message, texts_of
 from memshare.llm.transport import Transport
 
 _BYTES_PER_TOKEN = 3  # on the safe side: English has about four, and most scripts more tokens
@@ -53,9 +54,8 @@ class EndpointBackend:
         """Nothing is asked before the first call: not every endpoint lists its models."""
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        """An upper estimate of the tokens of the rendered prompt."""
-        sizes = [len(message["content"].encode(errors="replace")) for message in messages]
-        return sum(math.ceil(size / _BYTES_PER_TOKEN) + _TURN_TOKENS for size in sizes)
+        """An upper estimate of the tokens of the rendered prompt, but for images and the like."""
+        return sum(math.ceil(_bytes(one) / _BYTES_PER_TOKEN) + _TURN_TOKENS for one in messages)
 
     async def chat(
         self,
@@ -140,3 +140,10 @@ class EndpointBackend:
             "max_tokens": max_tokens, "temperature": temperature,
         }  # fmt: skip
         return body if seed is None else body | {"seed": seed}
+
+
+def _bytes(message: Mapping[str, Any]) -> int:
+    """Of a message's text and of the tools that it calls."""
+    calls = json.dumps(message["tool_calls"]) if message.get("tool_calls") else ""
+    said = "".join(texts_of(message.get("content"))) + calls
+    return len(said.encode(errors="replace"))

@@ -91,3 +91,14 @@ def test_an_odd_reply_is_an_error_and_tokens_are_not_underestimated(server: Flak
     assert made.context_length == 100
     chinese: list[Message] = [{"role": "user", "content": "昔闻洞庭水"}]
     assert made.count_tokens(chinese) >= 5 and made.count_tokens(ASK) >= 2
+
+
+def test_tokens_of_parts_tool_calls_and_no_content_are_counted(server: Flaky) -> None:
+    count = llm(server).count_tokens
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "x" * 300}}
+    silent: Any = {"role": "assistant", "content": None}
+    part = {"type": "text", "text": ASK[0]["content"]}
+    image = {"type": "image_url", "image_url": {"url": "x" * 10_000}}
+    assert count([{"role": "user", "content": [part, image]}]) == count(ASK)  # type: ignore[typeddict-item]
+    assert 0 < count([silent]) == count([{"role": "assistant"}])  # type: ignore[typeddict-item]
+    assert count([{**silent, "tool_calls": [call]}]) > count([silent]) + 100
