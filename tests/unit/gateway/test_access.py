@@ -127,6 +127,19 @@ def test_a_pool_without_rights_looks_the_same_there_or_not(
     assert "keep" not in granted.text and "strict" not in granted.text
 
 
+def test_a_chat_tells_nothing_of_a_pool_that_it_does_not_use(
+    gated: TestClient, run_dir: Path
+) -> None:
+    caller = Caller(gated, run_dir, "ann", keep="read")
+    for more in ({"shots": 0}, {"shots": 0, "write": False}, {"shots": 0, "write": True}, {}):
+        there, missing = (caller.chat(pool=pool, **more) for pool in ("strict", "nowhere"))
+        assert there.status_code == missing.status_code, more
+        if there.status_code == 200:
+            assert there.json()["memshare"] == missing.json()["memshare"]
+        else:
+            assert there.text == missing.text.replace("nowhere", "strict")
+
+
 def test_provenance_is_the_keys(gated: TestClient, run_dir: Path) -> None:
     ann = Caller(gated, run_dir, "ann", keep="read write")
     item = {"pool": "keep", "prompt": "who am I", "answer": "x", "agent": "root", "score": 100}
