@@ -103,6 +103,18 @@ def test_rights_hold_on_every_route(gated: TestClient, run_dir: Path) -> None:
     assert both("DELETE", f"/v1/memories/{own}").status_code == 200  # its own
 
 
+def test_nobody_votes_for_a_memory_of_their_own(gated: TestClient, run_dir: Path) -> None:
+    ann = Caller(gated, run_dir, "ann", keep="read write")
+    second = Caller(gated, run_dir, "ann", keep="admin")  # another key, the same principal
+    ben = Caller(gated, run_dir, "ben", keep="read write")
+    path = f"/v1/memories/{ann.add('keep', 'self-praise').json()['results'][0]['id']}"
+    for caller in (ann, second):
+        reply = caller("POST", f"{path}/feedback", json={"value": "up"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (403, "own_memory")
+    assert ben("GET", path).json()["votes"] == 0
+    assert ben("POST", f"{path}/feedback", json={"value": "up"}).json()["votes"] == 1
+
+
 def test_chat_needs_the_rights_it_uses(gated: TestClient, run_dir: Path) -> None:
     reader = Caller(gated, run_dir, "reader", keep="read")
     writer = Caller(gated, run_dir, "writer", keep="write")
