@@ -209,7 +209,8 @@ class PoolStore:
     def delete_many(self, ids: Sequence[str]) -> int:
         """`delete` each of ``ids``, and scrub once; how many there were."""
         count = sum(self._erase(id) for id in ids)
-        self._unscrubbed = self._unscrubbed or count > 0
+        if count:
+            self._unscrubbed = True
         self.scrub()
         return count
 
@@ -217,7 +218,8 @@ class PoolStore:
         """`delete` a memory whose feedback, uses and copies memory ``heir`` takes over."""
         with self._db.write() as connection:
             deleted = self._announced(connection, alter.delete(connection, id, heir))
-        self._unscrubbed = self._unscrubbed or deleted
+        if deleted:
+            self._unscrubbed = True
         self.scrub()
         return deleted
 
@@ -231,8 +233,15 @@ class PoolStore:
 
     def scrub(self) -> None:
         """Have erased text overwritten in the database's files, if that is still to be done."""
-        if self._unscrubbed and self._db.backend.scrub():
-            self._unscrubbed = False
+        if not self._unscrubbed:
+            return
+        self._unscrubbed = False  # before: another thread's deletion meanwhile sets it again
+        done = False
+        try:
+            done = self._db.backend.scrub()
+        finally:
+            if not done:
+                self._unscrubbed = True
 
     def _erase(self, id: str) -> bool:
         with self._db.write() as connection:
