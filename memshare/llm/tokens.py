@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memshare.llm.base import ContextTooLong, LLMError, Message, texts_of
-from memshare.llm.neutralise import Neutraliser
+from memshare.llm.neutralise import Neutraliser, in_texts
 from memshare.progress import log
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
@@ -71,15 +71,8 @@ class ChatTokenizer:
                 f"unknown role {cleaned.get('role')!r}; known: {', '.join(sorted(ROLES))}"
             )
         content = cleaned.get("content")
-        if isinstance(content, str):
-            cleaned["content"] = self.neutralise(content)
-        elif isinstance(content, list):
-            cleaned["content"] = [
-                {**part, "text": self.neutralise(part["text"])}
-                if isinstance(part, dict) and isinstance(part.get("text"), str)
-                else part
-                for part in content
-            ]
+        if isinstance(content, str | list):
+            cleaned["content"] = in_texts(content, self.neutralise)
         elif content is not None:
             raise LLMError(f"a message's content must be text, not {type(content).__name__}")
         return cleaned
