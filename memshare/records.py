@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ChangeKind = Literal["add", "delete", "hold", "release"]
+ChangeKind = Literal["add", "delete", "hold", "release", "amend"]
 AppendStatus = Literal["stored", "duplicate", "held", "rejected"]
 
 

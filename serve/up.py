@@ -134,7 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         log(f"up: {error}")
         return 2
-    supervisor = Supervisor(config.run.dir / "logs", config.gateway.shutdown_seconds + 15.0)
+    # The gateway takes that time twice: for open requests, then for the scoring queue.
+    grace = 2 * config.gateway.shutdown_seconds + 15.0
+    supervisor = Supervisor(config.run.dir / "logs", grace)
     # A flag, not an exception: nothing may be started and then forgotten in between.
     stopping = Event()
     for each in (signal.SIGINT, signal.SIGTERM):

@@ -138,7 +138,7 @@ class GatewayConfig(Section):
     ``score_writes``: memories that clients write are graded before they are stored, as answers are.
     ``scoring_queue``: so many pairs wait for the scorer before chats are refused;
     ``scoring_lease_seconds``: how long after a crash its pairs stay with the gateway that crashed.
-    ``shutdown_seconds``: how long a stopping gateway finishes what it has accepted.
+    ``shutdown_seconds``: how long a stopping gateway finishes requests, and then its scoring queue.
     """
 
     host: str = "127.0.0.1"

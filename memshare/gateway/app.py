@@ -106,7 +106,7 @@ async def _start(gateway: Gateway) -> None:
         if gateway.on_failure:
             gateway.on_failure(error)
         return
-    gateway.metrics.watch(lambda: _sizes(gateway))
+    gateway.metrics.watch(gateway.shared.searcher.stats, lambda: _sizes(gateway))
     gateway.queue.start()
     if gateway.on_ready:
         gateway.on_ready()
@@ -116,12 +116,9 @@ async def _start(gateway: Gateway) -> None:
 
 def _sizes(gateway: Gateway) -> Sizes:
     store = gateway.shared.store
-    # Its positions first: a pool has changed at least as often as the searcher has seen.
-    searcher = gateway.shared.searcher.stats()
     stats = [store.stats(info.name) for info in store.pools()]
     return Sizes(
         scoring_queue=gateway.queue.pending(),
-        searcher=searcher,
         memories={item.pool.name: item.memories for item in stats},
         held={item.pool.name: item.held for item in stats},
         changes={item.pool.name: item.pool.last_seq for item in stats},

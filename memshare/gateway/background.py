@@ -3,8 +3,10 @@
 Policy. A finished answer is in the queue before its client has all of it. Whatever the gateway does
 then, be killed included, some gateway of this database grades the pair and decides it once
 (`pool.queue`). A scorer that can't be reached, or a database, is tried again until it can. A pair
-that keeps failing is refused after some attempts. A stopping gateway works off what was in the
-queue by then for ``gateway.shutdown_seconds``; what is left stays for the next one.
+that keeps failing is refused after some attempts; that the scorer was away counts as one only where
+other pairs were graded meanwhile, and until its next one such a pair rests, ever longer, so that
+those behind it have their turn. A stopping gateway works off what was in the queue by then for
+``gateway.shutdown_seconds``; what is left stays for the next one.
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ class ScoringQueue:
         self._loops: list[asyncio.Task[None]] = []
         self._wake = asyncio.Event()
         self._last: str | None = None  # stopping: pairs put after this id are not ours to finish
+        self._graded = 0
+        # Pairs that the scorer was away for: how often, and `_graded` at the last time.
+        self._failed: dict[str, tuple[int, int]] = {}
         self._troubles = 0  # in a row: the scorer or the database was away
         self._again_at = 0.0
 
@@ -140,14 +145,14 @@ class ScoringQueue:
     async def _work(self, job: Job) -> None:
         """Decide one pair. Whatever is wrong with it must not stop the others."""
         pair = job.pair
+        began = time.monotonic()
         try:
             if job.attempts <= _MAX_ATTEMPTS:
                 decision = await self._shared.grade_and_store(pair, job)
             else:  # it may be what kills gateways
                 decision = await self._refuse(job)
         except LLMUnavailable as error:
-            self._trouble(error)
-            await self._give_back([job])
+            await self._put_off(job, error, time.monotonic() - began)
         except (SearchTimeout, SearcherClosed):
             logger.warning("stored, but not searchable so far", extra={"pool": pair.pool})
             self._tell(pair, Decision("stored", STORED))
@@ -162,11 +167,30 @@ class ScoringQueue:
                 self._tell(pair, await self._refuse(job))
         else:
             self._troubles = 0
+            self._graded += job.attempts <= _MAX_ATTEMPTS
+            self._failed.pop(job.id, None)
             self._tell(pair, decision)
 
-    async def _give_back(self, jobs: Sequence[Job]) -> None:
+    async def _put_off(self, job: Job, error: LLMUnavailable, took: float) -> None:
+        """The scorer was away for a pair, after ``took`` seconds: for all pairs, or for this one?
+
+        For this one if others were graded since it failed last. It rests at least as long as it
+        took, so that pairs that time out leave half of the workers' time to the others.
+        """
+        times, graded = self._failed.pop(job.id, (0, self._graded))
+        at_fault = self._graded > graded
+        self._failed[job.id] = (times + 1, self._graded)
+        if len(self._failed) > self._limit:  # other gateways may have decided the oldest ones
+            del self._failed[next(iter(self._failed))]
+        if not at_fault:
+            self._trouble(error)
+        await self._give_back([job], max(_pause(times), took), at_fault)
+
+    async def _give_back(
+        self, jobs: Sequence[Job], pause: float = 0.0, counted: bool = False
+    ) -> None:
         with suppress(PoolError):  # then they are free once their lease is over
-            await self._shared.write(self._queue.release, jobs)
+            await self._shared.write(self._queue.release, jobs, pause, counted)
 
     async def _refuse(self, job: Job) -> Decision:
         return await self._shared.settle(job.pair, Decision("rejected", FAILED), job)
@@ -176,8 +200,12 @@ class ScoringQueue:
 
     def _trouble(self, error: Exception) -> None:
         """The scorer or the database is away, for all pairs alike: pause, and longer each time."""
-        pause = _RETRY_SECONDS[min(self._troubles, len(_RETRY_SECONDS) - 1)]
+        pause = _pause(self._troubles)
         self._troubles += 1
         self._again_at = time.monotonic() + pause
         extra = {"failure": where(error), "seconds": pause}
         logger.warning("scoring pauses: scorer or database is away", extra=extra)
+
+
+def _pause(failures: int) -> float:
+    return _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)]

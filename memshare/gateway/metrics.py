@@ -16,6 +16,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from memshare.pool.errors import PoolError
 from memshare.retrieval.searcher import SearcherStats
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -23,25 +24,35 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Figures read when Prometheus asks: of the queue, the searcher, and each pool.
+    """Figures of the database, read when Prometheus asks: of the queue and each pool.
 
     ``changes`` is a pool's position, the number of changes it has seen (`PoolInfo.last_seq`).
     """
 
     scoring_queue: int
-    searcher: SearcherStats
     memories: dict[str, int]
     held: dict[str, int]
     changes: dict[str, int]
 
 
 class _SizesCollector(Collector):
-    def __init__(self, read: Callable[[], Sizes]) -> None:
+    def __init__(self, searcher: Callable[[], SearcherStats], read: Callable[[], Sizes]) -> None:
+        self._searcher = searcher
         self._read = read
 
     def collect(self) -> Iterable[Metric]:
-        sizes = self._read()
-        stats = sizes.searcher
+        stats = self._searcher()  # first: a pool has changed at least as often as it has seen
+        try:
+            sizes = self._read()
+        except PoolError:  # that is when the other figures are wanted most
+            sizes = None
+        yield from self._of_searcher(stats)
+        away = "1: the database can't be read, and its figures are missing"
+        yield GaugeMetricFamily("memshare_database_error", away, value=float(sizes is None))
+        if sizes is not None:
+            yield from self._of_database(sizes, stats)
+
+    def _of_searcher(self, stats: SearcherStats) -> Iterable[Metric]:
         last = stats.swaps[-1] if stats.swaps else None
         for name, text, value in (
             ("generation", "Number of the generation that answers", stats.generation or 0),
@@ -51,7 +62,6 @@ class _SizesCollector(Collector):
             ("swap_seconds", "No search ran while it came in", last.swap_seconds if last else 0),
             ("search_queue", "Searches that wait for the next batch", stats.queue_depth),
             ("delta_rows", "Memories newer than the generation's index", stats.delta_rows),
-            ("scoring_queue", "Pairs without a decision, of all gateways", sizes.scoring_queue),
         ):
             yield GaugeMetricFamily(f"memshare_{name}", text, value=float(value))
         for name, text, count in (
@@ -62,6 +72,10 @@ class _SizesCollector(Collector):
             ("searches_failed", "Searches failed", stats.failed),
         ):
             yield CounterMetricFamily(f"memshare_{name}", text, value=count)
+
+    def _of_database(self, sizes: Sizes, stats: SearcherStats) -> Iterable[Metric]:
+        waiting = "Pairs without a decision, of all gateways"
+        yield GaugeMetricFamily("memshare_scoring_queue", waiting, value=sizes.scoring_queue)
         lag = {pool: sizes.changes[pool] - seq for pool, seq in stats.positions.items()}
         for name, text, by_pool in (
             ("memories", "Living memories", sizes.memories),
@@ -134,9 +148,9 @@ class Metrics:
         """One stage of a turn took this long."""
         self.stage_seconds.labels(stage).observe(seconds)
 
-    def watch(self, read: Callable[[], Sizes]) -> None:
-        """Export `Sizes`, read anew at every scrape."""
-        self.registry.register(_SizesCollector(read))
+    def watch(self, searcher: Callable[[], SearcherStats], read: Callable[[], Sizes]) -> None:
+        """Export both, read anew at every scrape; ``read`` may raise `PoolError`."""
+        self.registry.register(_SizesCollector(searcher, read))
 
     def render(self) -> bytes:
         """The exposition text. Blocking: it asks the store for sizes."""

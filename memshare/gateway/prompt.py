@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from memshare.gateway.errors import ApiError
 from memshare.gateway.schemas import ChatMessage
-from memshare.llm.base import LLM, Message
+from memshare.llm.base import LLM, Message, texts_of
 from memshare.llm.prompts import fit_shots
 from memshare.records import Memory
 
@@ -26,11 +26,9 @@ def question_of(messages: Sequence[ChatMessage]) -> Question:
     for message in reversed(messages):
         if message.role != "user":
             continue
-        if isinstance(message.content, str):
-            return Question(message.content, True)
-        parts = message.content or []
-        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-        return Question("\n".join(texts), len(texts) == len(parts))
+        texts = texts_of(message.content)
+        parts = 1 if isinstance(message.content, str) else len(message.content or ())
+        return Question("\n".join(texts), len(texts) == parts)
     raise ApiError(422, "messages: a user message is needed", param="messages", code="no_question")
 
 

@@ -14,6 +14,14 @@ class Message(TypedDict):
     content: str
 
 
+def texts_of(content: Any) -> list[str]:
+    """The texts in a message's content: the one that it is, or those of its text parts."""
+    if isinstance(content, str):
+        return [content]
+    parts = [part for part in content or () if isinstance(part, dict)]
+    return [part["text"] for part in parts if isinstance(part.get("text"), str)]
+
+
 class LLMError(RuntimeError):
     """The LLM refused a request (a 4xx, a context too long): repeating it won't help."""
 

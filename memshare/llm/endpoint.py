@@ -6,6 +6,7 @@ completions do not offer, so a scorer LLM that labels by likelihood is vLLM's or
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -14,7 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from memshare.config import LLMConfig
-from memshare.llm.base import Completion, LLMError, LogLikelihood, Message
+from memshare.llm.base import Completion, LLMError, LogLikelihood, Message, texts_of
+from memshare.llm.neutralise import break_known, in_texts
 from memshare.llm.transport import Transport
 
 _BYTES_PER_TOKEN = 3  # on the safe side: English has about four, and most scripts more tokens
@@ -26,8 +28,8 @@ class EndpointBackend:
     """An LLM behind ``/v1/chat/completions``. Follows `memshare.llm.base.LLM`.
 
     ``model`` is the endpoint's own name for it. Tokens are estimated from bytes; what the endpoint
-    then finds too long, it refuses (`LLMError`). Text goes out as it is: to keep control tokens in
-    it from being read as such is the endpoint's affair, and hosted ones do.
+    then finds too long, it refuses (`LLMError`). Control strings of the common chat formats are
+    broken in every text that goes out; those that no one but its own tokenizer knows are not.
     """
 
     def __init__(self, model: str, config: LLMConfig, backoff_seconds: float = 0.5) -> None:
@@ -53,9 +55,8 @@ class EndpointBackend:
         """Nothing is asked before the first call: not every endpoint lists its models."""
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        """An upper estimate of the tokens of the rendered prompt."""
-        sizes = [len(message["content"].encode(errors="replace")) for message in messages]
-        return sum(math.ceil(size / _BYTES_PER_TOKEN) + _TURN_TOKENS for size in sizes)
+        """An upper estimate of the tokens of the rendered prompt, but for images and the like."""
+        return sum(math.ceil(_bytes(one) / _BYTES_PER_TOKEN) + _TURN_TOKENS for one in messages)
 
     async def chat(
         self,
@@ -136,7 +137,21 @@ class EndpointBackend:
         extra: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         body: dict[str, Any] = {
-            **(extra or {}), "model": self._name, "messages": list(messages),
+            **(extra or {}), "model": self._name, "messages": [_neutral(one) for one in messages],
             "max_tokens": max_tokens, "temperature": temperature,
         }  # fmt: skip
         return body if seed is None else body | {"seed": seed}
+
+
+def _neutral(message: Mapping[str, Any]) -> dict[str, Any]:
+    neutral = dict(message)
+    if "content" in neutral:
+        neutral["content"] = in_texts(neutral["content"], break_known)
+    return neutral
+
+
+def _bytes(message: Mapping[str, Any]) -> int:
+    """Of a message's text and of the tools that it calls."""
+    calls = json.dumps(message["tool_calls"]) if message.get("tool_calls") else ""
+    said = "".join(texts_of(message.get("content"))) + calls
+    return len(said.encode(errors="replace"))

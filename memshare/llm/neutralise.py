@@ -10,6 +10,7 @@ such string comes back as it was.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -33,6 +34,35 @@ _BRACKETS = re.compile(r"[<>\[\]|｜]")
 def has_control_string(text: str) -> bool:
     """Whether ``text`` has a control string of a common chat format in it, for whatever model."""
     return _KNOWN_PATTERN.search(text) is not None
+
+
+def break_known(text: str) -> str:
+    """``text`` with those strings broken: all that can be done where no tokenizer is at hand."""
+    return _broken(_KNOWN_PATTERN, text)
+
+
+def in_texts(content: Any, change: Callable[[str], str]) -> Any:
+    """A message's content with ``change`` made to each text in it; the rest as it stands."""
+    if isinstance(content, str):
+        return change(content)
+    if not isinstance(content, list):
+        return content
+    return [
+        {**part, "text": change(part["text"])}
+        if isinstance(part, dict) and isinstance(part.get("text"), str)
+        else part
+        for part in content
+    ]
+
+
+def _broken(pattern: re.Pattern[str], text: str) -> str:
+    # A replacement can't create a match inside itself, but two matches may share characters.
+    for _ in range(8):
+        broken = pattern.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
+        if broken == text:
+            break
+        text = broken
+    return text
 
 
 def is_control(content: str, special: bool) -> bool:
@@ -80,12 +110,7 @@ class Neutraliser:
             text.encode()
         except UnicodeEncodeError as error:
             raise LLMError(f"text is not valid Unicode: {error}") from None
-        # A replacement can't create a match inside itself, but two matches may share characters.
-        for _ in range(8):
-            broken = self._pattern.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
-            if broken == text:
-                break
-            text = broken
+        text = _broken(self._pattern, text)
         # What the tokenizer's own normaliser maps to a control token (full-width forms, or a
         # dropped zero-width space) shows only in its output.
         for breaker in (BREAK, " ", " "):

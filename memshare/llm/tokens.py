@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memshare.llm.base import ContextTooLong, LLMError, Message
-from memshare.llm.neutralise import Neutraliser
+from memshare.llm.base import ContextTooLong, LLMError, Message, texts_of
+from memshare.llm.neutralise import Neutraliser, in_texts
 from memshare.progress import log
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
@@ -44,6 +44,7 @@ class ChatTokenizer:
         self._lock = threading.Lock()  # a fast tokenizer must not be borrowed by two threads
         self._neutralise = Neutraliser(self.tokenizer)
         self.control_ids = self._neutralise.control_ids
+        self._takes_parts = self._renders_parts()
         if not self.control_ids.intersection(self.prompt_ids([{"role": "user", "content": "x"}])):
             log(f"warning: {model}: turns are marked by plain text, which a memory can imitate")
 
@@ -70,32 +71,52 @@ class ChatTokenizer:
                 f"unknown role {cleaned.get('role')!r}; known: {', '.join(sorted(ROLES))}"
             )
         content = cleaned.get("content")
-        if isinstance(content, str):
-            cleaned["content"] = self.neutralise(content)
-        elif isinstance(content, list):
-            cleaned["content"] = [
-                {**part, "text": self.neutralise(part["text"])}
-                if isinstance(part, dict) and isinstance(part.get("text"), str)
-                else part
-                for part in content
-            ]
+        if isinstance(content, str | list):
+            cleaned["content"] = in_texts(content, self.neutralise)
         elif content is not None:
             raise LLMError(f"a message's content must be text, not {type(content).__name__}")
         return cleaned
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt as text: cleaned messages and the header of the assistant's reply."""
+        """The prompt as text: cleaned messages and the header of the assistant's reply.
+
+        Where the template takes strings alone, text parts become one text, a line each, and no
+        content an empty one, as vLLM does it. Raises `LLMError` for what the template refuses.
+        """
+        cleaned = self.clean(messages)
+        if not self._takes_parts:
+            cleaned = [{**message, "content": self._flat(message)} for message in cleaned]
+        return self._apply(cleaned)
+
+    def _apply(self, messages: list[dict[str, Any]]) -> str:
         from jinja2 import TemplateError
 
         try:
             rendered: str = self.tokenizer.apply_chat_template(
-                self.clean(messages), tokenize=False, add_generation_prompt=True
+                messages, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
+        # A template runs on what a client sent: a wrong type in there is a refusal too.
+        except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
             raise LLMError(
                 f"{self.model}: its chat template refuses the messages: {error}"
             ) from error
         return rendered
+
+    def _renders_parts(self) -> bool:
+        """Whether the template makes of a text part what it makes of the text."""
+        parts = [{"type": "text", "text": "x"}]
+        try:
+            both = [self._apply([{"role": "user", "content": said}]) for said in ("x", parts)]
+        except LLMError:
+            return False
+        return both[0] == both[1]
+
+    def _flat(self, message: Mapping[str, Any]) -> str:
+        content = message.get("content")
+        texts = texts_of(content)
+        if isinstance(content, list) and len(texts) < len(content):
+            raise LLMError(f"{self.model}: its chat template takes nothing but text")
+        return "\n".join(texts)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; nothing is added."""

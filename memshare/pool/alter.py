@@ -1,23 +1,27 @@
-"""The transactions that change one memory: delete, hold, release.
+"""The transactions that change one memory: delete, hold, release, amend.
 
 Each returns the memory's pool, or None where nothing changed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
 
 from memshare.pool.limits import forget
 from memshare.pool.rows import ALIVE, need_pool
-from memshare.pool.schema import changes, feedback, memories, pools, uses
+from memshare.pool.schema import changes, copies, feedback, memories, pools, uses
 from memshare.pool.validate import now
 from memshare.records import ChangeKind
 
 
-def delete(connection: sa.Connection, id: str) -> str | None:
-    """Erase a living memory's text, and what others said of it, which may quote the text."""
+def delete(connection: sa.Connection, id: str, heir: str | None = None) -> str | None:
+    """Erase a living memory's text, and what others said of it, which may quote the text.
+
+    ``heir``: a living memory that takes its place, and takes over feedback, uses and copies.
+    """
     erased: dict[str, Any] = {
         "prompt": "", "answer": "", "metadata": {}, "content_key": None, "held": False,
         "hold_reason": None, "deleted_at": now(),
@@ -25,6 +29,8 @@ def delete(connection: sa.Connection, id: str) -> str | None:
     agent = connection.execute(sa.select(memories.c.agent).where(memories.c.id == id)).scalar()
     pool = _change(connection, id, "delete", ALIVE, erased)
     if pool is not None:
+        if heir is not None:
+            _inherit(connection, id, heir)
         connection.execute(sa.delete(feedback).where(feedback.c.memory_id == id))
         connection.execute(sa.delete(uses).where(uses.c.memory_id == id))
         forget(connection, pool, id, agent)
@@ -41,6 +47,46 @@ def release(connection: sa.Connection, id: str) -> str | None:
     """End a hold."""
     values = {"held": False, "hold_reason": None}
     return _change(connection, id, "release", sa.and_(ALIVE, memories.c.held), values)
+
+
+def amend(connection: sa.Connection, id: str, metadata: Mapping[str, Any]) -> str | None:
+    """Replace a living memory's metadata, which has been checked."""
+    return _change(connection, id, "amend", ALIVE, {"metadata": dict(metadata)})
+
+
+def _inherit(connection: sa.Connection, id: str, heir: str) -> None:
+    """What is known of memory ``id`` is known of ``heir`` from now on, but its author's own vote.
+
+    Opinions and origin that ``heir`` has of its own already stay.
+    """
+    found = connection.execute(sa.select(memories.c.agent).where(memories.c.id == heir)).one()
+    voted = sa.select(feedback.c.principal).where(feedback.c.memory_id == heir)
+    connection.execute(
+        sa.update(feedback)
+        .where(
+            feedback.c.memory_id == id,
+            feedback.c.principal.not_in(voted),
+            feedback.c.principal != (found.agent or ""),
+        )
+        .values(memory_id=heir)
+    )
+    if count := connection.execute(sa.select(uses.c.count).where(uses.c.memory_id == id)).scalar():
+        more = sa.update(uses).where(uses.c.memory_id == heir).values(count=uses.c.count + count)
+        if connection.execute(more).rowcount == 0:
+            connection.execute(sa.insert(uses).values(memory_id=heir, count=count))
+    connection.execute(
+        sa.delete(copies).where(copies.c.memory_id == heir, copies.c.origin_id == id)
+    )
+    origin, own = (
+        connection.execute(sa.select(copies.c.origin_id).where(copies.c.memory_id == one)).scalar()
+        for one in (id, heir)
+    )
+    if own is None and origin not in (None, heir):
+        connection.execute(sa.insert(copies).values(memory_id=heir, origin_id=origin))
+        own = origin
+    connection.execute(
+        sa.update(copies).where(copies.c.origin_id == id).values(origin_id=own or heir)
+    )
 
 
 def _change(

@@ -33,7 +33,7 @@ class ClaimLost(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A claimed pair. ``attempts`` counts its claims that ended without a word, this one too."""
+    """A claimed pair. ``attempts`` counts its claims that were not taken back, this one too."""
 
     id: str
     claim: str
@@ -120,14 +120,21 @@ class PairQueue:
                 .values(free_at=self._now(connection) + lease_seconds)
             )
 
-    def release(self, jobs: Collection[Job]) -> None:
-        """Give pairs back undecided, for anybody to claim at once; that was no attempt."""
+    def release(
+        self, jobs: Collection[Job], pause_seconds: float = 0.0, counted: bool = False
+    ) -> None:
+        """Give pairs back undecided, for anybody to claim after a pause (of less than ten leases).
+
+        ``counted``: that was an attempt.
+        """
+        attempts = pending.c.attempts if counted else pending.c.attempts - 1
         with self._db.write() as connection:
+            free_at = self._now(connection) + pause_seconds if pause_seconds else 0.0
             for job in jobs:
                 connection.execute(
                     sa.update(pending)
                     .where(_held_by(job))
-                    .values(claim=None, free_at=0.0, attempts=pending.c.attempts - 1)
+                    .values(claim=None, free_at=free_at, attempts=attempts)
                 )
 
     @staticmethod

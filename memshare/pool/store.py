@@ -2,7 +2,7 @@
 
 Writes are transactions. Each takes its ``seq`` numbers from the pool's row, which stays locked
 until the commit, so numbers become visible in order: a reader that has seen ``seq <= s`` never
-finds a new row there later. Appends, deletes, holds and releases share one sequence and one log.
+finds a new row there later. Appends and all changes share one sequence and one log.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -208,14 +209,39 @@ class PoolStore:
     def delete_many(self, ids: Sequence[str]) -> int:
         """`delete` each of ``ids``, and scrub once; how many there were."""
         count = sum(self._erase(id) for id in ids)
-        self._unscrubbed = self._unscrubbed or count > 0
+        if count:
+            self._unscrubbed = True
         self.scrub()
         return count
 
+    def replace(self, id: str, heir: str) -> bool:
+        """`delete` a memory whose feedback, uses and copies memory ``heir`` takes over."""
+        with self._db.write() as connection:
+            deleted = self._announced(connection, alter.delete(connection, id, heir))
+        if deleted:
+            self._unscrubbed = True
+        self.scrub()
+        return deleted
+
+    def amend(self, id: str, metadata: Mapping[str, Any]) -> bool:
+        """Replace a memory's metadata by one that `check_memory` has passed; False if none lives.
+
+        Searches' filters know of what is added, and forget nothing.
+        """
+        with self._db.write() as connection:
+            return self._announced(connection, alter.amend(connection, id, metadata))
+
     def scrub(self) -> None:
         """Have erased text overwritten in the database's files, if that is still to be done."""
-        if self._unscrubbed and self._db.backend.scrub():
-            self._unscrubbed = False
+        if not self._unscrubbed:
+            return
+        self._unscrubbed = False  # before: another thread's deletion meanwhile sets it again
+        done = False
+        try:
+            done = self._db.backend.scrub()
+        finally:
+            if not done:
+                self._unscrubbed = True
 
     def _erase(self, id: str) -> bool:
         with self._db.write() as connection:

@@ -92,6 +92,13 @@ class Columns:
             self._created.view[row] = microseconds(memory.created_at)
         self._set_terms(rows, memories)
 
+    def learn(self, row: int, memory: Memory) -> None:
+        """Metadata that ``memory``, which is in ``row``, may have gained."""
+        known = set(self._terms.view[self._term_rows.view == row].tolist())
+        fresh = [term for term in map(hash, terms_of(memory.metadata)) if term not in known]
+        self._term_rows.extend([row] * len(fresh))
+        self._terms.extend(fresh)
+
     def copy(self) -> Columns:
         """These columns as they are now."""
         return copy.deepcopy(self)

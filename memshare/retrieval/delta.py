@@ -85,8 +85,9 @@ class Shard:
     def reconcile(self, states: Mapping[str, Memory | None]) -> list[Memory]:
         """Put the present state of each memory into effect; None means deleted.
 
-        Deletions and holds work at once, releases of memories that have a row too. Returns the
-        living memories without a row, which `add` takes next. Repeating it changes nothing.
+        Deletions and holds work at once, releases of memories that have a row too, and metadata
+        that such a one gained. Returns the living memories without a row, which `add` takes next.
+        Repeating it changes nothing.
         """
         new = []
         for id, memory in states.items():
@@ -94,6 +95,8 @@ class Shard:
             living = memory is not None and not memory.held
             if row is not None:
                 self._columns.visible[row] = living
+                if memory is not None and living:
+                    self._columns.learn(row, memory)
             elif memory is not None and living:
                 new.append(memory)
         return new

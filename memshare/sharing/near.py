@@ -9,9 +9,10 @@ of this: the store knows them by their content.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from memshare.config import Config
 from memshare.pool.errors import InvalidMemory, PoolError
@@ -27,7 +28,8 @@ _RIVALS = 16  # near-duplicates written at one moment that are looked at
 class Place:
     """What to store for a memory, and the near-duplicate that was there, if any.
 
-    ``new`` None: the memory is a duplicate of ``twin``. Both: ``new`` replaces ``twin``. ``seen``:
+    ``new`` None: the memory is a duplicate of ``twin``. Both: ``new`` replaces ``twin``, which is
+    deleted once ``new`` is stored and confirmed. ``seen``:
     every change of the pool up to this seq was searched; None where nothing was looked for.
     """
 
@@ -70,8 +72,8 @@ class NearDuplicates:
         """Where ``memory`` goes: see `Place`.
 
         What is to be stored must be stored, searchable and confirmed (`confirm`) when the block
-        ends; then the near-duplicate that it replaces is deleted. A crash in between leaves both.
-        Raises `PoolError` where the searcher can't be asked now.
+        ends. A crash in between leaves both. Raises `PoolError` where the searcher can't be asked
+        now.
         """
         if not self.watches(memory.pool):
             yield Place(memory)
@@ -82,30 +84,40 @@ class NearDuplicates:
             if twin is None or _key(twin) == _key(memory):
                 yield Place(memory, seen=seen)  # equal ones are the store's affair
             elif not self._better(memory, twin):
+                if self._merges(memory.pool):
+                    self._amend(twin, memory)
                 yield Place(None, twin)
             else:
-                yield Place(self._merged(memory, twin), twin, seen)
-                self._delete(twin)
+                yield Place(self._with(memory, twin.metadata) or memory, twin, seen)
 
     def confirm(self, place: Place, id: str) -> Memory | None:
         """None, or the earlier near-duplicate that another gateway slipped in before memory ``id``.
 
         That memory, which was just stored at ``place`` and can be searched for, is deleted then,
-        whatever its grade: the other one's writer may have told its id already. Raises `PoolError`
-        where the searcher can't be asked now, with the memory stored.
+        whatever its grade: the other one's writer may have told its id already. Whichever stays
+        replaces the near-duplicate that was there, and takes over its feedback, uses and copies.
+        Raises `PoolError` where the searcher can't be asked now, with the memory stored.
         """
         if place.seen is None:
             return None
         mine = self._store.get(id)
-        if mine is None or mine.seq <= place.seen + 1:
+        if mine is None:
+            return None
+        earlier = self._earlier(place, mine)
+        if earlier is not None:
+            self._delete(mine)
+        if place.twin is not None and self._store.replace(place.twin.id, (earlier or mine).id):
+            self._searcher.notify(mine.pool)
+        return earlier
+
+    def _earlier(self, place: Place, mine: Memory) -> Memory | None:
+        assert place.seen is not None
+        if mine.seq <= place.seen + 1:
             return None  # nobody else wrote in between
-        replaced = {id} if place.twin is None else {id, place.twin.id}
+        replaced = {mine.id} if place.twin is None else {mine.id, place.twin.id}
         others = [other for other in self._near(mine) if other.id not in replaced]
         earlier = [other for other in others if other.seq < mine.seq]
-        if not earlier:
-            return None
-        self._delete(mine)
-        return min(earlier, key=lambda other: other.seq)
+        return min(earlier, key=lambda other: other.seq, default=None)
 
     def find(self, memory: NewMemory) -> Memory | None:
         """The earliest memory that is near enough to ``memory``, neither held nor deleted.
@@ -133,15 +145,28 @@ class NearDuplicates:
         if self._store.delete(memory.id):
             self._searcher.notify(memory.pool)
 
-    def _merged(self, memory: NewMemory, twin: Memory) -> NewMemory:
-        merged = replace(memory, metadata={**twin.metadata, **memory.metadata})
+    def _amend(self, twin: Memory, memory: NewMemory) -> None:
+        """Give ``twin``, which stays, the metadata that only ``memory`` has."""
+        mine = NewMemory(twin.pool, twin.prompt, twin.answer, metadata=twin.metadata)
+        both = self._with(mine, memory.metadata)
+        if both is None or both.metadata == twin.metadata:
+            return
+        if self._store.amend(twin.id, both.metadata):
+            self._searcher.notify(twin.pool)
+
+    def _with(self, memory: NewMemory, metadata: Mapping[str, Any]) -> NewMemory | None:
+        """``memory`` and what ``metadata`` has besides its own; None if that is too much."""
+        merged = replace(memory, metadata={**metadata, **memory.metadata})
         try:
             return check_memory(merged, self._store.max_text_chars)
-        except InvalidMemory:  # the two have too much metadata together
-            return memory
+        except InvalidMemory:
+            return None
+
+    def _merges(self, pool: str) -> bool:
+        return self._settings[pool].near_duplicate_action == "merge"
 
     def _better(self, memory: NewMemory, twin: Memory) -> bool:
-        if self._settings[memory.pool].near_duplicate_action == "drop" or memory.score is None:
+        if not self._merges(memory.pool) or memory.score is None:
             return False
         return twin.score is None or memory.score > twin.score
 

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from memshare.config import Config
 from memshare.pool import PoolError
+from memshare.pool.feedback import Standing
+from memshare.pool.schema import copies
+from memshare.pool.uses import UseCounts
 from memshare.records import NewMemory
+from memshare.retrieval.filters import Filter, terms_of
 from memshare.sharing import Pair, SharedMemory, open_shared
 from memshare.sharing.turn import NEAR_DUPLICATE
 from tests.loop import loop_config
@@ -140,11 +145,18 @@ def test_merged_the_better_graded_one_stays(
 ) -> None:
     def body(shared: SharedMemory) -> None:
         shared.writer.append_visible([new(FIRST, score=old, metadata={"a": 1, "b": 1})])
-        (result,) = shared.writer.append_visible([new(NEAR, score=score, metadata={"b": 2})])
+        more = {"b": 2, "c": "new"}
+        (result,) = shared.writer.append_visible([new(NEAR, score=score, metadata=more)])
         assert result.status == ("stored" if kept == NEAR else "duplicate")
         (memory,) = shared.store.iter("keep")
         assert (memory.id, memory.prompt) == (result.id, kept)
-        assert memory.metadata == ({"a": 1, "b": 2} if kept == NEAR else {"a": 1, "b": 1})
+        assert memory.metadata == {"a": 1, "b": 2 if kept == NEAR else 1, "c": "new"}
+        shared.searcher.wait_visible("keep", shared.store.last_seq("keep"), 10)
+        for term in (("a", 1), ("c", "new")):  # filters know of both
+            restrict = Filter(terms=terms_of(dict([term])))
+            assert [hit.id for hit in shared.searcher.search("keep", FIRST, 5, restrict).hits] == [
+                memory.id
+            ]
         found = shared.searcher.search("keep", FIRST, 5)
         assert {hit.id for hit in found.hits} - {memory.id} <= {first_id(shared)}
 
@@ -152,6 +164,25 @@ def test_merged_the_better_graded_one_stays(
         return shared.store.changes("keep", 0)[0].id  # its mask may come a moment later
 
     run(body, near_duplicate=0.9, near_duplicate_action="merge")
+
+
+def test_the_survivor_takes_over_what_is_known_of_the_other(run: Run) -> None:
+    def body(shared: SharedMemory) -> None:
+        (first,) = shared.writer.append_visible([new(FIRST, score=50, agent="ann")])
+        (copy,) = shared.writer.append_visible([new(FAR, copy_of=first.id)])
+        for principal in ("ben", "cat", "dan"):
+            shared.feedback.give(first.id, principal, -1.0)
+        UseCounts(shared.store.database).add({first.id: 7})
+        (second,) = shared.writer.append_visible([new(NEAR, score=60, agent="dan")])
+        assert (second.status, shared.store.get(first.id)) == ("stored", None)
+        # but not what its own author said
+        assert shared.feedback.standings([first.id, second.id]) == {second.id: Standing(-0.5, 2)}
+        assert UseCounts(shared.store.database).of_pool("keep") == {second.id: 7}
+        with shared.store.database.read() as connection:
+            rows = connection.execute(sa.select(copies)).all()
+        assert [tuple(row) for row in rows] == [(copy.id, second.id)]
+
+    run(body, near_duplicate=0.9, near_duplicate_action="merge", hold_below=None)
 
 
 def test_merging_never_loses_a_write_to_too_much_metadata(run: Run) -> None:

@@ -56,9 +56,9 @@ async def chat(
     shots = shared.config.agent.shots if options.shots is None else options.shots
     pool = _pool_name(gateway, options) if shots or options.write else ""
     refusal = _no_write(options, question, caller, pool)
-    if pool:
-        wanted: dict[Right, bool] = {"read": shots > 0, "write": refusal is None}
-        rights = [right for right, is_wanted in wanted.items() if is_wanted]
+    wanted: dict[Right, bool] = {"read": shots > 0, "write": refusal is None}
+    # Of a pool that nothing is wanted of, not even whether it is there is told.
+    if rights := [right for right, is_wanted in wanted.items() if is_wanted]:
         await known_pool(shared, caller, pool, *rights, param="memory.pool")
     if not refusal:
         await check_room(gateway)

@@ -32,7 +32,7 @@ from memshare.gateway.strict import StrictRoute
 from memshare.gateway.write import check_room
 from memshare.pool.errors import InvalidMemory, PoolError
 from memshare.pool.feedback import NO_STANDING, Standing
-from memshare.pool.keys import Key
+from memshare.pool.keys import LOCAL, Key
 from memshare.pool.rows import read_cursor
 from memshare.pool.validate import check_memory, check_text
 from memshare.records import Memory, NewMemory, Pair
@@ -265,10 +265,15 @@ async def give_feedback(
     """Say how useful a memory is, from -1 to 1 (`down` and `up` are its ends).
 
     One opinion a principal and memory: a later one replaces it. A memory whose standing sinks below
-    `hold_below` of its pool is put on hold. Needs the read and write rights.
+    `hold_below` of its pool is put on hold. Needs the read and write rights, and is not for one's
+    own memories.
     """
     memory = await _readable(gateway, caller, id)
     need(caller, "write", memory.pool, "id")
+    # `local` is whoever has no key: nobody can tell whether it was the same one.
+    if memory.agent == caller.principal != LOCAL:
+        message = f"{caller.principal} wrote this memory, and can't judge it"
+        raise ApiError(403, message, param="id", code="own_memory")
     value = {"up": 1.0, "down": -1.0}[body.value] if isinstance(body.value, str) else body.value
     standing = await gateway.shared.write(
         gateway.shared.feedback.give, id, caller.principal, value, body.comment

@@ -103,6 +103,18 @@ def test_rights_hold_on_every_route(gated: TestClient, run_dir: Path) -> None:
     assert both("DELETE", f"/v1/memories/{own}").status_code == 200  # its own
 
 
+def test_nobody_votes_for_a_memory_of_their_own(gated: TestClient, run_dir: Path) -> None:
+    ann = Caller(gated, run_dir, "ann", keep="read write")
+    second = Caller(gated, run_dir, "ann", keep="admin")  # another key, the same principal
+    ben = Caller(gated, run_dir, "ben", keep="read write")
+    path = f"/v1/memories/{ann.add('keep', 'self-praise').json()['results'][0]['id']}"
+    for caller in (ann, second):
+        reply = caller("POST", f"{path}/feedback", json={"value": "up"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (403, "own_memory")
+    assert ben("GET", path).json()["votes"] == 0
+    assert ben("POST", f"{path}/feedback", json={"value": "up"}).json()["votes"] == 1
+
+
 def test_chat_needs_the_rights_it_uses(gated: TestClient, run_dir: Path) -> None:
     reader = Caller(gated, run_dir, "reader", keep="read")
     writer = Caller(gated, run_dir, "writer", keep="write")
@@ -125,6 +137,19 @@ def test_a_pool_without_rights_looks_the_same_there_or_not(
     granted = Caller(gated, run_dir, "ann", nowhere="read").search("nowhere", "x")
     assert granted.status_code == 404
     assert "keep" not in granted.text and "strict" not in granted.text
+
+
+def test_a_chat_tells_nothing_of_a_pool_that_it_does_not_use(
+    gated: TestClient, run_dir: Path
+) -> None:
+    caller = Caller(gated, run_dir, "ann", keep="read")
+    for more in ({"shots": 0}, {"shots": 0, "write": False}, {"shots": 0, "write": True}, {}):
+        there, missing = (caller.chat(pool=pool, **more) for pool in ("strict", "nowhere"))
+        assert there.status_code == missing.status_code, more
+        if there.status_code == 200:
+            assert there.json()["memshare"] == missing.json()["memshare"]
+        else:
+            assert there.text == missing.text.replace("nowhere", "strict")
 
 
 def test_provenance_is_the_keys(gated: TestClient, run_dir: Path) -> None:

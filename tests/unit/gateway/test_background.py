@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from memshare.gateway import background
 from memshare.gateway.background import ScoringQueue
 from memshare.gateway.metrics import Metrics
 from memshare.llm.base import LLMUnavailable
@@ -35,6 +36,8 @@ class Gate(Scorer):
         await self.open.wait()
         if answer == "broken":
             raise ValueError("a fault in a scorer")
+        if answer == "poison":
+            raise LLMUnavailable("the scorer gives HTTP 500 for this one")
         self.graded.append(prompt)
         return Grade(90.0)
 
@@ -207,3 +210,46 @@ def test_a_pair_that_may_kill_gateways_is_refused_in_the_end(run: Callable[..., 
         assert gate(shared).graded == []
 
     run(body)
+
+
+def test_pairs_that_the_scorer_fails_for_hold_nobody_up_and_are_refused(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "_RETRY_SECONDS", (0.05, 0.1))
+
+    async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
+        gate(shared).open.set()
+        queue.start()
+        await queue.put([pair(1, "poison"), pair(2, "poison")])
+        newer = 0
+        while shared.store.decisions("keep").get("scoring failed", 0) < 2:
+            newer += 1  # there is always a newer one
+            await queue.put([pair(2 + newer)])
+            await asyncio.sleep(0.1)
+            assert newer < 300
+        await asyncio.wait_for(queue.join(), 20)
+        assert shared.store.decisions("keep") == {"stored": newer, "scoring failed": 2}
+        assert queue._failed == {}
+        await queue.stop()
+
+    run(body, scoring_workers=2)
+
+
+def test_an_outage_for_all_counts_against_no_pair(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "_RETRY_SECONDS", (0.01,))
+
+    async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
+        gate(shared).open.set()
+        queue.start()
+        await queue.put(pairs(3))
+        await asyncio.wait_for(queue.join(), 20)
+        gate(shared).absences = 40  # far more than the attempts of three pairs
+        await queue.put([pair(number) for number in range(3, 6)])
+        await asyncio.wait_for(queue.join(), 20)
+        assert gate(shared).absences == 0
+        assert shared.store.decisions("keep") == {"stored": 6}
+        await queue.stop()
+
+    run(body, scoring_workers=2)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from memshare.pocket.tokenizer import CHAT_TEMPLATE
 from tests.unit.gateway.conftest import running
 
 STOPS = list("etaoinrs ")  # a random model rarely ends by itself; these letters end its answer
@@ -194,3 +195,35 @@ def test_bad_chats(client: TestClient, body: dict[str, Any], status: int, code: 
     reply = client.post("/v1/chat/completions", json=full)
     assert reply.status_code == status, reply.text
     assert reply.json()["error"]["code"] == code
+
+
+def test_content_parts_and_tool_turns_under_the_pocket_template(
+    tmp_path: Path, models: Path
+) -> None:
+    """It concatenates strings, so anything else in it is a TypeError."""
+    from transformers import AutoTokenizer
+
+    from tests.tiny_lm import tiny_lm
+
+    lm = tiny_lm(tmp_path / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(str(lm))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(lm)
+    llm = {"backend": "transformers", "model": str(lm), "device": "cpu"}
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    question = {"role": "user", "content": [{"type": "text", "text": "red apples"}]}
+    turns = [
+        question,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "three", "tool_call_id": "1"},
+    ]
+    with running(tmp_path / "run", models, agent_llm=llm) as client:
+        ids = fill(client, "red apples")
+        for messages in ([question], turns):
+            reply = client.post("/v1/chat/completions", json={"messages": messages})
+            assert reply.status_code == 200, reply.text
+            assert reply.json()["memshare"]["memories"] == ids
+        image = {"type": "image_url", "image_url": {"url": "data:"}}
+        bad = {"role": "user", "content": [*question["content"], image]}
+        reply = client.post("/v1/chat/completions", json={"messages": [bad]})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "llm_refused")

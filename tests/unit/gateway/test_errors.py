@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from memshare.pool import PoolError, PoolStore
 from tests.unit.gateway.conftest import running
 
 POSTS = ["/v1/chat/completions", "/v1/memories", "/v1/memories/search"]
@@ -94,6 +95,23 @@ def test_requests_are_counted_by_route_not_by_path(client: TestClient) -> None:
     assert "unknown1" not in text
     for name in ("generation 0.0", 'memories{pool="keep"}', "scoring_queue 0.0", "swaps_total 0.0"):
         assert f"memshare_{name}" in text
+
+
+def test_metrics_without_the_database_tell_the_rest(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "memshare_database_error 0.0" in client.get("/metrics").text
+
+    def away(store: PoolStore) -> None:
+        raise PoolError("away")
+
+    monkeypatch.setattr(PoolStore, "pools", away)
+    reply = client.get("/metrics")
+    assert reply.status_code == 200
+    assert "memshare_database_error 1.0" in reply.text
+    for name in ("feed_error 0.0", "generation 0.0", "requests_total{"):
+        assert f"memshare_{name}" in reply.text
+    assert "memshare_memories" not in reply.text and "memshare_scoring_queue" not in reply.text
 
 
 def test_openapi_names_the_errors_that_come(client: TestClient) -> None:

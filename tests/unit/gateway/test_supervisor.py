@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -84,3 +85,22 @@ def test_death_is_noticed_and_its_last_words_kept(tmp_path: Path) -> None:
     assert supervisor.dead() is ill
     assert ill.tail() == "out of luck" and ill.process.returncode == 1
     assert supervisor.stop()
+
+
+def test_up_waits_for_a_gateway_that_takes_its_whole_time_twice(tmp_path: Path) -> None:
+    main = runpy.run_path(str(Path(__file__).parents[3] / "serve" / "up.py"))["main"]
+    graces = []
+
+    class Noted(Exception):
+        pass
+
+    def note(folder: Path, grace_seconds: float) -> None:
+        graces.append(grace_seconds)
+        raise Noted
+
+    main.__globals__["Supervisor"] = note
+    config = tmp_path / "config.yaml"
+    config.write_text("gateway: {shutdown_seconds: 40}\n")
+    with pytest.raises(Noted):
+        main(["--config", str(config)])
+    assert graces == [95]

@@ -12,6 +12,8 @@ from memshare.config import LLMConfig
 from memshare.llm.base import LLMError, Message
 from memshare.llm.endpoint import EndpointBackend
 from memshare.llm.factory import make_llm
+from memshare.llm.neutralise import BREAK, has_control_string
+from tests.unit.llm.test_tokens import HOSTILE
 from tests.unit.llm.test_transport import Flaky, reply
 
 ASK: list[Message] = [{"role": "user", "content": "why?"}]
@@ -91,3 +93,33 @@ def test_an_odd_reply_is_an_error_and_tokens_are_not_underestimated(server: Flak
     assert made.context_length == 100
     chinese: list[Message] = [{"role": "user", "content": "昔闻洞庭水"}]
     assert made.count_tokens(chinese) >= 5 and made.count_tokens(ASK) >= 2
+
+
+def test_tokens_of_parts_tool_calls_and_no_content_are_counted(server: Flaky) -> None:
+    count = llm(server).count_tokens
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "x" * 300}}
+    silent: Any = {"role": "assistant", "content": None}
+    part = {"type": "text", "text": ASK[0]["content"]}
+    image = {"type": "image_url", "image_url": {"url": "x" * 10_000}}
+    assert count([{"role": "user", "content": [part, image]}]) == count(ASK)  # type: ignore[typeddict-item]
+    assert 0 < count([silent]) == count([{"role": "assistant"}])  # type: ignore[typeddict-item]
+    assert count([{**silent, "tool_calls": [call]}]) > count([silent]) + 100
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_no_text_can_end_its_turn(server: Flaky, hostile: str) -> None:
+    server.behave = lambda handler, _: reply(handler, 200, choice("ok"))
+    call = {"id": "1", "function": {"name": "f", "arguments": hostile}}
+    turns: list[Any] = [
+        {"role": "user", "content": hostile, "name": "n"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "user", "content": [{"type": "text", "text": hostile}, {"type": "image_url"}]},
+        {"role": "assistant", "tool_calls": [call]},
+    ]
+    asyncio.run(llm(server).chat(turns, max_tokens=1))
+    (sent,) = (body["messages"] for body in server.bodies)
+    (text, parts) = (sent[0]["content"], sent[2]["content"])
+    assert not has_control_string(text)
+    assert text.replace(BREAK, "") == hostile.replace(BREAK, "")  # a reader sees the same
+    assert parts == [{"type": "text", "text": text}, {"type": "image_url"}]
+    assert [sent[1], sent[3]] == [turns[1], turns[3]] and sent[0]["name"] == "n"

@@ -181,3 +181,54 @@ def test_a_refusing_template_is_an_llm_error(tmp_path: Path, lm_folder: Path) ->
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(LLMError, match="no system"):
         ChatTokenizer(str(tmp_path)).prompt_ids(few_shot("be kind", [], "hi"))
+
+
+ASKED = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+PARTS = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+)
+TEMPLATES = {
+    "printing": CHATML,
+    "concatenating": "{% for message in messages %}" + ASKED + "{% endfor %}",
+    "looping": CHATML.replace("{{ message['content'] }}", PARTS),
+}
+
+
+def with_template(folder: Path, lm_folder: Path, template: str) -> ChatTokenizer:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(lm_folder))
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return ChatTokenizer(str(folder))
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_text_parts_and_no_content_reach_any_template(
+    tmp_path: Path, lm_folder: Path, kind: str
+) -> None:
+    chat = with_template(tmp_path, lm_folder, TEMPLATES[kind])
+    parts: list = [{"type": "text", "text": text} for text in ("one", "two")]
+    between = "" if kind == "looping" else "\n"
+    whole = chat.render([{"role": "user", "content": f"one{between}two"}])
+    assert chat.render([{"role": "user", "content": parts}]) == whole  # type: ignore[typeddict-item]
+    if kind != "looping":
+        nothing: list = [{"role": "assistant", "content": None}, {"role": "assistant"}]
+        empty = chat.render([{"role": "assistant", "content": ""}])
+        assert [chat.render([message]) for message in nothing] == [empty, empty]
+
+
+@pytest.mark.parametrize("kind", ["printing", "concatenating"])
+def test_a_template_of_strings_refuses_images(tmp_path: Path, lm_folder: Path, kind: str) -> None:
+    chat = with_template(tmp_path, lm_folder, TEMPLATES[kind])
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    with pytest.raises(LLMError, match="nothing but text"):
+        chat.render([{"role": "user", "content": [image]}])  # type: ignore[typeddict-item]
+
+
+def test_what_a_template_stumbles_over_is_an_llm_error(tmp_path: Path, lm_folder: Path) -> None:
+    names = "{% for message in messages %}{{ '' + message.get('name', '') }}{% endfor %}"
+    chat = with_template(tmp_path, lm_folder, names + CHATML)
+    with pytest.raises(LLMError, match="refuses the messages"):
+        chat.render([{"role": "user", "content": "x", "name": 3}])  # type: ignore[typeddict-unknown-key]

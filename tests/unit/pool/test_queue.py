@@ -73,6 +73,11 @@ def test_a_renewed_claim_holds_and_a_released_pair_is_free_at_once(store: PoolSt
     queue.release([job])
     (again,) = queue.claim(1, 60)
     assert again.attempts == 1  # that was no attempt
+    queue.release([again], pause_seconds=0.3, counted=True)
+    assert queue.claim(1, 60) == []
+    time.sleep(0.4)
+    (late,) = queue.claim(1, 60)
+    assert late.attempts == 2
     store.close()
 
 

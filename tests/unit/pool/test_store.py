@@ -318,3 +318,27 @@ def test_a_deleted_text_is_in_no_file_of_an_sqlite_pool(tmp_path: Path) -> None:
             assert readable()
         store.scrub()
         assert not readable()
+
+
+def test_what_is_deleted_during_a_scrub_is_scrubbed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with PoolStore.open(f"sqlite:///{tmp_path}/pool.db") as store:
+        store.create_pool("main")
+        first, second = add(store, "quixotry", "quixotry two")
+        scrub = store.database.backend.scrub
+
+        def busy() -> bool:
+            return False
+
+        def slow() -> bool:
+            done = scrub()
+            monkeypatch.setattr(store.database.backend, "scrub", busy)
+            assert store.delete(second)  # another thread, while a reader keeps it from scrubbing
+            return done
+
+        monkeypatch.setattr(store.database.backend, "scrub", slow)
+        assert store.delete(first)
+        monkeypatch.setattr(store.database.backend, "scrub", scrub)
+        store.scrub()
+        assert not any(b"quixotry" in path.read_bytes() for path in tmp_path.iterdir())
