@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from accelerate import Accelerator
@@ -99,6 +98,7 @@ def train(
     # 1. Examples: choose positives and hard negatives; held-out ones only evaluate.
     selection = select(read_training(args.examples), settings)
     say(str(selection))
+    world.check_same(repr(selection.counts()), "examples")  # all of them go on, or none does
     if not selection.items:
         say("error: no usable example, nothing to train on; the encoder stays as it is")
         if world.main and not args.dry_run:
@@ -109,14 +109,12 @@ def train(
     if settings.eval_every:
         say(f"evaluation: {held_out}")
 
-    # 2. The encoder to start from, its optimizer, and the order of the data.
+    # 2. The encoder to start from, and the order of the data: the same on all processes.
     model = args.encoder or config.encoder.model
     where = {"model": model, "device": str(accelerator.device)}
     encoder = Encoder.load(config.encoder.model_copy(update=where))
     fingerprint = f"{encoder.query_fingerprint()} {encoder.memory_fingerprint()}"
     prepare(encoder, settings, seed)
-    spread(encoder, world)
-    optimizer = make_optimizer(encoder.model, settings)
     batches = Batches(
         selection.items, encoder, global_batch=settings.batch_size * world.size, seed=seed,
         settings=settings,
@@ -135,7 +133,9 @@ def train(
             print(estimate(encoder, batches, steps, settings, world.size))
         return 0
 
-    # 3. Continue where an earlier run stopped.
+    # 3. The optimizer; continue where an earlier run stopped.
+    spread(encoder, world)
+    optimizer = make_optimizer(encoder.model, settings)
     root = args.output / "checkpoints"
     state, best = resume(
         root, TrainState(0, fixed, seed, new_run_id()), encoder.model, optimizer, world,
@@ -179,7 +179,7 @@ def train(
     # 5. Export.
     done = validation.finished(state)
     if world.main:
-        report: dict[str, Any] = {
+        report = {
             **selection.counts(), "truncated": batches.table.truncated, **state.figures(),
             "of_steps": steps, "processes": world.size, "seed": seed, "round": args.round,
             "encoder": model, "wandb": tracker.wandb, "settings": settings.model_dump(mode="json"),
