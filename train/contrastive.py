@@ -34,7 +34,7 @@ from memshare.training.examples import ExamplesError, read_training
 from memshare.training.gather import DifferentData, World, launch
 from memshare.training.lora import export
 from memshare.training.optimizer import lr_factor, make_optimizer, round_lr, update
-from memshare.training.resume import fixed_settings, resume
+from memshare.training.resume import fixed_settings, resume, without_ruined
 from memshare.training.select import select
 from memshare.training.sharding import spread
 from memshare.training.step import ContrastiveStep, NonFinite
@@ -72,16 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         accelerator = launch()
     except ConfigError as error:
-        log(f"error: {error}")
-        return outcome.EXIT_USAGE
+        return outcome.tell(error)
     world = World(accelerator.device)
     writes = world.main and not args.dry_run
     try:
         with outcome.attempt(args.output, EXPECTED, writes, args.stop_file) as stop:
             return train(args, config, accelerator, world, stop)
     except EXPECTED as error:
-        log(f"error: {error}")
-        return outcome.EXIT_CODES["failed"]
+        return outcome.tell(error)
     finally:
         accelerator.end_training()
 
@@ -152,7 +150,7 @@ def train(
         frozen=FrozenMemories.of(encoder, batches, world, settings, accelerator.autocast),
     )  # fmt: skip
     validation = Validation(held_out, encoder, world, tracker, settings, steps=steps, weights=best)
-    with tracker:
+    with tracker, without_ruined(root, world.main):
         state = validation.first(state)
         todo = range(state.step, state.step if validation.finished(state) else steps)
         for step in track(todo, "training") if world.main else todo:
@@ -165,6 +163,8 @@ def train(
                 raise NonFinite("the gradient", step, batch)
             seconds = time.perf_counter() - began
             state = state.after(result.loss, result.tokens, result.padded, seconds)
+            if result.stop or state.step == steps:  # no further step will judge the weights
+                gradient.check(batch, step)
             state = validation.after(state)
             last = validation.finished(state) or result.stop
             if last or state.step % settings.log_every == 0:
