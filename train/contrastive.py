@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from accelerate import Accelerator
@@ -35,7 +34,7 @@ from memshare.training.examples import ExamplesError, read_training
 from memshare.training.gather import DifferentData, World, launch
 from memshare.training.lora import export
 from memshare.training.optimizer import lr_factor, make_optimizer, round_lr, update
-from memshare.training.resume import fixed_settings, resume
+from memshare.training.resume import fixed_settings, resume, without_ruined
 from memshare.training.select import select
 from memshare.training.sharding import spread
 from memshare.training.step import ContrastiveStep, NonFinite
@@ -73,16 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         accelerator = launch()
     except ConfigError as error:
-        log(f"error: {error}")
-        return outcome.EXIT_USAGE
+        return outcome.tell(error)
     world = World(accelerator.device)
     writes = world.main and not args.dry_run
     try:
         with outcome.attempt(args.output, EXPECTED, writes, args.stop_file) as stop:
             return train(args, config, accelerator, world, stop)
     except EXPECTED as error:
-        log(f"error: {error}")
-        return outcome.EXIT_CODES["failed"]
+        return outcome.tell(error)
     finally:
         accelerator.end_training()
 
@@ -99,6 +96,7 @@ def train(
     # 1. Examples: choose positives and hard negatives; held-out ones only evaluate.
     selection = select(read_training(args.examples), settings)
     say(str(selection))
+    world.check_same(repr(selection.counts()), "examples")  # all of them go on, or none does
     if not selection.items:
         say("error: no usable example, nothing to train on; the encoder stays as it is")
         if world.main and not args.dry_run:
@@ -109,14 +107,12 @@ def train(
     if settings.eval_every:
         say(f"evaluation: {held_out}")
 
-    # 2. The encoder to start from, its optimizer, and the order of the data.
+    # 2. The encoder to start from, and the order of the data: the same on all processes.
     model = args.encoder or config.encoder.model
     where = {"model": model, "device": str(accelerator.device)}
     encoder = Encoder.load(config.encoder.model_copy(update=where))
     fingerprint = f"{encoder.query_fingerprint()} {encoder.memory_fingerprint()}"
     prepare(encoder, settings, seed)
-    spread(encoder, world)
-    optimizer = make_optimizer(encoder.model, settings)
     batches = Batches(
         selection.items, encoder, global_batch=settings.batch_size * world.size, seed=seed,
         settings=settings,
@@ -135,7 +131,9 @@ def train(
             print(estimate(encoder, batches, steps, settings, world.size))
         return 0
 
-    # 3. Continue where an earlier run stopped.
+    # 3. The optimizer; continue where an earlier run stopped.
+    spread(encoder, world)
+    optimizer = make_optimizer(encoder.model, settings)
     root = args.output / "checkpoints"
     state, best = resume(
         root, TrainState(0, fixed, seed, new_run_id()), encoder.model, optimizer, world,
@@ -152,7 +150,7 @@ def train(
         frozen=FrozenMemories.of(encoder, batches, world, settings, accelerator.autocast),
     )  # fmt: skip
     validation = Validation(held_out, encoder, world, tracker, settings, steps=steps, weights=best)
-    with tracker:
+    with tracker, without_ruined(root, world.main):
         state = validation.first(state)
         todo = range(state.step, state.step if validation.finished(state) else steps)
         for step in track(todo, "training") if world.main else todo:
@@ -165,6 +163,8 @@ def train(
                 raise NonFinite("the gradient", step, batch)
             seconds = time.perf_counter() - began
             state = state.after(result.loss, result.tokens, result.padded, seconds)
+            if result.stop or state.step == steps:  # no further step will judge the weights
+                gradient.check(batch, step)
             state = validation.after(state)
             last = validation.finished(state) or result.stop
             if last or state.step % settings.log_every == 0:
@@ -179,7 +179,7 @@ def train(
     # 5. Export.
     done = validation.finished(state)
     if world.main:
-        report: dict[str, Any] = {
+        report = {
             **selection.counts(), "truncated": batches.table.truncated, **state.figures(),
             "of_steps": steps, "processes": world.size, "seed": seed, "round": args.round,
             "encoder": model, "wandb": tracker.wandb, "settings": settings.model_dump(mode="json"),

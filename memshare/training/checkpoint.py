@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -138,7 +139,7 @@ def save(
             shutil.rmtree(final)
         temporary.rename(final)
         fsync_dir(root)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # which safetensors makes of a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"{final}: can't be written ({error}); earlier checkpoints are intact. Free some space "

@@ -24,7 +24,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from memshare.config import ConfigError
 from memshare.files import run_lock, write_json
+from memshare.progress import log
 
 Status = Literal["trained", "empty", "stopped", "failed"]
 EXIT_CODES: dict[Status, int] = {"trained": 0, "empty": 66, "stopped": 75, "failed": 1}
@@ -37,6 +39,12 @@ def write_result(output: Path, status: Status, **figures: Any) -> int:
     """Write ``output/result.json`` and return the exit code that goes with ``status``."""
     write_json(output / "result.json", {"status": status, **figures})
     return EXIT_CODES[status]
+
+
+def tell(error: Exception) -> int:
+    """Log an error that ends a program; the exit code that goes with it."""
+    log(f"error: {error}")
+    return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_CODES["failed"]
 
 
 def read_result(output: Path) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from memshare.training.checkpoint import (
 )
 from memshare.training.gather import World
 from memshare.training.optimizer import warm_start
+from memshare.training.step import NonFinite
 
 FREE = {"log_every", "checkpoint_every"}  # they do not change what is trained
 
@@ -113,3 +115,19 @@ def resume(
             log(f"continuing from {found[0]}: {state.step} steps are done")
         discard(root, after=state.step if found else -1)
     return state, best
+
+
+@contextmanager
+def without_ruined(root: Path, writes: bool) -> Iterator[None]:
+    """Where `NonFinite` ends a training, delete the checkpoint of the weights that gave it.
+
+    A checkpoint is written before its weights are used again, and only that tells whether they are
+    any good: a run that went on from ruined ones would fail wherever it began. The process that
+    ``writes`` deletes.
+    """
+    try:
+        yield
+    except NonFinite as error:
+        if writes:
+            discard(root, after=error.done - 1)
+        raise

@@ -142,7 +142,8 @@ def next_round(config: Config, store: PoolStore, journal: Journal) -> Round:
         source = journal.published_by(serving)
     warm = None
     if config.training.warm_optimizer and source is not None:
-        warm = str(training_dir(config.run.dir, source.number, source.iterations))
+        # Of the iteration that trained it: the last one may have found nothing to learn from.
+        warm = str(Path(source.results["index"]["encoder"]).parent)
     return Round(number, spans, encoder, iterations=config.mining.iterations, warm=warm)
 
 

@@ -45,15 +45,20 @@ TILE_ROWS = 1024  # queries whose similarities to all docs are in memory at a ti
 
 
 class NonFinite(RuntimeError):
-    """The loss or its gradient became NaN or infinite; the message names the queries."""
+    """The loss or its gradient became NaN or infinite; the message names the queries.
 
-    def __init__(self, what: str, step: int, batch: StepBatch) -> None:
-        """``step`` counts from 0; it is the step that failed."""
+    ``done``: so many steps have led to weights that are no good.
+    """
+
+    def __init__(self, what: str, step: int, batch: StepBatch, done: int | None = None) -> None:
+        """``step`` counts from 0; it is the step that failed, by default with its first weights."""
+        self.done = step if done is None else done
         some = ", ".join(batch.query_ids[:16])
         more = f" and {len(batch.query_ids) - 16} more" if len(batch.query_ids) > 16 else ""
         super().__init__(
             f"step {step + 1}: {what} is not finite; the batch's queries are {some}{more}. The "
-            "weights are those of the last checkpoint; lower training.lr or look at these examples"
+            "last good weights are the last checkpoint's; lower training.lr or look at these "
+            "examples"
         )
 
 
@@ -177,6 +182,21 @@ class ContrastiveStep:
             flops=self._cost.step(encoded),
             peak=None if self._peak is None else self._peak * world.size,
         )
+
+    def check(self, batch: StepBatch, step: int) -> None:
+        """Raise `NonFinite` on every process if the weights after ``step`` give no finite vectors.
+
+        For those that no further step will judge. Each process encodes one micro-batch a tower.
+        """
+        found = 0
+        for side, part in self._parts(batch):
+            rows = batch.texts[part[self._world.rank]]
+            for first in cut(self._table.lengths[rows], self._config.batch_tokens)[:1]:
+                with torch.no_grad():
+                    vectors = self._encode(rows[first], side, step + 1, 0)
+                found += int((~vectors.isfinite()).sum())
+        if self._world.sum(torch.tensor(float(found), device=self._world.device)) > 0:
+            raise NonFinite("what the encoder gives after it", step, batch, done=step + 1)
 
     def _parts(self, batch: StepBatch) -> list[tuple[Side, list[Ints]]]:
         """What is encoded in this step: tower, and each process's places in ``batch.texts``."""

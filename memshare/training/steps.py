@@ -53,17 +53,18 @@ class Steps:
     def mine(self, now: Round) -> Done:
         """Step 5: examples from the new memories, and from a sample of the earlier ones.
 
-        In a later iteration the encoder that the one before has trained proposes.
+        In a later iteration the encoder that the one before has trained proposes. Where it finds
+        nothing, the round goes on with that encoder; where the first finds nothing, it ends.
         """
         arguments = ["--round", str(now.number), "--iteration", str(now.iteration)]
         for pool, span in now.spans.items():
             arguments += ["--since-seq", f"{pool}={span.since}"]
             arguments += ["--until-seq", f"{pool}={span.until}"]
         if now.iteration > 1:
-            arguments += ["--proposer", str(self._training(now, now.iteration - 1) / "encoder")]
+            arguments += ["--proposer", str(self._trained(now, now.iteration - 1) / "encoder")]
         self._run(now, [sys.executable, f"{self._programs}/mine.py", *self._settings, *arguments])
         marker = read_marker(self._examples(now))
-        return Done(marker, None if marker["examples"] else "empty")
+        return Done(marker, None if marker["examples"] or now.iteration > 1 else "empty")
 
     def train(self, now: Round) -> Done:
         """Step 6: the encoder learns from them, in every iteration from the round's first one."""
@@ -86,11 +87,12 @@ class Steps:
             result = read_result(output)
         if result is None:
             raise ChildFailed(f"{output}: training ended without a result; see the run's logs/")
-        return Done(result, "empty" if result["status"] == "empty" else None)
+        ended = result["status"] == "empty" and now.iteration == 1
+        return Done(result, "empty" if ended else None)
 
     def index(self, now: Round) -> Done:
         """Step 6, second half: build, judge, publish."""
-        output = self._training(now, now.iteration)
+        output = self._trained(now, now.iteration)
         report = output / "index.json"
         arguments = ["--round", str(now.number), "--encoder", str(output / "encoder")]
         arguments += ["--result", str(report)]
@@ -107,6 +109,13 @@ class Steps:
 
     def _training(self, now: Round, iteration: int) -> Path:
         return training_dir(self._config.run.dir, now.number, iteration)
+
+    def _trained(self, now: Round, iteration: int) -> Path:
+        """The training of ``iteration``, or the latest before it that had examples."""
+        output = self._training(now, iteration)
+        if iteration > 1 and (read_result(output) or {}).get("status") == "empty":
+            return self._trained(now, iteration - 1)
+        return output
 
     def _run(self, now: Round, command: Sequence[str], report: Path | None = None) -> None:
         """Run one program with its log. Raises `PoolUnavailable` where it found no database.

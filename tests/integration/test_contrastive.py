@@ -259,19 +259,40 @@ def test_dry_run_tells_and_writes_nothing(
     assert not output.exists()
 
 
+@pytest.mark.parametrize("every", [1, 5])
 def test_divergence_names_the_batch_and_keeps_the_last_checkpoint(
-    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str], every: int
 ) -> None:
-    output = tmp_path / "out"
-    assert program.main(options(base, output, steps=5)) == 0
+    output, often = tmp_path / "out", f"--set=training.checkpoint_every={every}"
+    assert program.main(options(base, output, often, steps=5)) == 0
     kept = checkpoint.latest_intact(output / "checkpoints")
-    wild = [*options(base, output), "--set=training.lr=1e38", "--allow-config-change"]
+    wild = [*options(base, output, often), "--set=training.lr=1e38", "--allow-config-change"]
     assert program.main(wild) == 1
     told = capsys.readouterr().err
     assert "is not finite; the batch's queries are main-" in told
     assert result(output)["status"] == "failed"
     assert checkpoint.latest_intact(output / "checkpoints") == kept
     assert (output / "encoder").exists()  # the earlier one
+    assert program.main([*options(base, output, often, steps=8), "--allow-config-change"]) == 0
+    assert f"continuing from {kept}" in capsys.readouterr().err
+    assert result(output)["steps"] == 8
+
+
+@pytest.mark.parametrize("end", ["last step", "stopped"])
+def test_weights_that_no_further_step_judges_are_judged_at_the_end(
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str], end: str
+) -> None:
+    output, stop = tmp_path / "out", tmp_path / "stop"
+    arguments = options(
+        base, output, "--set=training.lr=1e38", "--set=training.checkpoint_every=1",
+        "--stop-file", str(stop), steps=1 if end == "last step" else 60,
+    )  # fmt: skip
+    if end == "stopped":
+        stop.touch()
+    assert program.main(arguments) == 1
+    assert "step 1: what the encoder gives after it is not finite" in capsys.readouterr().err
+    assert result(output)["status"] == "failed"
+    assert not (output / "encoder").exists() and steps_saved(output) == []
 
 
 @pytest.mark.parametrize(

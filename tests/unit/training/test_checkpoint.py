@@ -15,6 +15,7 @@ from memshare.training import checkpoint
 from memshare.training.checkpoint import CheckpointError, TrainState
 from memshare.training.optimizer import make_optimizer, round_lr, state_tensors, warm_start
 from memshare.training.resume import find
+from tests.disks import fill_up, small_disk
 
 STATE = TrainState(3, {"training.lr": 1e-3}, 7, "abcd1234", 0.5, 100, 120, 2.0)
 
@@ -193,6 +194,21 @@ def test_a_full_disk_is_told_and_leaves_nothing(
         checkpoint.save(tmp_path, model, optimizer, replace(STATE, step=9))
     assert [path.name for path in tmp_path.iterdir()] == [old.name]
     assert json.loads((old / "state.json").read_text())["step"] == 3
+
+
+def test_a_disk_that_fills_up_while_weights_are_written(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        root = disk / "checkpoints"
+        old = checkpoint.save(root, model, optimizer, STATE)
+        ballast = fill_up(disk)
+        with pytest.raises(CheckpointError, match=r"No space left.*earlier checkpoints are intact"):
+            checkpoint.save(root, model, optimizer, replace(STATE, step=9))
+        assert [path.name for path in root.iterdir()] == [old.name]
+        assert checkpoint.latest_intact(root) == old
+        ballast.unlink()
+        new = checkpoint.save(root, model, optimizer, replace(STATE, step=9))
+        assert checkpoint.latest_intact(root) == new
 
 
 def test_a_warm_optimizer_knows_the_parameters_that_are_the_same(tmp_path: Path) -> None:

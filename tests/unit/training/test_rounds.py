@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from memshare.config import load_config
 from memshare.pool.store import PoolStore
 from memshare.records import Candidate, Example, NewMemory
+from memshare.training import rounds
 from memshare.training.examples import (
     held_out_dir,
     load_examples,
@@ -16,7 +18,7 @@ from memshare.training.examples import (
     write_marker,
     write_shard,
 )
-from memshare.training.journal import Span
+from memshare.training.journal import Journal, Round, Span
 from memshare.training.rounds import (
     count_new,
     erase_deleted,
@@ -24,6 +26,7 @@ from memshare.training.rounds import (
     last_begun,
     last_mined,
     new_ids,
+    next_round,
     open_spans,
 )
 from tests.training_data import example
@@ -121,3 +124,17 @@ def test_changed_examples_start_training_afresh(tmp_path: Path) -> None:
     assert forget_stale_checkpoints(output, folder)
     assert not (output / "checkpoints").exists()
     assert not forget_stale_checkpoints(output, folder)
+
+
+def test_a_warm_round_goes_on_from_the_training_of_what_serves(
+    store: PoolStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from the last iteration of its round, which may have had nothing to train on."""
+    monkeypatch.setattr(rounds, "current", lambda *_: 7)
+    changes = ["training.warm_optimizer=true", "pools={one: {}, two: {}}"]
+    config = load_config(None, [f"run.dir={tmp_path / 'run'}", *changes])
+    published = {"generation": 7, "encoder": "run/training/000004/encoder"}
+    before = Round(
+        4, {}, "start", "done", "published", {"index": published}, iterations=2, iteration=2
+    )
+    assert next_round(config, store, Journal((before,))).warm == "run/training/000004"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memshare.config import LoRAConfig, TrainingConfig
 from memshare.retrieval import packing
-from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.retrieval.encoder import Encoder, EncoderError, Side
 from memshare.training import step as step_module
 from memshare.training.batching import Batches
 from memshare.training.flops import ModelCost
@@ -23,6 +23,7 @@ from memshare.training.loss import objective_rows
 from memshare.training.optimizer import lr_factor, make_optimizer, update
 from memshare.training.select import select
 from memshare.training.step import ContrastiveStep, NonFinite
+from memshare.training.towers import FrozenMemories, prepare
 from tests.tiny import tiny_encoder
 from tests.training_data import examples
 
@@ -263,3 +264,25 @@ def test_export_replaces_an_earlier_encoder(encoder: Encoder, tmp_path: Path) ->
     export(encoder, target, {})
     assert not (target / "old-file").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+
+
+@pytest.mark.parametrize(
+    ("towers", "side"),
+    [("shared", "query"), ("separate", "query"), ("separate", "memory"), ("query-only", "query")],
+)
+def test_ruined_weights_are_found_in_every_tower_that_learns(
+    encoder: Encoder, towers: str, side: Side
+) -> None:
+    data, config = make(encoder, towers=towers)
+    prepare(encoder, config, seed=0)
+    frozen = FrozenMemories.of(encoder, data, ONE, config)
+    engine = ContrastiveStep(encoder, data.table, config, ONE, seed=0, frozen=frozen)
+    engine.check(data.batch(0), 7)
+    # Finite all the same: what overflows is what the model computes with them.
+    encoder.tower(side).get_input_embeddings().weight.data.fill_(1e38)
+    encoder.tower(side).encoder.layer[0].attention.self.query.weight.data.fill_(1e38)
+    with pytest.raises(
+        NonFinite, match=r"step 8: what the encoder gives after it.*main-\d+"
+    ) as told:
+        engine.check(data.batch(0), 7)
+    assert told.value.done == 8

@@ -13,7 +13,7 @@ from memshare.pool.errors import PoolUnavailable
 from memshare.pool.store import PoolStore
 from memshare.training.child import ChildFailed
 from memshare.training.journal import Round, Span
-from memshare.training.outcome import DATABASE_AWAY
+from memshare.training.outcome import DATABASE_AWAY, write_result
 from memshare.training.steps import Steps
 
 # Plays each program: notes its arguments and leaves what the real one would.
@@ -33,7 +33,9 @@ if "mine" in sys.argv[0]:
     folder = run / "examples" / f"{int(words['--round']):06d}"
     folder = folder if words["--iteration"] == "1" else folder / "iteration-2"
     folder.mkdir(parents=True)
-    (folder / "round.json").write_text(json.dumps({"shards": 0, "examples": 3}))
+    examples = home / "examples"
+    found = int(examples.read_text()) if examples.exists() else 3
+    (folder / "round.json").write_text(json.dumps({"shards": 0, "examples": found}))
 """
 
 
@@ -84,6 +86,33 @@ def test_what_the_last_iteration_taught_is_indexed(steps: Steps, tmp_path: Path)
     (output / "index.json").write_text(json.dumps({"outcome": "rejected"}))
     assert steps.index(now).outcome == "rejected"
     assert len(calls(tmp_path)) == 1  # a report that stands is not made again
+
+
+def test_a_second_iteration_without_examples_leaves_the_round_to_the_first(
+    steps: Steps, tmp_path: Path
+) -> None:
+    now = Round(3, {}, "start", iterations=2)
+    (tmp_path / "examples").write_text("0")
+    assert steps.mine(now).outcome == "empty"  # the first one ends the round
+    now = now.after({}, None).after({}, None)
+    mined = steps.mine(now)
+    assert (mined.result["examples"], mined.outcome) == (0, None)
+    now = now.after(*mined)
+    first, second = (tmp_path / "run/training/000003" / name for name in (".", "iteration-2"))
+    second.mkdir(parents=True)
+    write_result(second, "empty")
+    trained = steps.train(now)  # which stands: nothing is launched
+    assert (trained.result["status"], trained.outcome) == ("empty", None)
+    now = now.after(*trained)
+    assert now.step == "index"
+    (tmp_path / "report").write_text(json.dumps({"outcome": "published"}))
+    assert steps.index(now).outcome == "published"
+    call = calls(tmp_path)[-1]
+    assert call[call.index("--encoder") + 1] == str(first / "encoder")
+    assert (first / "index.json").exists()
+
+    write_result(first, "empty")
+    assert steps.train(Round(3, {}, "start", step="train", iterations=2)).outcome == "empty"
 
 
 def test_a_program_without_its_database_is_told_from_one_that_failed(
