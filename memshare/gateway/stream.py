@@ -23,7 +23,9 @@ class _Spoken:
         self.finish_reason = "none"
         self.tools = False
 
-    def hear(self, chunk: Mapping[str, Any]) -> None:
+    def hear(self, chunk: Mapping[str, Any]) -> bool:
+        """Whether ``chunk`` ends the answer."""
+        before = self.finish_reason
         for choice in chunk.get("choices") or ():
             if choice.get("index", 0) != 0:
                 continue
@@ -31,6 +33,7 @@ class _Spoken:
             self.text.append(delta.get("content") or "")
             self.tools = self.tools or bool(delta.get("tool_calls"))
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        return before == "none" != self.finish_reason
 
 
 def _event(value: Mapping[str, Any]) -> str:
@@ -44,7 +47,9 @@ async def events(
     pair: Pair | None,
     shown: Sequence[Memory],
 ) -> StreamingResponse:
-    """Pass ``chunks`` on, the first with ``memshare``; queue the pair once the answer is whole.
+    """Pass ``chunks`` on, the first with ``memshare``; queue the pair when the answer is whole.
+
+    The chunk that ends it is held back until the pair is queued: whoever has it may go away.
 
     The first chunk is awaited here, so that an LLM that refuses or is away is an ordinary 4xx or
     503. What fails later comes as an ``error`` event, without [DONE]. An answer whose client has
@@ -53,18 +58,20 @@ async def events(
     with gateway.shared.stage("llm"):
         first = await anext(chunks, None)
 
+    async def heard(spoken: _Spoken, chunk: Mapping[str, Any]) -> None:
+        if spoken.hear(chunk) and pair:
+            text = "".join(spoken.text)
+            await submit(gateway, pair, shown, text, spoken.finish_reason, spoken.tools)
+
     async def body() -> AsyncIterator[str]:
         spoken = _Spoken()
         try:
             if first is not None:
-                spoken.hear(first)
+                await heard(spoken, first)
                 yield _event({**first, "memshare": note})
             async for chunk in chunks:
-                spoken.hear(chunk)
+                await heard(spoken, chunk)
                 yield _event(chunk)
-            if pair:
-                text = "".join(spoken.text)
-                await submit(gateway, pair, shown, text, spoken.finish_reason, spoken.tools)
         except Exception as error:
             known = error_of(error)
             logger.warning("a stream broke off", extra={"failure": where(error)})

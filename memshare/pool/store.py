@@ -197,31 +197,22 @@ class PoolStore:
                 self._db.backend.announce(connection, name)
         return [result for result in results if result is not None]
 
-    def delete(self, id: str) -> bool:
+    def delete(self, id: str, heir: str | None = None) -> bool:
         """Erase a memory's text and metadata; False if there is no such living memory.
 
         Its id stays taken and the log tells of it; the same content appended later is a new memory.
         On SQLite the text is out of the files too when this returns, unless somebody is reading
-        there just then: see `scrub`.
+        there just then: see `scrub`. Memory ``heir`` takes over its feedback, uses and copies.
         """
-        return self.delete_many([id]) == 1
+        return self.delete_many([id], heir) == 1
 
-    def delete_many(self, ids: Sequence[str]) -> int:
+    def delete_many(self, ids: Sequence[str], heir: str | None = None) -> int:
         """`delete` each of ``ids``, and scrub once; how many there were."""
-        count = sum(self._erase(id) for id in ids)
+        count = sum(self._erase(id, heir) for id in ids)
         if count:
             self._unscrubbed = True
         self.scrub()
         return count
-
-    def replace(self, id: str, heir: str) -> bool:
-        """`delete` a memory whose feedback, uses and copies memory ``heir`` takes over."""
-        with self._db.write() as connection:
-            deleted = self._announced(connection, alter.delete(connection, id, heir))
-        if deleted:
-            self._unscrubbed = True
-        self.scrub()
-        return deleted
 
     def amend(self, id: str, metadata: Mapping[str, Any]) -> bool:
         """Replace a memory's metadata by one that `check_memory` has passed; False if none lives.
@@ -243,9 +234,9 @@ class PoolStore:
             if not done:
                 self._unscrubbed = True
 
-    def _erase(self, id: str) -> bool:
+    def _erase(self, id: str, heir: str | None) -> bool:
         with self._db.write() as connection:
-            return self._announced(connection, alter.delete(connection, id))
+            return self._announced(connection, alter.delete(connection, id, heir))
 
     def hold(self, id: str, reason: str | None = None) -> bool:
         """Take a memory out of retrieval and training; False if it is held, deleted or unknown.

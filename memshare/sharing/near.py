@@ -106,7 +106,7 @@ class NearDuplicates:
         earlier = self._earlier(place, mine)
         if earlier is not None:
             self._delete(mine)
-        if place.twin is not None and self._store.replace(place.twin.id, (earlier or mine).id):
+        if place.twin is not None and self._store.delete(place.twin.id, (earlier or mine).id):
             self._searcher.notify(mine.pool)
         return earlier
 

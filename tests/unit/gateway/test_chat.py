@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from memshare.gateway import stream
 from memshare.pocket.tokenizer import CHAT_TEMPLATE
+from memshare.records import Pair
 from tests.unit.gateway.conftest import running
 
 STOPS = list("etaoinrs ")  # a random model rarely ends by itself; these letters end its answer
@@ -227,3 +232,39 @@ def test_content_parts_and_tool_turns_under_the_pocket_template(
         bad = {"role": "user", "content": [*question["content"], image]}
         reply = client.post("/v1/chat/completions", json={"messages": [bad]})
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, "llm_refused")
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_stream_is_queued_before_its_end_is_sent(together: bool) -> None:
+    """Whoever has the last chunk may go away, and the gateway may be killed then."""
+    put: list[Pair] = []
+
+    class Queue:
+        async def put(self, pairs: list[Pair]) -> None:
+            put.extend(pairs)
+
+    def chunk(text: str, finish: str | None = None) -> dict[str, Any]:
+        delta = {"content": text} if text else {}
+        return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+    async def chunks() -> Any:
+        yield chunk("why ")
+        assert not put  # no token waits for the queue
+        if not together:
+            yield chunk("not")
+            assert not put
+        yield chunk("not" if together else "", "stop")
+
+    async def inside() -> None:
+        gateway: Any = SimpleNamespace(
+            shared=SimpleNamespace(stage=lambda name: nullcontext()), queue=Queue()
+        )
+        reply = await stream.events(gateway, chunks(), {}, Pair("keep", "q", ""), [])
+        body: Any = reply.body_iterator
+        async for event in body:
+            if '"stop"' in event:
+                break
+        await body.aclose()
+        assert [(pair.answer, pair.finish_reason) for pair in put] == [("why not", "stop")]
+
+    asyncio.run(inside())
