@@ -302,8 +302,10 @@ def test_weights_that_no_further_step_judges_are_judged_at_the_end(
         (["--encoder", "/no/such/folder"], 1, ["/no/such/folder"]),
         (["--examples", "/no/such/round"], 1, ["/no/such/round"]),
         (["--resume"], 1, ["no intact checkpoint"]),
+        (["--set=training.matryoshka=[16, 32]"], 2, ["training.matryoshka: [32]", "less than 32"]),
+        (["--set=training.matryoshka=[48]", "--dry-run"], 2, ["training.matryoshka: [48]"]),
     ],
-    ids=["config", "encoder", "examples", "resume"],
+    ids=["config", "encoder", "examples", "resume", "width", "width-dry-run"],
 )
 def test_bad_input(
     base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str],
