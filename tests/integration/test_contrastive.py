@@ -180,6 +180,17 @@ def test_lora_and_two_rounds_in_one_run(base: Path, tmp_path: Path, program: Mod
     assert trained.query_fingerprint() != before.query_fingerprint()
 
 
+@pytest.mark.parametrize(("number", "peak"), [(1, 1e-3), (2, 5e-4)])
+def test_a_later_round_learns_more_slowly_where_asked_to(
+    base: Path, tmp_path: Path, program: ModuleType, number: int, peak: float
+) -> None:
+    output = tmp_path / "out"
+    more = ("--set=training.round_lr_decay=0.5", "--set=training.log_every=1")
+    assert program.main([*options(base, output, *more, steps=4), "--round", str(number)]) == 0
+    want = [peak * lr_factor(step, 4, 0.1, "linear") for step in range(4)]
+    assert [line["lr"] for line in logged(output)] == pytest.approx(want) and max(want) == peak
+
+
 def test_query_only_resumes_to_the_same_bits_and_keeps_the_memory_tower(
     base: Path, tmp_path: Path, program: ModuleType
 ) -> None:
