@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with outcome.attempt(args.output, EXPECTED, writes, args.stop_file) as stop:
             return train(args, config, accelerator, world, stop)
-    except EXPECTED as error:
+    except (ConfigError, *EXPECTED) as error:
         return outcome.tell(error)
     finally:
         accelerator.end_training()
@@ -93,7 +93,14 @@ def train(
     seed = (config.run.seed + 1_000_003 * args.round) % 2**62
     say = log if world.main else lambda message: None
 
-    # 1. Examples: choose positives and hard negatives; held-out ones only evaluate.
+    # 1. The encoder to start from, and which parts of it learn.
+    model = args.encoder or config.encoder.model
+    where = {"model": model, "device": str(accelerator.device)}
+    encoder = Encoder.load(config.encoder.model_copy(update=where))
+    fingerprint = f"{encoder.query_fingerprint()} {encoder.memory_fingerprint()}"
+    prepare(encoder, settings, seed)
+
+    # 2. Examples, equal on all processes: positives, hard negatives, order; held-out ones evaluate.
     selection = select(read_training(args.examples), settings)
     say(str(selection))
     world.check_same(repr(selection.counts()), "examples")  # all of them go on, or none does
@@ -106,13 +113,6 @@ def train(
     held_out = read_held_out(config, args.held_out, args.examples, selection.items)
     if settings.eval_every:
         say(f"evaluation: {held_out}")
-
-    # 2. The encoder to start from, and the order of the data: the same on all processes.
-    model = args.encoder or config.encoder.model
-    where = {"model": model, "device": str(accelerator.device)}
-    encoder = Encoder.load(config.encoder.model_copy(update=where))
-    fingerprint = f"{encoder.query_fingerprint()} {encoder.memory_fingerprint()}"
-    prepare(encoder, settings, seed)
     batches = Batches(
         selection.items, encoder, global_batch=settings.batch_size * world.size, seed=seed,
         settings=settings,

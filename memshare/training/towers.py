@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memshare.config import TrainingConfig
+from memshare.config import ConfigError, TrainingConfig
 from memshare.retrieval.encoder import Encoder, EncoderError, Side
 from memshare.training.batching import Batches, cut, deal
 from memshare.training.gather import World
@@ -33,8 +33,14 @@ _TRAINED: dict[str, tuple[Side, ...]] = {
 def prepare(encoder: Encoder, config: TrainingConfig, seed: int) -> None:
     """Split, freeze and adapt ``encoder`` as ``config`` says; ``seed`` draws the adapters.
 
-    Raises `EncoderError` for two towers where one is to be trained.
+    Raises `EncoderError` for two towers where one is to be trained, and `ConfigError` for a width
+    of ``training.matryoshka`` that is no part of its vectors.
     """
+    if wide := [width for width in config.matryoshka if width >= encoder.dim]:
+        raise ConfigError(
+            f"training.matryoshka: {wide} must be less than {encoder.dim}, the width of this "
+            "encoder's vectors, which are trained as a whole anyway"
+        )
     if config.towers == "shared":
         if encoder.two_towers:
             raise EncoderError(

@@ -180,6 +180,17 @@ def test_lora_and_two_rounds_in_one_run(base: Path, tmp_path: Path, program: Mod
     assert trained.query_fingerprint() != before.query_fingerprint()
 
 
+@pytest.mark.parametrize(("number", "peak"), [(1, 1e-3), (2, 5e-4)])
+def test_a_later_round_learns_more_slowly_where_asked_to(
+    base: Path, tmp_path: Path, program: ModuleType, number: int, peak: float
+) -> None:
+    output = tmp_path / "out"
+    more = ("--set=training.round_lr_decay=0.5", "--set=training.log_every=1")
+    assert program.main([*options(base, output, *more, steps=4), "--round", str(number)]) == 0
+    want = [peak * lr_factor(step, 4, 0.1, "linear") for step in range(4)]
+    assert [line["lr"] for line in logged(output)] == pytest.approx(want) and max(want) == peak
+
+
 def test_query_only_resumes_to_the_same_bits_and_keeps_the_memory_tower(
     base: Path, tmp_path: Path, program: ModuleType
 ) -> None:
@@ -302,8 +313,10 @@ def test_weights_that_no_further_step_judges_are_judged_at_the_end(
         (["--encoder", "/no/such/folder"], 1, ["/no/such/folder"]),
         (["--examples", "/no/such/round"], 1, ["/no/such/round"]),
         (["--resume"], 1, ["no intact checkpoint"]),
+        (["--set=training.matryoshka=[16, 32]"], 2, ["training.matryoshka: [32]", "less than 32"]),
+        (["--set=training.matryoshka=[48]", "--dry-run"], 2, ["training.matryoshka: [48]"]),
     ],
-    ids=["config", "encoder", "examples", "resume"],
+    ids=["config", "encoder", "examples", "resume", "width", "width-dry-run"],
 )
 def test_bad_input(
     base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memshare.config import LoRAConfig, TrainingConfig
+from memshare.config import ConfigError, LoRAConfig, TrainingConfig
 from memshare.retrieval.encoder import SIDES, Encoder, EncoderError
 from memshare.training import checkpoint
 from memshare.training import towers as towers_module
@@ -192,3 +192,14 @@ def test_compiling_is_off_unless_asked_for(
     assert not seen
     prepare(encoder, TrainingConfig(towers="separate", compile=True), seed=1)
     assert seen == [encoder.tower("query"), encoder.tower("memory")]
+
+
+@pytest.mark.parametrize("towers", ["shared", "separate", "query-only"])
+def test_widths_that_are_no_part_of_the_vectors_are_refused(encoder: Encoder, towers: str) -> None:
+    """They would be the whole vectors once more."""
+    prepare(encoder, TrainingConfig(towers=towers, matryoshka=(8, 31)), seed=1)  # type: ignore[arg-type]
+    wide = TrainingConfig(towers=towers, matryoshka=(8, 32, 500))  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match=r"training\.matryoshka: \[32, 500\] must be less than 32"
+    ):
+        prepare(encoder, wide, seed=1)
