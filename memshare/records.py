@@ -149,8 +149,8 @@ class Candidate:
     the mean log-likelihood per token, in nats, of the query's own answer when this memory is shown
     before the query; None where nothing measured it. ``answer_key`` is the hash of the candidate's
     normalised answer: equal answers are never negatives of each other. ``prompt_key`` is that of
-    its normalised prompt (`select.text_key`): it is no negative of a query that is its prompt. None
-    in examples that earlier versions mined.
+    its normalised prompt (`select.text_key`): it is no negative of a query that is its prompt.
+    ``principal`` is who wrote it. Both are None in examples that earlier versions mined.
     """
 
     id: str
@@ -160,6 +160,7 @@ class Candidate:
     answer_key: str
     dense_rank: int | None = None
     prompt_key: str | None = None
+    principal: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

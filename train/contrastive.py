@@ -118,8 +118,7 @@ def train(
         settings=settings,
     )  # fmt: skip
     steps = settings.max_steps or math.ceil(settings.epochs * batches.steps_per_epoch)
-    if batches.table.truncated:
-        say(f"{batches.table.truncated} texts have over {encoder.max_length} tokens: cut off")
+    say(str(batches))
     fixed = fixed_settings(
         settings, encoder=fingerprint, examples=batches.digest, warm=args.warm, steps=steps,
         held_out=held_out.digest, processes=world.size, mixed_precision=accelerator.mixed_precision,
@@ -180,7 +179,7 @@ def train(
     done = validation.finished(state)
     if world.main:
         report = {
-            **selection.counts(), "truncated": batches.table.truncated, **state.figures(),
+            **selection.counts(), **batches.counts(), **state.figures(),
             "of_steps": steps, "processes": world.size, "seed": seed, "round": args.round,
             "encoder": model, "wandb": tracker.wandb, "settings": settings.model_dump(mode="json"),
             "evaluation": validation.report(state),

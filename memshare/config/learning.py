@@ -81,12 +81,13 @@ class TrainingConfig(Section):
     ``towers``: one encoder for queries and memories; one each; or one each of which only the
     queries' is trained, so that the memories' vectors, and with them an index, stay as they are.
     ``pool_temperature`` T gives a pool of n examples n ** (1 / T) of the batches (1: every example
-    once an epoch); ``max_principal_share`` caps one principal's queries in a batch. ``eval_every``:
-    steps between two evaluations on held-out memories (None: none at all), the best of which is
-    exported; ``patience``: evaluations in a row without a better nDCG@10 that end the training.
-    ``round_lr_decay``: what each continual round multiplies the learning rate of the one before by,
-    down to a tenth of ``lr`` (1: all rounds alike); ``warm_optimizer``: a round starts from the
-    optimizer state with which the training of the encoder that serves has ended.
+    once an epoch); ``max_principal_share``: as much of a batch's queries, and of its positives, one
+    principal may have; more is left out of the epoch (`memshare.training.principals`).
+    ``eval_every``: steps between two evaluations on held-out memories (None: none at all), the best
+    of which is exported; ``patience``: evaluations in a row without a better nDCG@10 that end the
+    training. ``round_lr_decay``: what each continual round multiplies the learning rate of the one
+    before by, down to a tenth of ``lr`` (1: all rounds alike); ``warm_optimizer``: a round starts
+    from the optimizer state with which the training of the encoder that serves has ended.
     """
 
     positives: PositiveInt = 1

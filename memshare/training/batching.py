@@ -117,6 +117,19 @@ class Batches:
         how = (seed, global_batch, shares, self._drawn, self._prefixes)
         self.digest = self._digest(repr(how))
 
+    def counts(self) -> dict[str, int]:
+        """For a report: texts cut off, and what the cap on principals keeps out of an epoch."""
+        return {"truncated": self.table.truncated, "left_out": self._order.left_out()}
+
+    def __str__(self) -> str:
+        cut, out = self.counts().values()
+        told = [f"{self.steps_per_epoch} steps an epoch"]
+        if cut:
+            told.append(f"{cut} texts have too many tokens and are cut off")
+        if out:
+            told.append(f"{out} examples left out of the first: over training.max_principal_share")
+        return "; ".join(told)
+
     @property
     def doc_rows(self) -> Ints:
         """Rows of the token table that are any query's positives or negatives, in order."""
@@ -137,7 +150,7 @@ class Batches:
         digest = hashlib.sha256(how.encode())
         for item in self.items:
             passages = [
-                (p.id, p.text, p.answer, p.loglik, p.prompt)
+                (p.id, p.text, p.answer, p.loglik, p.prompt, p.principal)
                 for p in (*item.positives, *item.negatives)
             ]
             never = sorted(item.never_negative)

@@ -37,6 +37,7 @@ _CANDIDATE = {
     "answer_key": Value("string"),
     "dense_rank": Value("int64"),
     "prompt_key": Value("string"),
+    "principal": Value("string"),
 }
 FEATURES = Features(
     {
@@ -54,7 +55,7 @@ FEATURES = Features(
     }
 )
 # Shards of earlier versions have fewer columns; they are read with nulls in them.
-_ADDED = ("prompt_key",)
+_ADDED = ("prompt_key", "principal")
 _EARLIER = Features(
     {**FEATURES, "candidates": List({k: v for k, v in _CANDIDATE.items() if k not in _ADDED})}
 ).arrow_schema

@@ -333,7 +333,7 @@ def _candidate(memory: Memory, proposal: Proposal, worth: float | None) -> Candi
     text, key = memory_text(memory.prompt, memory.answer), answer_key(memory.answer)
     return Candidate(
         memory.id, text, proposal.bm25_rank, worth, key, proposal.dense_rank,
-        prompt_key=text_key(memory.prompt),
+        prompt_key=text_key(memory.prompt), principal=memory.agent,
     )  # fmt: skip
 
 

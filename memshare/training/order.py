@@ -2,8 +2,8 @@
 
 Pools take turns in a shuffled order. By default every example comes once an epoch. Two settings
 change that: a *pool temperature* T above 1 gives a pool of n examples a share of n ** (1 / T) of
-the batches, so that small pools are not drowned by large ones; and a cap on how many queries of one
-principal a batch may hold keeps a busy or hostile agent from steering the encoder.
+the batches, so that small pools are not drowned by large ones; and a cap on what one principal may
+have of a batch (`principals`) makes batches smaller than they would be.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from memshare.training.principals import PrincipalCap
 from memshare.training.select import Selected
 
 Ints = npt.NDArray[np.int64]
@@ -33,26 +34,25 @@ class Order:
         pool_temperature: float = 1.0,
         max_principal_share: float = 1.0,
     ) -> None:
-        """``max_principal_share``: of ``global_batch``, at least one query."""
+        """``max_principal_share``: of each batch, see `PrincipalCap`."""
         self._global_batch = global_batch
         self._seed = seed
-        self._limit = max(1, int(max_principal_share * global_batch))
-        self._capped = max_principal_share < 1.0
-        self._principals = array("q")  # numbers of them
-        numbers: dict[str, int] = {}
         pools: dict[str, array[int]] = defaultdict(lambda: array("q"))
         for index, item in enumerate(items):
             pools[item.pool].append(index)
-            # Unknown principals are nobody: each is a principal of its own.
-            known = (
-                numbers.setdefault(item.principal, len(numbers)) if item.principal else -1 - index
-            )
-            self._principals.append(known)
+        self._cap = PrincipalCap(items, max_principal_share) if max_principal_share < 1.0 else None
         self._pools = {pool: np.array(pools[pool], dtype=np.int64) for pool in sorted(pools)}
         self._counts = self._shares(pool_temperature)
         self.steps_per_epoch = sum(self._counts.values())
         # Epochs are walked in order; the one before is kept for a step at the seam.
-        self._epoch = lru_cache(maxsize=2)(self._shuffle)
+        self._epoch = lru_cache(maxsize=2)(lambda epoch: self._shuffle(epoch, self._cap))
+
+    def left_out(self) -> int:
+        """How many examples the cap on principals leaves out of the first epoch."""
+        if self._cap is None:
+            return 0
+        sizes = (sum(map(len, batches)) for batches in (self._shuffle(0, None), self._epoch(0)))
+        return next(sizes) - next(sizes)
 
     def step(self, number: int) -> Ints:
         """Positions of the items of step ``number`` (0, 1, ...)."""
@@ -70,30 +70,23 @@ class Order:
         total, whole = sum(natural.values()), sum(weights.values())
         return {pool: max(1, round(total * weights[pool] / whole)) for pool in natural}
 
-    def _shuffle(self, epoch: int) -> list[Ints]:
+    def _shuffle(self, epoch: int, cap: PrincipalCap | None) -> list[Ints]:
         rng = np.random.default_rng([self._seed, epoch])
         batches: list[Ints] = []
         for pool, members in self._pools.items():
-            batches.extend(self._deal(members, self._counts[pool], rng))
+            batches.extend(self._deal(members, self._counts[pool], rng, cap))
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def _deal(self, members: Ints, count: int, rng: np.random.Generator) -> list[Ints]:
+    def _deal(
+        self, members: Ints, count: int, rng: np.random.Generator, cap: PrincipalCap | None
+    ) -> list[Ints]:
         """``count`` batches, as even as the members allow, none twice in a batch."""
+        split = np.array_split if cap is None else cap.deal
         natural = -(-len(members) // self._global_batch)
         if count <= natural:  # all members, or as many as there is room for
             chosen = rng.permutation(members)[: count * self._global_batch]
-            return self._split(chosen, count)
+            return list(split(chosen, count))
         batches: list[Ints] = []
         while len(batches) < count:
-            batches += self._split(rng.permutation(members), natural)
+            batches += split(rng.permutation(members), natural)
         return batches[:count]
-
-    def _split(self, members: Ints, count: int) -> list[Ints]:
-        if not self._capped:
-            return list(np.array_split(members, count))
-        # Dealt out principal by principal, each has at most ceil(its number / count) in a batch.
-        by_principal: dict[int, list[int]] = defaultdict(list)
-        for member in members.tolist():
-            by_principal[self._principals[member]].append(member)
-        dealt = [m for group in by_principal.values() for m in group[: self._limit * count]]
-        return [np.array(dealt[start::count], dtype=np.int64) for start in range(count)]

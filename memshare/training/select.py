@@ -54,7 +54,7 @@ class Passage:
     """One memory as the encoder sees it: its text, and the keys that tell copies and answers.
 
     ``loglik``: what an LM measured of it for this query, None where none did. ``prompt``: the key
-    of its prompt, None where the examples don't have it.
+    of its prompt, ``principal``: who wrote it, None where the examples don't say.
     """
 
     id: str
@@ -63,6 +63,7 @@ class Passage:
     answer: str
     loglik: float | None = None
     prompt: str | None = None
+    principal: str | None = None
 
     @classmethod
     def of(cls, candidate: Candidate) -> Passage:
@@ -72,7 +73,7 @@ class Passage:
         known = value is not None and math.isfinite(value)
         return cls(
             candidate.id, candidate.text, key, candidate.answer_key, value if known else None,
-            candidate.prompt_key,
+            candidate.prompt_key, candidate.principal,
         )  # fmt: skip
 
 
@@ -203,7 +204,7 @@ def select_one(example: Example, config: TrainingConfig) -> Selected | str:
     own_text = memory_text(example.query, example.answer)
     own = Passage(
         example.query_id, own_text, text_key(own_text), answer_key(example.answer),
-        prompt=text_key(example.query),
+        prompt=text_key(example.query), principal=example.principal,
     )  # fmt: skip
     others = distinct_candidates(example)
     if example.labels == "none":

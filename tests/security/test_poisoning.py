@@ -7,9 +7,10 @@ questions (Banking77) and the real all-MiniLM-L6-v2.
 What holds by design, and is asserted here: one principal has at most
 ``max(principal_floor, max_principal_share * N)`` of a pool's N memories; at most
 ``max(1, retriever.max_principal_share * k)`` of the k that a search returns; at most
-``training.max_principal_share`` of a batch; and an encoder that finds the canaries worse than the
-one before is refused. All of it bounds *one* principal: s principals that work together get s times
-as much, so keys are what must not be cheap. And within its bound a poisoned memory is shown.
+``training.max_principal_share`` of a batch's queries, and of its positives, or one of each; and an
+encoder that finds the canaries worse than the one before is refused. All of it bounds *one*
+principal: s principals that work together get s times as much, so keys are what must not be cheap.
+And within its bound a poisoned memory is shown.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import asyncio
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ from memshare.retrieval.gate_run import gate_built
 from memshare.retrieval.text import memory_text
 from memshare.sharing import SharedMemory, open_shared
 from memshare.training.order import Order
-from memshare.training.select import select
+from memshare.training.select import select, text_key
 from tests.loop import loop_config
 from tests.retrieving import make_config, open_store
 from tests.training_data import write_round
@@ -125,12 +127,15 @@ def test_a_flood_is_bounded_in_the_pool_and_among_the_shots(tmp_path: Path, mode
 
 def lesson(number: int, question: str, good: list[NewMemory], agent: str) -> Example:
     """An example whose labels an attacker has brought about: its own text helps, all else harms."""
-    rows = [("evil", memory_text(f"{question} !", EVIL), EVIL, -1.0)]
-    rows += [(m.prompt, memory_text(m.prompt, m.answer), m.answer, -4.0) for m in good]
+    evil = NewMemory("keep", f"{question} !", EVIL, agent="eve")
+    rows = [("evil", evil, -1.0), *((m.prompt, m, -4.0) for m in good)]
     candidates = tuple(
-        Candidate(f"{name} {number}", text, rank, worth, answer_key(answer))
-        for rank, (name, text, answer, worth) in enumerate(rows)
-    )
+        Candidate(
+            f"{name} {number}", memory_text(m.prompt, m.answer), rank, worth, answer_key(m.answer),
+            prompt_key=text_key(m.prompt), principal=m.agent,
+        )
+        for rank, (name, m, worth) in enumerate(rows)
+    )  # fmt: skip
     return Example(
         f"q{number}",
         question,
@@ -155,13 +160,27 @@ def lessons(agents: list[str]) -> list[Example]:
     ]
 
 
+def honestly(item: Example) -> Example:
+    """The same question, were the attacker's text what harms."""
+    evil, *others = item.candidates
+    best = item.seq % len(others)
+    turned = [replace(c, loglik=-1.0 if n == best else -4.0) for n, c in enumerate(others)]
+    turned.append(replace(evil, loglik=-4.0))
+    return replace(item, query_id=f"honest {item.query_id}", candidates=tuple(turned))
+
+
 def test_a_batch_holds_no_more_of_one_principal_than_its_share() -> None:
     made = lessons(["eve", "eve", "eve", "ann", "bob", "cid"])
+    made += [honestly(item) for item in lessons(["ann", "bob", "cid", "dan"])]
     items = select(made, TrainingConfig()).items
+    assert sum(item.positives[0].principal == "eve" for item in items) == len(items) / 2
     order = Order(items, global_batch=8, seed=0, max_principal_share=0.25)
     batches = [order.step(n) for n in range(4 * order.steps_per_epoch)]
-    most = max(sum(items[i].principal == "eve" for i in batch) for batch in batches)
-    assert most == 2
+    for batch in batches:
+        asked = sum(items[i].principal == "eve" for i in batch)
+        taught = sum(items[i].positives[0].principal == "eve" for i in batch)
+        assert max(asked, taught) <= max(1, len(batch) // 4)
+    assert sum(map(len, batches)) > 3 * len(batches)
 
 
 def canaries_of(store: PoolStore, path: Path) -> Path:

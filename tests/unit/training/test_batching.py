@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,10 @@ def test_a_batch_is_of_one_pool(encoder: Encoder) -> None:
 @pytest.mark.parametrize(
     ("prefixes", "settings", "digest", "content"),
     [
-        (("", ""), {}, "299187ac6bdf654f", "7e673e39fdc7c7f7"),
-        (("", ""), DRAWN, "58e1eae4d74b2b38", "de16a86f2e65a7f0"),
-        (("query: ", "passage: "), {}, "cc1a25212c363f9f", "c454ad29128883f2"),
-        (("query: ", "passage: "), DRAWN, "2682247f337bf7df", "3f4a7cf55422565b"),
+        (("", ""), {}, "17abecd23473393e", "7e673e39fdc7c7f7"),
+        (("", ""), DRAWN, "2a795c3e3e8e556b", "de16a86f2e65a7f0"),
+        (("query: ", "passage: "), {}, "57647344ac387851", "c454ad29128883f2"),
+        (("query: ", "passage: "), DRAWN, "de8db6b4b9c979ff", "3f4a7cf55422565b"),
     ],
 )
 def test_batches_are_those_of_when_all_of_it_was_in_memory(
@@ -198,6 +199,23 @@ def test_copies_of_a_query_are_no_negatives_and_it_shares_what_its_copies_know(
     for start in range(len(batch.rows) - 1):  # tiles that divide the two and that don't
         for part, full in zip(batch.masks(start, start + 2, CPU), (positive, valid), strict=True):
             assert torch.equal(part, full[start : start + 2])
+
+
+def test_what_is_told_of_the_batches(encoder: Encoder) -> None:
+    made = [
+        *examples(6),
+        example("long", query="x " * 500, candidates=(candidate("p", "p", -0.5),)),
+    ]
+    items = [
+        replace(item, principal=who)
+        for item, who in zip(select(made, TrainingConfig()).items, "aaaaabc", strict=True)
+    ]
+    plain = Batches(items, encoder, global_batch=7, seed=0)
+    assert str(plain) == "1 steps an epoch; 1 texts have too many tokens and are cut off"
+    settings = TrainingConfig(max_principal_share=0.34)
+    capped = Batches(items, encoder, global_batch=7, seed=0, settings=settings)
+    assert capped.counts() == {"truncated": 1, "left_out": 4}
+    assert "; 4 examples left out of the first: over training.max_principal_share" in str(capped)
 
 
 def test_texts_longer_than_the_model_are_cut_and_counted(encoder: Encoder) -> None:

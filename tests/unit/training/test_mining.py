@@ -244,6 +244,7 @@ def test_labels_none_need_no_model(tmp_path: Path) -> None:
         assert [candidate.id for candidate in others] == [memory_id for memory_id, _ in expected]
         assert example.principal == "seed"
         keys = {candidate.id: candidate.prompt_key for candidate in example.candidates}
+        assert {candidate.principal for candidate in example.candidates} == {"seed"}
         assert keys == {memory_id: text_key(memories[memory_id].prompt) for memory_id in keys}
 
 
