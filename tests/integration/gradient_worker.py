@@ -1,4 +1,4 @@
-"""Launched by test_contrastive.py in several processes: each saves its gradients of one step.
+"""Launched by test_contrastive.py in several processes: each saves its gradients of single steps.
 
 gradient_worker.py ENCODER OUTPUT
 """
@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from memshare.config import TrainingConfig
+from memshare.config import LoRAConfig, TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.batching import Batches
 from memshare.training.gather import DifferentData, World, launch
@@ -23,13 +27,67 @@ from memshare.training.step import ContrastiveStep
 from memshare.training.towers import FrozenMemories, prepare
 from tests.training_data import candidate, example, examples
 
+LORA = LoRAConfig(enabled=True, r=4, alpha=8, dropout=0.0)
+# In these the gradient is the same however many processes there are.
 MODES: dict[str, dict[str, Any]] = {
     "kept": {},
     "cached": {"graph_tokens": 0},
     "separate": {"graph_tokens": 300, "towers": "separate"},
     "query-only": {"graph_tokens": 300, "towers": "query-only"},
+    "lora": {"graph_tokens": 300, "lora": LORA},
+    "lora-query-only": {"graph_tokens": 300, "towers": "query-only", "lora": LORA},
+    "distilled": {"graph_tokens": 300, "distill_weight": 0.5, "matryoshka": (16, 8)},
 }
 BATCHES = {"thirteen": 13, "two": 2}  # neither divides by 4; with 4 processes some have no query
+# One of these and more: the same bits whether graphs are kept or texts are encoded twice.
+REPLAYED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dropout": ("kept", {"dropout": True}),
+    "dropout-separate": ("separate", {"dropout": True}),
+    "dropout-lora": ("lora", {"dropout": True, "lora": LORA.model_copy(update={"dropout": 0.3})}),
+    "bf16": ("kept", {}),
+    "bf16-dropout-lora": ("lora", {"dropout": True}),
+}
+GRAPHS = {"graphs": 100_000, "twice": 0}
+
+
+def half() -> AbstractContextManager[object]:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def step(
+    encoder_folder: Path,
+    world: World,
+    count: int,
+    settings: dict[str, Any],
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one step over ``count`` queries."""
+    encoder = Encoder.from_folder(encoder_folder, device="cpu")
+    # A positive that two queries on different processes share, encoded by one of them.
+    shared = candidate("shared", "a memory in common", -0.5, "in common")
+    pair = [
+        example(n, candidates=(shared, candidate(f"not {n}", f"no {n}", -9.0, rank=1)))
+        for n in ("x", "y")
+    ]
+    made = [*examples(count - 2), *pair]
+    config = TrainingConfig(**{"dropout": False, "batch_tokens": 200, **settings})
+    prepare(encoder, config, seed=0)
+    for name, weight in encoder.model.named_parameters():
+        if "lora_B" in name:  # zero at first, and so would be the gradients of all others
+            torch.nn.init.normal_(weight, std=0.05)
+    world.divided = None
+    spread(encoder, world)
+    if world.divided is not None:
+        world.divided.follow(make_optimizer(encoder.model, config))
+    data = Batches(select(made, config).items, encoder, global_batch=count, seed=0)
+    frozen = FrozenMemories.of(encoder, data, world, config, autocast)
+    engine = ContrastiveStep(
+        encoder, data.table, config, world, seed=0, autocast=autocast, frozen=frozen
+    )
+    result = engine.backward(data.batch(0), 0, stop=world.rank == world.size - 1)
+    assert result.stop, "one process was asked to stop, and this one does not know"
+    named = encoder.model.named_parameters()
+    return result.loss, {n: whole(p.grad) for n, p in named if p.grad is not None}
 
 
 def main(encoder_folder: Path, output: Path) -> None:
@@ -37,29 +95,15 @@ def main(encoder_folder: Path, output: Path) -> None:
     world = World(accelerator.device)
     for name, count in BATCHES.items():
         for mode, settings in MODES.items():
-            encoder = Encoder.from_folder(encoder_folder, device="cpu")
-            # A positive that two queries on different processes share, encoded by one of them.
-            shared = candidate("shared", "a memory in common", -0.5, "in common")
-            pair = [
-                example(n, candidates=(shared, candidate(f"not {n}", f"no {n}", -9.0, rank=1)))
-                for n in ("x", "y")
-            ]
-            made = [*examples(count - 2), *pair]
-            config = TrainingConfig(dropout=False, batch_tokens=200, **settings)
-            prepare(encoder, config, seed=0)
-            world.divided = None
-            spread(encoder, world)
-            if world.divided is not None:
-                world.divided.follow(make_optimizer(encoder.model, config))
-            data = Batches(select(made, config).items, encoder, global_batch=count, seed=0)
-            frozen = FrozenMemories.of(encoder, data, world, config)
-            engine = ContrastiveStep(encoder, data.table, config, world, seed=0, frozen=frozen)
-            result = engine.backward(data.batch(0), 0, stop=world.rank == world.size - 1)
-            assert result.stop, "one process was asked to stop, and this one does not know"
-            named = encoder.model.named_parameters()
-            gradients = {n: whole(p.grad) for n, p in named if p.grad is not None}
+            loss, gradients = step(encoder_folder, world, count, settings)
             save_file(gradients, output / f"{name}-{mode}-{world.rank}.safetensors")
-            (output / f"{name}-{mode}-{world.rank}.json").write_text(json.dumps(result.loss))
+            (output / f"{name}-{mode}-{world.rank}.json").write_text(json.dumps(loss))
+    for mode, (plain, more) in REPLAYED.items():
+        autocast = half if mode.startswith("bf16") else nullcontext
+        for name, tokens in GRAPHS.items():
+            settings = {**MODES[plain], **more, "graph_tokens": tokens}
+            _, gradients = step(encoder_folder, world, BATCHES["thirteen"], settings, autocast)
+            save_file(gradients, output / f"{name}-{mode}-{world.rank}.safetensors")
     world.check_same("equal", "data")
     try:
         world.check_same(str(world.rank), "examples")

@@ -93,19 +93,27 @@ def test_a_run_stopped_in_every_way_ends_as_the_uninterrupted_one(
     assert [line for line in logged(broken) if line["step"] % 5 == 0] == logged(whole)
 
 
+@pytest.fixture(scope="module")
+def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of all modes of gradient_worker.py."""
+    from tests.integration import gradient_worker
+
+    folder = tmp_path_factory.mktemp("one")
+    gradient_worker.main(base / "encoder", folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "divided"), [(2, False), (4, False), (2, True)], ids=["2", "4", "2-fsdp"]
 )
 def test_gradients_of_several_processes_are_those_of_one(
-    base: Path, tmp_path: Path, processes: int, divided: bool
+    base: Path, one: Path, tmp_path: Path, processes: int, divided: bool
 ) -> None:
     from tests.integration import gradient_worker
 
-    one, many = tmp_path / "one", tmp_path / "many"
-    one.mkdir()
+    many = tmp_path / "many"
     many.mkdir()
-    gradient_worker.main(base / "encoder", one)
     worker = Path(str(gradient_worker.__file__))
     arguments = [str(base / "encoder"), str(many)]
     with launch(processes, worker, arguments, divided=divided) as process:
@@ -123,6 +131,21 @@ def test_gradients_of_several_processes_are_those_of_one(
                 losses = (json.loads((f / f"{name}-{mode}-{r}.json").read_text())
                           for f, r in ((one, 0), (many, rank)))  # fmt: skip
                 assert next(losses) == pytest.approx(next(losses), abs=1e-5)
+    for mode, (name, _) in gradient_worker.REPLAYED.items():
+        plain = load_file(one / f"thirteen-{name}-0.safetensors")
+        for folder, rank in [(one, 0), *((many, rank) for rank in range(processes))]:
+            got, again = (
+                load_file(folder / f"{graphs}-{mode}-{rank}.safetensors")
+                for graphs in gradient_worker.GRAPHS
+            )
+            assert got.keys() == again.keys() == plain.keys()
+            assert all(got[n].equal(again[n]) for n in got), (mode, rank)
+            largest = max(float(g.abs().max()) for g in plain.values())
+            apart = max(float((got[n] - plain[n]).abs().max()) for n in got) / largest
+            if "dropout" in mode:
+                assert apart > 0.1  # it is on
+            else:
+                assert 1e-5 < apart < 1e-2  # rounded, and no more than that
     for rank in range(processes):
         told = (many / f"different-{rank}.txt").read_text()
         assert "see other examples than process 0" in told
