@@ -34,10 +34,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-def test_killed_under_load(tmp_path: Path, models: Path) -> None:
+@pytest.fixture
+def database(url: str) -> str:
+    """Either database; in these tests ``url`` is the gateway's."""
+    return url
+
+
+def test_killed_under_load(tmp_path: Path, models: Path, database: str) -> None:
     rng = random.Random(4)
     port = free_port()
-    config = loop_config_file(tmp_path, models)
+    config = loop_config_file(tmp_path, models, database_url=database)
     log = (tmp_path / "gateway.log").open("w")
     url = f"http://127.0.0.1:{port}"
     process = launch("serve/gateway.py", config, "--port", str(port), log=log)
@@ -56,7 +62,7 @@ def test_killed_under_load(tmp_path: Path, models: Path) -> None:
                 recoveries.append(time.monotonic() - began)
             load.more(20)
         assert load.broken, "nobody noticed the kills"
-        check(f"sqlite:///{tmp_path}/pool.db", url, load)
+        check(database, url, load)
         check_refusals(load)  # those of a gateway that was still starting
     finally:
         code, _ = stop(process)
@@ -126,13 +132,13 @@ class Clock:
 
 
 def test_the_clock_jumps_under_load(
-    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, models: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Writes stay whole and in order, and searches find them, whatever the clock says."""
     clock = Clock(tmp_path / "clock")
     for name, value in clock.environment.items():
         monkeypatch.setenv(name, value)
-    with gateway(tmp_path / "run", models) as url:
+    with gateway(tmp_path / "run", models, database_url=database) as url:
         assert abs(created_at(url, "now") - time.time()) < 60
         with Load(url).running() as load:
             for jump in (7200, -7200, 86_400 * 400, 0):
@@ -144,7 +150,7 @@ def test_the_clock_jumps_under_load(
         assert not load.refusals and load.slowest < 10.0, load.slowest
         for prompt in ("now", "an hour ago"):
             load.acknowledged[prompt] = write(url, prompt)
-        check(f"sqlite:///{tmp_path}/run/pool.db", url, load)
+        check(database, url, load)
 
 
 def write(url: str, prompt: str) -> str:
