@@ -14,15 +14,18 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
+from memshare.config import load_config
 from memshare.pool import PoolStore
 from memshare.pool.queue import PairQueue
 from memshare.pool.schema import decisions, pending
+from memshare.retrieval.encoder import Encoder
 from memshare.sharing import prompt_hash
 from tests.disks import fill_up, small_disk
-from tests.faults import Load, check, check_refusals
+from tests.faults import Load, check, check_refusals, generation, publish_next
 from tests.gateways import gateway, launch, stop, wait_ready
 from tests.loop import loop_config_file
 from tests.postgres import free_port
+from tests.tiny import tiny_encoder
 
 RESTART_SECONDS = 60.0  # from starting a killed gateway again to the first acknowledged write
 ROOM_SECONDS = 5.0  # from room on the disk to the first acknowledged write
@@ -44,6 +47,8 @@ def test_killed_under_load(tmp_path: Path, models: Path, database: str) -> None:
     rng = random.Random(4)
     port = free_port()
     config = loop_config_file(tmp_path, models, database_url=database)
+    following = [tiny_encoder(models / f"next {seed}", seed=seed) for seed in (1, 2)]
+    encoders = [Encoder.from_folder(folder, device="cpu") for folder in following]
     log = (tmp_path / "gateway.log").open("w")
     url = f"http://127.0.0.1:{port}"
     process = launch("serve/gateway.py", config, "--port", str(port), log=log)
@@ -51,8 +56,9 @@ def test_killed_under_load(tmp_path: Path, models: Path, database: str) -> None:
     try:
         wait_ready(process, tmp_path)
         with Load(url, killed=True).running() as load:
-            for _ in range(2):
+            for encoder in encoders:
                 load.more(rng.randrange(10, 60))
+                number = publish_next(load_config(config), encoder)
                 time.sleep(rng.random() * 0.2)
                 process.kill()
                 process.wait()
@@ -60,6 +66,8 @@ def test_killed_under_load(tmp_path: Path, models: Path, database: str) -> None:
                 process = launch("serve/gateway.py", config, "--port", str(port), log=log)
                 load.more()
                 recoveries.append(time.monotonic() - began)
+                # CURRENT's at once: neither the one before nor the configured encoder.
+                assert generation(url) == number
             load.more(20)
         assert load.broken, "nobody noticed the kills"
         check(database, url, load)
