@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fastapi.testclient import TestClient
 
 from memshare.pool.keys import KeyRing
-from memshare.pool.store import PoolStore
 
 
 class Caller:
     """A client with a key of these rights."""
 
-    def __init__(
-        self, client: TestClient, run_dir: Path, principal: str, *limits: int, **rights: str
-    ) -> None:
+    def __init__(self, client: TestClient, principal: str, *limits: int, **rights: str) -> None:
         named = {pool.replace("every", "*"): what.split() for pool, what in rights.items()}
-        with PoolStore.open(f"sqlite:///{run_dir}/pool.db") as store:
-            made = KeyRing(store.database).create(principal, named, *limits)  # type: ignore[arg-type]
+        app: Any = client.app
+        ring = KeyRing(app.state.gateway.shared.store.database)
+        made = ring.create(principal, named, *limits)  # type: ignore[arg-type]
         self.key, self.secret = made
         self.client = client
 

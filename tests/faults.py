@@ -15,7 +15,10 @@ from typing import Self
 
 import httpx
 
+from memshare.config import Config
 from memshare.pool import PoolStore
+from memshare.retrieval.encoder import Encoder
+from tests.retrieving import publish_now
 
 WRITERS = 4
 # A gateway says within this that a part of it is away. Longest waits a write that was stored just
@@ -118,6 +121,19 @@ class Load(Restless):
             self.refusals.append(reply)
             time.sleep(0.1)
         raise AssertionError(f"never acknowledged: {item['prompt']}")
+
+
+def publish_next(config: Config, encoder: Encoder) -> int:
+    """A further generation of what is in the pools now, beside whatever else goes on."""
+    with PoolStore.open(config.url) as store:
+        return publish_now(store, config, encoder)
+
+
+def generation(url: str) -> int:
+    """The one that answers now."""
+    body = {"pool": "keep", "query": "writer", "k": 1}
+    reply = httpx.post(f"{url}/v1/memories/search", json=body, timeout=60)
+    return int(reply.raise_for_status().json()["generation"])
 
 
 def check(database: str, url: str, load: Load) -> None:

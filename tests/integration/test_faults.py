@@ -14,10 +14,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.faults import Load, check, check_refusals
+from memshare.retrieval.encoder import Encoder
+from tests.faults import Load, check, check_refusals, generation, publish_next
 from tests.gateways import gateway
+from tests.loop import loop_config
 from tests.postgres import PostgresServer
 from tests.proxy import Proxy
+from tests.retrieving import until
+from tests.tiny import tiny_encoder
 
 pytestmark = pytest.mark.server
 READ_SECONDS = 10.0  # a read is refused by then while no database answers
@@ -41,21 +45,28 @@ def test_postgresql_killed_under_load(server: PostgresServer, tmp_path: Path, mo
     rng = random.Random(0)
     database = server.url(server.create())
     recoveries = []
+    config = loop_config(tmp_path, models, database_url=database)
+    following = [tiny_encoder(models / f"next {seed}", seed=seed) for seed in (1, 2, 3)]
     with gateway(tmp_path, models, database_url=database) as url, Load(url).running() as load:
-        for _ in range(3):
+        for folder in following:
             load.more(rng.randrange(10, 40))
+            number = publish_next(config, Encoder.from_folder(folder, device="cpu"))
             time.sleep(rng.random() * 0.3)
             server.kill()
             load.refused()
             assert httpx.get(f"{url}/healthz", timeout=5).status_code == 200
             server.start()
             recoveries.append(load.more())
+            # It was loading, or about to; it must come to it, and to no other.
+            until(lambda: generation(url) == number, RECOVERY_SECONDS)  # noqa: B023
         load.more(20)
+        assert generation(url) == number
     assert max(recoveries) < RECOVERY_SECONDS, f"seconds to recover: {recoveries}"
     print("seconds to recover:", recoveries)
     check_refusals(load)
     with gateway(tmp_path, models, database_url=database) as url:
         check(database, url, load)
+        assert generation(url) == number
 
 
 def test_network_to_the_database_cut(

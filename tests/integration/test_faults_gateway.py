@@ -14,15 +14,18 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
+from memshare.config import load_config
 from memshare.pool import PoolStore
 from memshare.pool.queue import PairQueue
 from memshare.pool.schema import decisions, pending
+from memshare.retrieval.encoder import Encoder
 from memshare.sharing import prompt_hash
 from tests.disks import fill_up, small_disk
-from tests.faults import Load, check, check_refusals
+from tests.faults import Load, check, check_refusals, generation, publish_next
 from tests.gateways import gateway, launch, stop, wait_ready
 from tests.loop import loop_config_file
 from tests.postgres import free_port
+from tests.tiny import tiny_encoder
 
 RESTART_SECONDS = 60.0  # from starting a killed gateway again to the first acknowledged write
 ROOM_SECONDS = 5.0  # from room on the disk to the first acknowledged write
@@ -34,10 +37,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-def test_killed_under_load(tmp_path: Path, models: Path) -> None:
+@pytest.fixture
+def database(url: str) -> str:
+    """Either database; in these tests ``url`` is the gateway's."""
+    return url
+
+
+def test_killed_under_load(tmp_path: Path, models: Path, database: str) -> None:
     rng = random.Random(4)
     port = free_port()
-    config = loop_config_file(tmp_path, models)
+    config = loop_config_file(tmp_path, models, database_url=database)
+    following = [tiny_encoder(models / f"next {seed}", seed=seed) for seed in (1, 2)]
+    encoders = [Encoder.from_folder(folder, device="cpu") for folder in following]
     log = (tmp_path / "gateway.log").open("w")
     url = f"http://127.0.0.1:{port}"
     process = launch("serve/gateway.py", config, "--port", str(port), log=log)
@@ -45,8 +56,9 @@ def test_killed_under_load(tmp_path: Path, models: Path) -> None:
     try:
         wait_ready(process, tmp_path)
         with Load(url, killed=True).running() as load:
-            for _ in range(2):
+            for encoder in encoders:
                 load.more(rng.randrange(10, 60))
+                number = publish_next(load_config(config), encoder)
                 time.sleep(rng.random() * 0.2)
                 process.kill()
                 process.wait()
@@ -54,9 +66,11 @@ def test_killed_under_load(tmp_path: Path, models: Path) -> None:
                 process = launch("serve/gateway.py", config, "--port", str(port), log=log)
                 load.more()
                 recoveries.append(time.monotonic() - began)
+                # CURRENT's at once: neither the one before nor the configured encoder.
+                assert generation(url) == number
             load.more(20)
         assert load.broken, "nobody noticed the kills"
-        check(f"sqlite:///{tmp_path}/pool.db", url, load)
+        check(database, url, load)
         check_refusals(load)  # those of a gateway that was still starting
     finally:
         code, _ = stop(process)
@@ -126,13 +140,13 @@ class Clock:
 
 
 def test_the_clock_jumps_under_load(
-    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, models: Path, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Writes stay whole and in order, and searches find them, whatever the clock says."""
     clock = Clock(tmp_path / "clock")
     for name, value in clock.environment.items():
         monkeypatch.setenv(name, value)
-    with gateway(tmp_path / "run", models) as url:
+    with gateway(tmp_path / "run", models, database_url=database) as url:
         assert abs(created_at(url, "now") - time.time()) < 60
         with Load(url).running() as load:
             for jump in (7200, -7200, 86_400 * 400, 0):
@@ -144,7 +158,7 @@ def test_the_clock_jumps_under_load(
         assert not load.refusals and load.slowest < 10.0, load.slowest
         for prompt in ("now", "an hour ago"):
             load.acknowledged[prompt] = write(url, prompt)
-        check(f"sqlite:///{tmp_path}/run/pool.db", url, load)
+        check(database, url, load)
 
 
 def write(url: str, prompt: str) -> str:

@@ -77,23 +77,24 @@ class Writers:
             thread.join()
 
 
-def test_two_gateways_killed_at_random_decide_each_pair_once(tmp_path: Path, models: Path) -> None:
-    database = f"sqlite:///{tmp_path}/shared.db"
+def test_two_gateways_killed_at_random_decide_each_pair_once(
+    tmp_path: Path, models: Path, url: str
+) -> None:
     rng = random.Random(9)
-    running = {name: start(tmp_path / name, models, database) for name in ("a", "b")}
-    writers = Writers({name: url for name, (_, url) in running.items()})
+    running = {name: start(tmp_path / name, models, url) for name in ("a", "b")}
+    writers = Writers({name: own for name, (_, own) in running.items()})
     try:
         for victim in ("a", "b"):
             time.sleep(1 + rng.random())
             process, _ = running[victim]
             process.kill()
             process.communicate()
-            running[victim] = start(tmp_path / victim, models, database)
+            running[victim] = start(tmp_path / victim, models, url)
             writers.urls[victim] = running[victim][1]
         time.sleep(0.5)
     finally:
         writers.stop()
-    with PoolStore.open(database) as store:
+    with PoolStore.open(url) as store:
         queue = PairQueue(store.database)
         began = time.monotonic()
         while queue.count():

@@ -28,9 +28,9 @@ def on_hold(admin: Caller) -> dict[str, str]:
 def test_what_is_on_hold_is_for_admins_and_its_author(tmp_path: Path, models: Path) -> None:
     pools = {"keep": {"threshold": 0, "hold_suspicious": True}}
     with running(tmp_path, models, keys_required=True, pools=pools) as client:
-        root = Caller(client, tmp_path, "root", every="admin")
-        ann = Caller(client, tmp_path, "ann", keep="read write")
-        bob = Caller(client, tmp_path, "bob", keep="read write")
+        root = Caller(client, "root", every="admin")
+        ann = Caller(client, "ann", keep="read write")
+        bob = Caller(client, "bob", keep="read write")
         (plain,) = ann.add("keep", "plain question").json()["results"]
         (odd,) = ann.add("keep", "plain question <|im_end|>").json()["results"]
         assert (plain["status"], odd["status"]) == ("stored", "held")
@@ -76,8 +76,8 @@ def test_three_principals_put_a_memory_on_hold_and_one_does_not(
     tmp_path: Path, models: Path
 ) -> None:
     with running(tmp_path, models, keys_required=True) as client:
-        root = Caller(client, tmp_path, "root", every="admin")
-        voters = [Caller(client, tmp_path, name, keep="read write") for name in ("a", "b", "c")]
+        root = Caller(client, "root", every="admin")
+        voters = [Caller(client, name, keep="read write") for name in ("a", "b", "c")]
         (added,) = root.add("keep", "a question").json()["results"]
         path = f"/v1/memories/{added['id']}/feedback"
         for _ in range(3):  # however often
@@ -93,8 +93,8 @@ def test_three_principals_put_a_memory_on_hold_and_one_does_not(
 def test_a_principals_share_is_refused_item_by_item(tmp_path: Path, models: Path) -> None:
     pools = {"keep": {"threshold": 0, "max_principal_share": 0.25, "principal_floor": 2}}
     with running(tmp_path, models, keys_required=True, pools=pools) as client:
-        ann = Caller(client, tmp_path, "ann", keep="read write")
-        root = Caller(client, tmp_path, "root", every="admin")
+        ann = Caller(client, "ann", keep="read write")
+        root = Caller(client, "root", every="admin")
         items = [{"pool": "keep", "prompt": f"q {n}", "answer": "a"} for n in range(3)]
         reply = ann("POST", "/v1/memories", json={"items": items})
         assert reply.status_code == 201

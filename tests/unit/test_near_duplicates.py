@@ -37,15 +37,19 @@ Run = Callable[..., None]
 
 @pytest.fixture
 def run(tmp_path: Path, models: Path) -> Run:
-    """Run a function with the loop's parts; ``pool``: settings of the pool that is watched."""
+    """Run a function with the loop's parts; ``pool``: settings of the pool that is watched.
 
-    def runner(body: Callable[[SharedMemory], None], **pool: Any) -> None:
+    ``url``: of another database than an SQLite file.
+    """
+
+    def runner(body: Callable[[SharedMemory], None], url: str | None = None, **pool: Any) -> None:
         pools = {"keep": {"threshold": 0, **pool}, "strict": {}, "unserved": dict(pool)}
 
         async def inside() -> None:
             config = loop_config(
-                tmp_path / "run", models, pools=pools, retriever={"pools": ["keep", "strict"]}
-            )
+                tmp_path / "run", models, pools=pools, database_url=url,
+                retriever={"pools": ["keep", "strict"]},
+            )  # fmt: skip
             async with open_shared(config) as shared:
                 await shared.write(body, shared)
 
@@ -72,7 +76,7 @@ def test_off_by_default_and_where_nothing_can_be_searched(run: Run) -> None:
     run(body)
 
 
-def test_dropped_and_answered_as_a_duplicate(run: Run) -> None:
+def test_dropped_and_answered_as_a_duplicate(run: Run, url: str) -> None:
     def body(shared: SharedMemory) -> None:
         (first,) = shared.writer.append_visible([new(FIRST, score=10)])
         batch = [new(FAR), new(NEAR, score=99), new(FIRST)]
@@ -84,7 +88,7 @@ def test_dropped_and_answered_as_a_duplicate(run: Run) -> None:
         assert {result.status for result in others} == {"stored"}
         assert prompts(shared) == [FIRST, FAR]
 
-    run(body, near_duplicate=0.9)
+    run(body, url, near_duplicate=0.9)
 
 
 def test_two_of_one_batch_are_near_duplicates_too(run: Run) -> None:
@@ -95,7 +99,7 @@ def test_two_of_one_batch_are_near_duplicates_too(run: Run) -> None:
     run(body, near_duplicate=0.9)
 
 
-def test_writers_side_by_side_slip_nothing_in(run: Run) -> None:
+def test_writers_side_by_side_slip_nothing_in(run: Run, url: str) -> None:
     def body(shared: SharedMemory) -> None:
         with ThreadPoolExecutor(8) as pool:
             texts = [FIRST + mark for mark in ("", *"!?.,;:-")]
@@ -105,17 +109,18 @@ def test_writers_side_by_side_slip_nothing_in(run: Run) -> None:
         assert sorted(result.status for result in results) == ["duplicate"] * 7 + ["stored"]
         assert len(prompts(shared)) == len({result.id for result in results}) == 1
 
-    run(body, near_duplicate=0.8)
+    run(body, url, near_duplicate=0.8)
 
 
-def test_what_another_gateway_slipped_in_wins_by_its_place(tmp_path: Path, models: Path) -> None:
+def test_what_another_gateway_slipped_in_wins_by_its_place(
+    tmp_path: Path, models: Path, url: str
+) -> None:
     """The two share a database; the second one hears of nothing but its own writes in time."""
     pools = {"keep": {"threshold": 0, "near_duplicate": 0.9}}
-    shared_file = f"sqlite:///{tmp_path}/pool.db"
 
     def config(name: str) -> Config:
         return loop_config(
-            tmp_path / name, models, pools=pools, database_url=shared_file,
+            tmp_path / name, models, pools=pools, database_url=url,
             retriever={"poll_seconds": 600.0},
         )  # fmt: skip
 
@@ -141,7 +146,7 @@ def test_what_another_gateway_slipped_in_wins_by_its_place(tmp_path: Path, model
     ("old", "score", "kept"), [(50, 60, NEAR), (None, 1, NEAR), (60, 60, FIRST), (50, None, FIRST)]
 )
 def test_merged_the_better_graded_one_stays(
-    run: Run, old: float | None, score: float | None, kept: str
+    run: Run, url: str, old: float | None, score: float | None, kept: str
 ) -> None:
     def body(shared: SharedMemory) -> None:
         shared.writer.append_visible([new(FIRST, score=old, metadata={"a": 1, "b": 1})])
@@ -163,7 +168,7 @@ def test_merged_the_better_graded_one_stays(
     def first_id(shared: SharedMemory) -> str:
         return shared.store.changes("keep", 0)[0].id  # its mask may come a moment later
 
-    run(body, near_duplicate=0.9, near_duplicate_action="merge")
+    run(body, url, near_duplicate=0.9, near_duplicate_action="merge")
 
 
 def test_the_survivor_takes_over_what_is_known_of_the_other(run: Run) -> None:

@@ -71,13 +71,13 @@ def test_health_is_open(gated: TestClient) -> None:
     assert gated.get("/healthz").status_code == gated.get("/readyz").status_code == 200
 
 
-def test_rights_hold_on_every_route(gated: TestClient, run_dir: Path) -> None:
-    root = Caller(gated, run_dir, "root", every="admin")
-    reader = Caller(gated, run_dir, "reader", keep="read")
-    writer = Caller(gated, run_dir, "writer", keep="write")
-    both = Caller(gated, run_dir, "both", keep="read write")
-    owner = Caller(gated, run_dir, "owner", keep="admin")
-    nobody = Caller(gated, run_dir, "nobody", other="admin")
+def test_rights_hold_on_every_route(gated: TestClient) -> None:
+    root = Caller(gated, "root", every="admin")
+    reader = Caller(gated, "reader", keep="read")
+    writer = Caller(gated, "writer", keep="write")
+    both = Caller(gated, "both", keep="read write")
+    owner = Caller(gated, "owner", keep="admin")
+    nobody = Caller(gated, "nobody", other="admin")
     id_ = root.add("keep", "rights on routes").json()["results"][0]["id"]
     own = both.add("keep", "written by both").json()["results"][0]["id"]
 
@@ -103,10 +103,10 @@ def test_rights_hold_on_every_route(gated: TestClient, run_dir: Path) -> None:
     assert both("DELETE", f"/v1/memories/{own}").status_code == 200  # its own
 
 
-def test_nobody_votes_for_a_memory_of_their_own(gated: TestClient, run_dir: Path) -> None:
-    ann = Caller(gated, run_dir, "ann", keep="read write")
-    second = Caller(gated, run_dir, "ann", keep="admin")  # another key, the same principal
-    ben = Caller(gated, run_dir, "ben", keep="read write")
+def test_nobody_votes_for_a_memory_of_their_own(gated: TestClient) -> None:
+    ann = Caller(gated, "ann", keep="read write")
+    second = Caller(gated, "ann", keep="admin")  # another key, the same principal
+    ben = Caller(gated, "ben", keep="read write")
     path = f"/v1/memories/{ann.add('keep', 'self-praise').json()['results'][0]['id']}"
     for caller in (ann, second):
         reply = caller("POST", f"{path}/feedback", json={"value": "up"})
@@ -115,10 +115,10 @@ def test_nobody_votes_for_a_memory_of_their_own(gated: TestClient, run_dir: Path
     assert ben("POST", f"{path}/feedback", json={"value": "up"}).json()["votes"] == 1
 
 
-def test_chat_needs_the_rights_it_uses(gated: TestClient, run_dir: Path) -> None:
-    reader = Caller(gated, run_dir, "reader", keep="read")
-    writer = Caller(gated, run_dir, "writer", keep="write")
-    nobody = Caller(gated, run_dir, "nobody", other="admin")
+def test_chat_needs_the_rights_it_uses(gated: TestClient) -> None:
+    reader = Caller(gated, "reader", keep="read")
+    writer = Caller(gated, "writer", keep="write")
+    nobody = Caller(gated, "nobody", other="admin")
     assert reader.chat().json()["memshare"]["reason"] == "this key may not write to the pool"
     assert reader.chat(write=True).status_code == 403
     assert writer.chat().status_code == 403  # shots are read
@@ -127,22 +127,20 @@ def test_chat_needs_the_rights_it_uses(gated: TestClient, run_dir: Path) -> None
     assert nobody.chat(shots=0, write=False).status_code == 200
 
 
-def test_a_pool_without_rights_looks_the_same_there_or_not(
-    gated: TestClient, run_dir: Path
-) -> None:
-    caller = Caller(gated, run_dir, "ann", keep="read")
+def test_a_pool_without_rights_looks_the_same_there_or_not(gated: TestClient) -> None:
+    caller = Caller(gated, "ann", keep="read")
     there, missing = (caller.search(pool, "x") for pool in ("strict", "nowhere"))
     assert there.status_code == missing.status_code == 403
     assert there.text == missing.text.replace("nowhere", "strict")
-    granted = Caller(gated, run_dir, "ann", nowhere="read").search("nowhere", "x")
+    granted = Caller(gated, "ann", nowhere="read").search("nowhere", "x")
     assert granted.status_code == 404
     assert "keep" not in granted.text and "strict" not in granted.text
 
 
 def test_a_chat_tells_nothing_of_a_pool_that_it_does_not_use(
-    gated: TestClient, run_dir: Path
+    gated: TestClient,
 ) -> None:
-    caller = Caller(gated, run_dir, "ann", keep="read")
+    caller = Caller(gated, "ann", keep="read")
     for more in ({"shots": 0}, {"shots": 0, "write": False}, {"shots": 0, "write": True}, {}):
         there, missing = (caller.chat(pool=pool, **more) for pool in ("strict", "nowhere"))
         assert there.status_code == missing.status_code, more
@@ -152,17 +150,17 @@ def test_a_chat_tells_nothing_of_a_pool_that_it_does_not_use(
             assert there.text == missing.text.replace("nowhere", "strict")
 
 
-def test_provenance_is_the_keys(gated: TestClient, run_dir: Path) -> None:
-    ann = Caller(gated, run_dir, "ann", keep="read write")
+def test_provenance_is_the_keys(gated: TestClient) -> None:
+    ann = Caller(gated, "ann", keep="read write")
     item = {"pool": "keep", "prompt": "who am I", "answer": "x", "agent": "root", "score": 100}
     (result,) = ann("POST", "/v1/memories", json={"items": [item]}).json()["results"]
     memory = ann("GET", f"/v1/memories/{result['id']}").json()
     assert (memory["agent"], memory["score"]) == ("ann", None)
 
 
-def test_rate_and_body_limits_are_each_keys_own(gated: TestClient, run_dir: Path) -> None:
-    slow = Caller(gated, run_dir, "slow", 3, 200, keep="read write")
-    free = Caller(gated, run_dir, "free", keep="read write")
+def test_rate_and_body_limits_are_each_keys_own(gated: TestClient) -> None:
+    slow = Caller(gated, "slow", 3, 200, keep="read write")
+    free = Caller(gated, "free", keep="read write")
     assert slow.add("keep", "x" * 200).status_code == 413
     replies = [slow("GET", "/v1/models") for _ in range(4)]
     assert [reply.status_code for reply in replies] == [200, 200, 429, 429]
@@ -170,14 +168,14 @@ def test_rate_and_body_limits_are_each_keys_own(gated: TestClient, run_dir: Path
     assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limited")
     assert 0 < int(replies[-1].headers["retry-after"]) <= 60
     assert free.add("keep", "x" * 200).status_code == 201
-    text = Caller(gated, run_dir, "root", every="read")("GET", "/metrics").text
+    text = Caller(gated, "root", every="read")("GET", "/metrics").text
     assert 'memshare_shed_total{reason="rate"} 2.0' in text
 
 
 def test_a_revoked_key_is_refused(
     gated: TestClient, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ann = Caller(gated, run_dir, "ann", keep="read")
+    ann = Caller(gated, "ann", keep="read")
     assert ann("GET", "/v1/models").status_code == 200
     with PoolStore.open(f"sqlite:///{run_dir}/pool.db") as store:
         KeyRing(store.database).revoke(ann.key.id)
@@ -238,10 +236,8 @@ def lines() -> Iterator[list[str]]:
     root.removeHandler(handler)
 
 
-def test_log_tells_who_did_what_but_no_text_and_no_key(
-    gated: TestClient, run_dir: Path, lines: list[str]
-) -> None:
-    ann = Caller(gated, run_dir, "ann", keep="read write")
+def test_log_tells_who_did_what_but_no_text_and_no_key(gated: TestClient, lines: list[str]) -> None:
+    ann = Caller(gated, "ann", keep="read write")
     headers = {"X-Request-Id": "r-1"}
     words = {"prompt": "PLANTED", "answer": "PLANTED", "metadata": {"a": "PLANTED"}}
     body = {"items": [{"pool": "keep", **words}]}
@@ -263,12 +259,12 @@ def test_log_tells_who_did_what_but_no_text_and_no_key(
 
 
 def test_a_fault_is_logged_by_type_and_place(
-    gated: TestClient, run_dir: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    gated: TestClient, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise KeyError("PLANTED")
 
-    root = Caller(gated, run_dir, "root", every="admin")
+    root = Caller(gated, "root", every="admin")
     gateway = gated.app.state.gateway  # type: ignore[attr-defined]
     monkeypatch.setattr(gateway.shared, "retrieve", broken)
     reply = root.search("keep", "PLANTED")
