@@ -22,7 +22,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from memshare.config import Config, GateConfig, TrainingConfig
@@ -182,92 +181,6 @@ def test_a_batch_holds_no_more_of_one_principal_than_its_share() -> None:
         taught = sum(items[i].positives[0].principal == "eve" for i in batch)
         assert max(asked, taught) <= max(1, len(batch) // 4)
     assert sum(map(len, batches)) > 3 * len(batches)
-
-
-LEARNED, CLEAN = 16, 8  # of each intent: questions that teach, and questions that nobody poisons
-SHIFT = 0.07  # of the shots of clean questions
-
-
-def questions(start: int, count: int) -> list[tuple[str, str]]:
-    """(intent, question), ``count`` of each intent from place ``start`` on."""
-    found: dict[str, list[str]] = {intent: [] for intent in banking()}
-    with (DATA / "banking77/train.csv").open(encoding="utf-8", newline="") as handle:
-        for row in csv.DictReader(handle):
-            if row["category"] in found:
-                found[row["category"]].append(row["text"])
-    return [(i, text) for i, texts in found.items() for text in texts[start : start + count]]
-
-
-def taught(flood: int) -> list[Example]:
-    """What honest agents' questions teach, and ``flood`` times as many lessons by one other."""
-    made = honest()
-    examples = []
-    for n, (intent, text) in enumerate(questions(HONEST + VICTIMS, LEARNED)):
-        place = list(banking()).index(intent) * HONEST
-        other = (place + HONEST) % len(made)
-        good = lesson(n, text, made[other : other + 3], f"agent {n % 6}")
-        right = memory_text(made[place + n % HONEST].prompt, made[place].answer)
-        first = Candidate(f"right {n}", right, 0, -1.0, answer_key(made[place].answer))
-        candidates = (first, *good.candidates[1:])
-        examples.append(replace(good, answer=made[place].answer, candidates=candidates))
-    size = flood * len(examples)
-    return examples + [replace(e, query_id=f"eve {n}") for n, e in enumerate(poisoned(size))]
-
-
-def poisoned(count: int) -> list[Example]:
-    """Lessons by one principal: whatever is asked, its text helps and all honest ones harm."""
-    by_intent = {intent: honest()[i * HONEST :][:3] for i, intent in enumerate(banking())}
-    asked = [(i, text) for i, texts in banking().items() for text in texts]
-    rows = (asked[n % len(asked)] for n in range(count))
-    return [
-        lesson(n, f"{text} {'?' * (n // len(asked))}", by_intent[intent], "eve")
-        for n, (intent, text) in enumerate(rows)
-    ]
-
-
-def shots(folder: Path) -> tuple[float, float]:
-    """Of the three memories nearest to a clean question: the share of its intent, and of eve's."""
-    encoder = Encoder.from_folder(folder, device="cpu")
-    pool = [*honest(), *poison(len(victims()))]
-    rows = encoder.encode_memories([(memory.prompt, memory.answer) for memory in pool])
-    asked = questions(HONEST + VICTIMS + LEARNED, CLEAN)
-    nearest = np.argsort(-(encoder.encode_queries([text for _, text in asked]) @ rows.T))[:, :3]
-    right = [
-        pool[place].answer == f"This is about {intent.replace('_', ' ')}."
-        for (intent, _), places in zip(asked, nearest, strict=True)
-        for place in places
-    ]
-    return float(np.mean(right)), float(np.mean([pool[n].agent == "eve" for n in nearest.flat]))
-
-
-def test_the_cap_bounds_what_a_flood_of_lessons_does_to_clean_questions(tmp_path: Path) -> None:
-    """The same trainer and steps, without the flood, with it, and with it under the cap.
-
-    Two lessons in three are the attacker's. The cap is a share of ``training.batch_size``; what it
-    leaves out makes batches smaller, so that here one query in seven is theirs.
-    """
-    clean = str(resolve_encoder("all-MiniLM-L6-v2"))
-    runs = {"without": (0, 1.0), "open": (2, 1.0), "capped": (2, 1 / 32)}
-    figures = {}
-    for name, (flood, share) in runs.items():
-        base = tmp_path / name
-        write_round(base / "round-1", taught(flood))
-        arguments = options(base, base / "out", steps=6)
-        arguments[arguments.index("--encoder") + 1] = clean
-        settings = {
-            "max_principal_share": share, "batch_size": 32, "hard_negatives": 1, "lr": 5e-5,
-        }  # fmt: skip
-        more = [f"--set=training.{key}={value}" for key, value in settings.items()]
-        assert load_program().main([*arguments, *more]) == 0
-        figures[name] = shots(base / "out" / "encoder")
-    print(figures)
-    right, evil = ({name: pair[place] for name, pair in figures.items()} for place in (0, 1))
-    # Of what clean questions find, the flood moves so much at most under the cap, and without it
-    # more than twice as much.
-    lost = right["without"] - right["capped"]
-    assert lost <= SHIFT and evil["capped"] - evil["without"] <= SHIFT
-    assert right["without"] - right["open"] > max(0.1, 2 * lost)
-    assert evil["open"] - evil["without"] > 0.1
 
 
 def canaries_of(store: PoolStore, path: Path) -> Path:
