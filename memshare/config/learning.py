@@ -73,11 +73,11 @@ class TrainingConfig(Section):
     the negatives. ``batch_tokens``: tokens of a micro-batch, padding included where there is any;
     ``graph_tokens``: tokens whose activations are kept for the backward pass, the rest of a step is
     encoded twice (gradient caching), so that memory does not grow with the batch. ``compile``: the
-    encoder's layers by torch.compile, which takes a minute or so at the start. ``dropout``: as the
-    encoder's own configuration has it, or none. ``distill_weight``: weight of the KL divergence
-    from the LM's preference among the chosen candidates, ``distill_temperature`` softens that
-    preference; ``matryoshka``: widths at which the first entries of the vectors are trained as
-    vectors too.
+    encoder's layers by torch.compile, which takes a minute or so at the start; dropout draws other
+    numbers then, the same ones when a text is encoded again. ``dropout``: as the encoder's own
+    configuration has it, or none. ``distill_weight``: weight of the KL divergence from the LM's
+    preference among the chosen candidates, ``distill_temperature`` softens that preference;
+    ``matryoshka``: widths at which the first entries of the vectors are trained as vectors too.
     ``towers``: one encoder for queries and memories; one each; or one each of which only the
     queries' is trained, so that the memories' vectors, and with them an index, stay as they are.
     ``pool_temperature`` T gives a pool of n examples n ** (1 / T) of the batches (1: every example

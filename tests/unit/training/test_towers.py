@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor import metrics
 
 from memshare.config import ConfigError, LoRAConfig, TrainingConfig
 from memshare.retrieval.encoder import SIDES, Encoder, EncoderError
@@ -181,6 +184,25 @@ def test_compiled_layers_replay_their_dropout(folder: Path) -> None:
         engine(encoder, data, config).backward(data.batch(0), 0)
         found.append(gradients(encoder))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_kernels_replay_their_dropout(encoder: Encoder) -> None:
+    """By inductor, as a user gets it: the pass without gradients runs a graph of its own."""
+    torch._dynamo.reset()  # a layer that other tests compiled too often is not compiled any more
+    counters.clear()
+    metrics.reset()
+    data, config = make(encoder, "shared", dropout=True, compile=True)
+    found = []
+    for kept, step in ((100_000, 0), (0, 0), (0, 1)):
+        settings = config.model_copy(update={"graph_tokens": kept})
+        engine(encoder, data, settings).backward(data.batch(0), step)
+        found.append(gradients(encoder))
+    assert counters["stats"]["unique_graphs"] == 2 and metrics.generated_kernel_count > 10
+    graphs, again, other = found
+    assert all(torch.equal(graphs[name], again[name]) for name in graphs)
+    assert max(float((graphs[name] - other[name]).abs().max()) for name in graphs) > 1e-2
 
 
 def test_compiling_is_off_unless_asked_for(
