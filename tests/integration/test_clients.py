@@ -52,7 +52,7 @@ def test_the_client_does_all_that_the_gateway_does(keyed: tuple[str, str, str]) 
         assert found.memories[0].similarity is not None
         assert client.search("keep", "red apples", agent="nobody").memories == ()
         assert client.search("keep", "red apples", metadata={"no": "key"}).memories == ()
-        standing = client.feedback(added.id, "up", "it helped")
+        standing = root.feedback(added.id, "up", "it helped")
         assert standing.votes == 1 and client.get(added.id).standing == standing.standing > 0
         page = client.list("keep", limit=3)
         rest = client.list("keep", page.next_cursor)
@@ -71,6 +71,8 @@ def test_the_client_does_all_that_the_gateway_does(keyed: tuple[str, str, str]) 
             client.get(imported.id)
         with pytest.raises(PermissionDenied, match="strict"):
             client.search("strict", "p")
+        with pytest.raises(PermissionDenied, match="can't judge it"):
+            client.feedback(added.id, "up")
         with pytest.raises(PermissionDenied):
             client.activate(0)
         with pytest.raises(NotFound):
@@ -104,7 +106,9 @@ def test_the_async_client_does_the_same_at_once(keyed: tuple[str, str, str]) -> 
 
 
 def test_an_agent_joins_a_pool_over_mcp(keyed: tuple[str, str, str]) -> None:
-    url, agent, _ = keyed
+    url, agent, admin = keyed
+    with memshare.Client(url, admin) as root:
+        other = root.add("keep", "how do moles see", "Very well.").id
     server = StdioServerParameters(
         command=sys.executable,
         args=["-m", "memshare.cli", "mcp", "--pool", "keep", "--url", url],
@@ -129,10 +133,11 @@ def test_an_agent_joins_a_pool_over_mcp(keyed: tuple[str, str, str]) -> None:
             found = await call("search_memories", query="how do owls see", k=1)
             (memory,) = found["memories"]
             assert (memory["id"], memory["agent"]) == (added["id"], "ann")
-            given = await call("give_feedback", id=added["id"], value="down", comment="wrong")
+            given = await call("give_feedback", id=other, value="down", comment="wrong")
             assert given["standing"] < 0
             for name, arguments, words in (
                 ("give_feedback", {"id": "none", "value": "up"}, "no memory"),
+                ("give_feedback", {"id": added["id"], "value": "up"}, "can't judge it"),
                 ("add_memory", {"prompt": "q", "answer": " "}, "answer: is empty"),
                 ("search_memories", {"query": "q", "k": 0}, "k"),
             ):
