@@ -1,7 +1,7 @@
 """What `transport` needs of HTTP: a session of aiohttp's, and how replies and failures are read.
 
-Of the asynchronous clients aiohttp takes the least time of the event loop, which a gateway shares
-among all its requests.
+aiohttp and not httpx, whose requests take more of the event loop: a gateway shares it among all of
+its own.
 """
 
 from __future__ import annotations

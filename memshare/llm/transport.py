@@ -133,11 +133,14 @@ class Transport:
 
     def _mine(self) -> tuple[aiohttp.ClientSession, asyncio.Semaphore]:
         loop = asyncio.get_running_loop()
-        if loop not in self._loops:
-            self._loops = {old: own for old, own in self._loops.items() if not old.is_closed()}
+        mine = self._loops.get(loop)
+        if mine is None:
+            for old in list(self._loops):  # other threads may add theirs meanwhile
+                if old.is_closed():
+                    self._loops.pop(old, None)
             session = open_session(self.replicas.urls, self._timeout, self._headers)
-            self._loops[loop] = (session, asyncio.Semaphore(self._concurrency))
-        return self._loops[loop]
+            mine = self._loops[loop] = (session, asyncio.Semaphore(self._concurrency))
+        return mine
 
     async def _retried(self, attempt: Callable[[str], Awaitable[T]], bounded: bool = True) -> T:
         """Run ``attempt(url)`` until it succeeds, is refused, or the retries are used up."""

@@ -122,7 +122,7 @@ class Batches:
         return {"truncated": self.table.truncated, "left_out": self._order.left_out()}
 
     def __str__(self) -> str:
-        cut, out = self.counts().values()
+        cut, out = self.table.truncated, self._order.left_out()
         told = [f"{self.steps_per_epoch} steps an epoch"]
         if cut:
             told.append(f"{cut} texts have too many tokens and are cut off")

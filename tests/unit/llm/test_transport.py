@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,21 @@ def test_one_transport_serves_several_loops(flaky: Flaky) -> None:
     transport = _transport(flaky.url)
     assert asyncio.run(transport.get("/x")) == {}
     assert asyncio.run(transport.get("/x")) == {}
+
+
+def test_one_transport_serves_the_loops_of_several_threads(flaky: Flaky) -> None:
+    """Each opens and closes its own connections while the others do."""
+    transport = _transport(flaky.url)
+
+    async def once() -> dict[str, Any]:
+        try:
+            return await transport.get("/x")
+        finally:
+            await transport.aclose()
+
+    with ThreadPoolExecutor(8) as threads:
+        replies = list(threads.map(lambda _: asyncio.run(once()), range(80)))
+    assert replies == [{}] * 80
 
 
 def _sse(handler: BaseHTTPRequestHandler, *events: str) -> None:

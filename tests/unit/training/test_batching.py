@@ -119,6 +119,13 @@ def test_each_distinct_text_stands_once(encoder: Encoder) -> None:
     assert batch.docs == 6 and len(set(batch.rows.tolist())) == 1
 
 
+def docs_of(data: Batches, batch: StepBatch) -> list[str]:
+    """The text in each column of the batch's masks."""
+    texts = {p.text for item in data.items for p in (*item.positives, *item.negatives)}
+    names = {data.table.row("m: ", text): text for text in texts}
+    return [names[row] for row in batch.texts[: batch.docs].tolist()]
+
+
 def test_masks(encoder: Encoder) -> None:
     made = [
         example(
@@ -138,9 +145,7 @@ def test_masks(encoder: Encoder) -> None:
     ]  # fmt: skip
     data = batches(encoder, made)
     batch = data.batch(0)
-    texts = {p.text for item in data.items for p in (*item.positives, *item.negatives)}
-    names = {data.table.row("m: ", text): text for text in texts}
-    columns = [names[row] for row in batch.texts[: batch.docs].tolist()]
+    columns = docs_of(data, batch)
     row = batch.query_ids.index("a")
     positive, valid = batch.masks(row, row + 1, CPU)
     assert [c for c, on in zip(columns, positive[0], strict=True) if on] == ["positive of a"]
@@ -185,9 +190,7 @@ def test_copies_of_a_query_are_no_negatives_and_it_shares_what_its_copies_know(
     ]  # fmt: skip
     data = batches(encoder, made)
     batch = data.batch(0)
-    texts = {p.text for item in data.items for p in (*item.positives, *item.negatives)}
-    names = {data.table.row("m: ", text): text for text in texts}
-    columns = [names[row] for row in batch.texts[: batch.docs].tolist()]
+    columns = docs_of(data, batch)
     positive, valid = batch.masks(0, len(batch.rows), CPU)
     negatives = {
         name: {c for c, on in zip(columns, row, strict=True) if on}
