@@ -137,9 +137,7 @@ def test_a_pool_without_rights_looks_the_same_there_or_not(gated: TestClient) ->
     assert "keep" not in granted.text and "strict" not in granted.text
 
 
-def test_a_chat_tells_nothing_of_a_pool_that_it_does_not_use(
-    gated: TestClient,
-) -> None:
+def test_a_chat_tells_nothing_of_a_pool_that_it_does_not_use(gated: TestClient) -> None:
     caller = Caller(gated, "ann", keep="read")
     for more in ({"shots": 0}, {"shots": 0, "write": False}, {"shots": 0, "write": True}, {}):
         there, missing = (caller.chat(pool=pool, **more) for pool in ("strict", "nowhere"))
