@@ -66,7 +66,7 @@ def run(seed: int, quick: bool) -> tuple[dict[str, float], dict[str, Any]]:
     draw = random.Random(seed)
     train, test = draw.sample(train, len(train)), draw.sample(test, len(test))
     if quick:
-        train, test = train[:1000], test[:300]
+        train, test = train[:700], test[:200]
     memories = as_memories("bank", train)
     known = {normalise(memory.prompt) for memory in memories}
     questions = [question for question in test if normalise(question.prompt) not in known]

@@ -57,7 +57,7 @@ def by_leave_one_out(evidence: Evidence) -> list[str]:
     left = np.array(sorted(range(len(grades)), key=grades.__getitem__), dtype=np.int64)
     order: list[int] = []
     while len(left):
-        values = _values(evidence.questions, evidence.vectors, evidence.answers, left)
+        values = leave_one_out_values(evidence.questions, evidence.vectors, evidence.answers, left)
         ranked = left[np.argsort(values[left], kind="stable")]
         step = max(1, int(_STEP * len(left)))
         going = ranked[:step] if len(order) + step < evidence.excess else ranked
@@ -66,13 +66,16 @@ def by_leave_one_out(evidence: Evidence) -> list[str]:
     return [evidence.entries[row].id for row in order]
 
 
-def _values(
+def leave_one_out_values(
     questions: npt.NDArray[np.float32],
     vectors: npt.NDArray[np.float32],
     answers: Signatures,
     left: npt.NDArray[np.int64],
 ) -> Values:
-    """The value (n,) of each memory in rows ``left`` of ``vectors`` (n, dim); 0 for the others."""
+    """The value (n,) of each memory in rows ``left`` of ``vectors``; meaningless for the others.
+
+    ``questions``, ``vectors`` (n, dim), ``answers`` (n, `HASHES`): of all memories, gone ones, too.
+    """
     index = FlatIndex.build(vectors[left])
     values = np.zeros(len(vectors))
     for start in range(0, len(questions), _QUERIES):

@@ -10,7 +10,13 @@ import pytest
 
 from memshare.pruning.agreement import agreement, signatures
 from memshare.pruning.evidence import Entry, Evidence
-from memshare.pruning.leave_one_out import DEPTH, by_leave_one_out, contributions
+from memshare.pruning.leave_one_out import (
+    DEPTH,
+    OWN,
+    by_leave_one_out,
+    contributions,
+    leave_one_out_values,
+)
 from memshare.training.split import grams, jaccard
 
 WORDS = ["river", "stone", "lamp", "wolf", "paper", "green", "cloud", "salt", "clock", "bread"]
@@ -50,6 +56,25 @@ def test_equal_answers_agree_wholly_and_others_without_a_common_word_not_at_all(
     assert signatures([]).shape == (0, 128)
 
 
+@pytest.mark.parametrize("count", [1, 7, 12, 40])
+def test_values_are_what_all_rankings_lose_a_memorys_own_question_counting_more(count: int) -> None:
+    rng = np.random.default_rng(count)
+    rows = rng.normal(size=(2, count, 8)).astype(np.float32)
+    questions, vectors = rows / np.linalg.norm(rows, axis=2, keepdims=True)
+    answers = signatures(" ".join(rng.choice(WORDS, size=3)) for _ in range(count))
+    left = np.flatnonzero(rng.random(count) < 0.8) if count > 1 else np.array([0])
+    wanted = np.zeros(count)
+    for question in range(count):
+        ranked = sorted(left.tolist(), key=lambda row: -float(vectors[row] @ questions[question]))
+        others = [row for row in ranked if row != question]
+        gains = agreement(answers[others], answers[question]) if others else np.zeros(0)
+        for rank, row in enumerate(others):
+            wanted[row] += dcg(gains) - dcg(np.delete(gains, rank))
+        wanted[question] += OWN * (dcg(np.array([1.0, *gains])) - dcg(gains))
+    values = leave_one_out_values(questions, vectors, answers, left)
+    assert values[left] == pytest.approx(wanted[left])
+
+
 def pool_of(
     memories: list[tuple[float, str]], cap: int = 0, scores: dict[int, float] | None = None
 ) -> Any:
@@ -65,11 +90,15 @@ def pool_of(
     return evidence
 
 
-def test_what_its_neighbours_contradict_goes_first_and_a_rare_subject_stays() -> None:
+def test_what_its_neighbours_contradict_goes_first() -> None:
     crowd = [(float(n), "yes indeed") for n in range(30)]
-    gone = by_leave_one_out(pool_of([*crowd, (6.5, "wrong"), (90.0, "a rare one")], 16))[:16]
-    assert gone[0] == "30"
-    assert "31" not in gone
+    assert by_leave_one_out(pool_of([*crowd, (6.5, "wrong")], 16))[0] == "30"
+
+
+def test_what_nothing_else_says_stays_though_it_stands_in_the_way_of_some() -> None:
+    crowd = [(float(n), "yes indeed") for n in range(30)]
+    gone = by_leave_one_out(pool_of([*crowd, (38.0, "a rare one")], 16))[:15]
+    assert "30" not in gone
 
 
 def test_of_one_answer_said_often_some_go_before_any_that_is_said_seldom() -> None:
