@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memshare.pool.feedback import NEUTRAL_VOTES
+from memshare.pruning.agreement import signatures
 from memshare.pruning.evidence import Entry, Evidence
 from memshare.pruning.policies import Policy
 from memshare.pruning.prune import SLACK
@@ -51,6 +52,7 @@ class Observed(Evidence):
         self._copies = defaultdict[str, list[int]](list)
         for row, memory in enumerate(stream.memories):
             self._copies[normalise(memory.prompt)].append(row)
+        self._signatures = signatures(memory.answer for memory in stream.memories)
         self._uses = Counter[str]()
         self._votes = defaultdict[str, list[float]](list)
         self._gains = dict[str, tuple[float, int]]()
@@ -95,9 +97,12 @@ class Observed(Evidence):
             for memory, age in zip(memories, ages, strict=True)
         )
         self.vectors = self._stream.vectors[self.alive]
+        self.questions = self._stream.queries[self.alive]
+        self.answers = self._signatures[self.alive]
         self.standings = {id_: sum(votes) / (len(votes) + NEUTRAL_VOTES)
                           for id_, votes in self._votes.items()}  # fmt: skip
-        gone = set(list(policy(self))[: len(self.alive) - max(1, int(cap * (1 - SLACK)))])
+        self.excess = len(self.alive) - max(1, int(cap * (1 - SLACK)))
+        gone = set(list(policy(self))[: self.excess])
         self.alive = [row for row, m in zip(self.alive, memories, strict=True) if m.id not in gone]
 
 

@@ -7,7 +7,9 @@ import sys
 
 from memshare.config import add_config_arguments, load_config
 
-SHIPPED = ("age", "feedback", "near-duplicates", "score", "use", "usefulness")
+SHIPPED = (
+    "age", "feedback", "leave-one-out", "near-duplicates", "score", "use", "usefulness",
+)  # fmt: skip
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +16,16 @@ from memshare.config import Config
 from memshare.pool.feedback import Feedback
 from memshare.pool.store import PoolStore
 from memshare.pool.uses import UseCounts
+from memshare.pruning.agreement import HASHES, Signatures, signatures
+from memshare.records import Memory
 from memshare.retrieval.build import MemoryVectors
 from memshare.retrieval.encoder import Encoder
-from memshare.retrieval.generation import load_current
+from memshare.retrieval.generation import Generation, load_current
 from memshare.training.examples import read_examples, round_dirs
 
 _BLOCK = 2048
+
+Number = TypeVar("Number", np.float32, np.uint32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,7 @@ class Entry:
 class Evidence:
     """The memories of one pool that may go: living ones, not held, as of now, oldest first."""
 
-    def __init__(self, store: PoolStore, config: Config, pool: str) -> None:
+    def __init__(self, store: PoolStore, config: Config, pool: str, cap: int = 0) -> None:
         """Reads the pool once, without keeping its text. Raises `UnknownPool`."""
         info = store.pool(pool)
         self.pool = pool
@@ -45,8 +50,13 @@ class Evidence:
             Entry(memory.id, memory.seq, memory.score, memory.created_at)
             for memory in store.iter(pool, until_seq=info.last_seq)
         )
+        self.excess = max(0, len(self.entries) - cap)  # so many are to go
         self._store = store
         self._config = config
+
+    def grade(self, entry: Entry) -> tuple[float, int]:
+        """Sorts the worst graded first, of equals the oldest; without a grade: just admitted."""
+        return self.threshold if entry.score is None else entry.score, entry.seq
 
     @cached_property
     def uses(self) -> Mapping[str, int]:
@@ -81,22 +91,53 @@ class Evidence:
     @cached_property
     def vectors(self) -> npt.NDArray[np.float32]:
         """Unit rows (entries, dim) by the encoder that serves; most come from its index."""
+        with self._serving() as (encoder, generation):
+            source = MemoryVectors(encoder, generation)
+            return self._rows(source.of, np.zeros((len(self.entries), encoder.dim), np.float32))
+
+    @cached_property
+    def questions(self) -> npt.NDArray[np.float32]:
+        """The prompts as queries: unit rows (entries, dim) by the encoder that serves.
+
+        All are encoded, which takes as long as a new generation's memories do.
+        """
+        with self._serving() as (encoder, _):
+            return self._rows(
+                lambda found: encoder.encode_queries([memory.prompt for memory in found]),
+                np.zeros((len(self.entries), encoder.dim), np.float32),
+            )
+
+    @cached_property
+    def answers(self) -> Signatures:
+        """The answers' signatures (entries, `HASHES`), which tell how far two of them agree."""
+        return self._rows(
+            lambda found: signatures(memory.answer for memory in found),
+            np.zeros((len(self.entries), HASHES), np.uint32),
+        )
+
+    @contextmanager
+    def _serving(self) -> Iterator[tuple[Encoder, Generation | None]]:
+        """The encoder that serves, or would, and its generation, if there is one."""
         config = self._config
         generation = load_current(config.generations_dir, config.retriever.name, device="cpu")
         try:
             encoder = Encoder.load(config.encoder) if generation is None else generation.encoder
-            source = MemoryVectors(encoder, generation)
-            return np.concatenate(list(self._encoded(source, encoder.dim)))
+            yield encoder, generation
         finally:
             if generation is not None:
                 generation.close()
 
-    def _encoded(self, source: MemoryVectors, dim: int) -> Iterator[npt.NDArray[np.float32]]:
-        yield np.empty((0, dim), np.float32)
-        ids = iter([entry.id for entry in self.entries])
-        while block := list(islice(ids, _BLOCK)):
+    def _rows(
+        self, of: Callable[[list[Memory]], npt.NDArray[Number]], rows: npt.NDArray[Number]
+    ) -> npt.NDArray[Number]:
+        """``rows``, filled with what ``of`` makes of the entries' memories.
+
+        A row is left as it is where the memory was deleted meanwhile: near nothing.
+        """
+        ids = [entry.id for entry in self.entries]
+        for start in range(0, len(ids), _BLOCK):
+            block = ids[start : start + _BLOCK]
             found = self._store.get_many(block)
-            rows = np.zeros((len(block), dim), np.float32)  # of one deleted meanwhile: near nothing
-            places = [place for place, id in enumerate(block) if id in found]
-            rows[places] = source.of([found[block[place]] for place in places])
-            yield rows
+            places = [place for place, id in enumerate(block, start) if id in found]
+            rows[places] = of([found[ids[place]] for place in places])
+        return rows

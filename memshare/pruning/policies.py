@@ -1,8 +1,8 @@
 """Policies: in which order memories go. Each is a function; more come in as plug-ins.
 
 A policy takes the `Evidence` about a pool and returns the ids of all its memories, the first to go
-first. Another package adds one by an entry point in the group ``memshare.pruning`` that names such
-a function.
+first; no more than `Evidence.excess` of them go. Another package adds one by an entry point in the
+group ``memshare.pruning`` that names such a function.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memshare.pruning.evidence import Entry, Evidence
+from memshare.pruning.leave_one_out import by_leave_one_out
 from memshare.retrieval.index import FlatIndex
 
 Policy = Callable[[Evidence], Sequence[str]]
@@ -29,7 +30,7 @@ class PruneError(RuntimeError):
 
 def by_score(evidence: Evidence) -> list[str]:
     """The worst graded first, of equals the oldest; one without a grade counts as just admitted."""
-    return [entry.id for entry in sorted(evidence.entries, key=_graded(evidence))]
+    return [entry.id for entry in sorted(evidence.entries, key=evidence.grade)]
 
 
 def by_age(evidence: Evidence) -> list[str]:
@@ -77,7 +78,7 @@ def by_near_duplicates(evidence: Evidence) -> list[str]:
     Pairs are taken in the order of their cosine among each memory's nearest neighbours. When those
     are used up, they are looked for again among the memories that are left, until one is.
     """
-    worth = list(map(_graded(evidence), evidence.entries))
+    worth = [evidence.grade(entry) for entry in evidence.entries]
     vectors = evidence.vectors
     left = np.arange(len(vectors))
     order: list[int] = []
@@ -99,6 +100,7 @@ POLICIES: dict[str, Policy] = {
     "feedback": by_feedback,
     "near-duplicates": by_near_duplicates,
     "usefulness": by_usefulness,
+    "leave-one-out": by_leave_one_out,
 }
 
 
@@ -115,13 +117,6 @@ def find_policy(name: str) -> Policy:
         policy: Policy = point.load()
         return policy
     raise PruneError(f"no pruning policy {name!r} (there: {', '.join(policy_names())})")
-
-
-def _graded(evidence: Evidence) -> Callable[[Entry], tuple[float, int]]:
-    return lambda entry: (
-        evidence.threshold if entry.score is None else entry.score,
-        entry.seq,
-    )
 
 
 def _nearest_pairs(

@@ -35,7 +35,7 @@ def prune(
     if cap < 0:
         raise PruneError(f"cap: {cap} is negative")
     order = find_policy(policy)
-    evidence = Evidence(store, config, pool)
+    evidence = Evidence(store, config, pool, cap)
     known = [entry.id for entry in evidence.entries]
     ids: tuple[str, ...] = ()
     if len(known) > cap:

@@ -145,6 +145,26 @@ def test_near_duplicates_take_the_worse_graded_of_the_nearest_pair(
     assert sorted(everything) == sorted([*alone, good]), "each is ranked once"
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_leave_one_out_takes_what_the_pool_itself_contradicts(
+    store: PoolStore, config: Config, folder: Path, published: bool
+) -> None:
+    rng = random.Random(0)
+    said = [f"the green lamp of the old tower {sentence(rng, 2)}" for _ in range(20)]
+    again = [f"wolf paper cloud salt clock bread {sentence(rng, 2)}" for _ in range(20)]
+    for prompts, answer in ((said, "lamps are green"), (again, "wolves are grey")):
+        store.append([NewMemory("p", prompt, answer) for prompt in prompts])
+    (wrong,) = store.append([NewMemory("p", "the green lamp of the old tower", "wolves are grey")])
+    if published:
+        publish_now(store, config, Encoder.from_folder(folder, device="cpu"))
+    assert prune(store, config, "p", "leave-one-out", 40).ids == (wrong.id,)
+
+
+def test_a_policy_is_told_how_many_are_to_go(store: PoolStore, config: Config) -> None:
+    add(store, "a", "b", "c")
+    assert [policies.Evidence(store, config, "p", cap).excess for cap in (0, 2, 5)] == [3, 1, 0]
+
+
 @pytest.mark.parametrize("policy", list(policies.POLICIES))
 def test_a_dry_run_tells_what_would_go_and_changes_nothing(
     store: PoolStore, config: Config, policy: str
@@ -165,7 +185,8 @@ def test_a_dry_run_tells_what_would_go_and_changes_nothing(
 def test_what_can_not_be_done_is_refused(store: PoolStore, config: Config) -> None:
     add(store, "a", "b")
     with pytest.raises(
-        PruneError, match=r"no pruning policy 'luck' \(there: age, feedback, near-dup"
+        PruneError,
+        match=r"no pruning policy 'luck' \(there: age, feedback, leave-one-out, near-dup",
     ):
         prune(store, config, "p", "luck", 1)
     with pytest.raises(PruneError, match="negative"):
