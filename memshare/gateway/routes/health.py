@@ -12,11 +12,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from memshare.gateway.access import Caller, need
 from memshare.gateway.schemas import ErrorReply
 from memshare.gateway.state import AnyGateway
-from memshare.gateway.strict import StrictRoute
+from memshare.gateway.strict import FiguresRoute
 from memshare.pool.keys import EVERY_POOL
 
 router = APIRouter(tags=["health"])  # open to all: load balancers have no keys
-keyed = APIRouter(route_class=StrictRoute, tags=["health"])
+keyed = APIRouter(route_class=FiguresRoute, tags=["health"])
 
 
 # `response_class` would be the form of the errors, too.

@@ -12,7 +12,9 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import event
 
+from memshare.gateway import access
 from memshare.gateway.logs import JsonLines
+from memshare.pool.errors import PoolUnavailable
 from memshare.pool.keys import KeyRing
 from memshare.pool.store import PoolStore
 from tests.callers import Caller
@@ -287,3 +289,31 @@ def test_a_full_disk_is_named_but_not_what_was_to_be_written(
     assert reply.status_code == 503 and reply.json()["error"]["code"] == "pool_unavailable"
     text = "\n".join(lines)
     assert "disk is full" in text and "PLANTED" not in text and "PLANTED" not in reply.text
+
+
+def test_keys_stay_known_for_figures_alone_and_not_for_long(
+    run_dir: Path, gated: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, fresh = Caller(gated, "root", every="admin"), Caller(gated, "fresh", every="admin")
+    assert root("GET", "/metrics").status_code == 200
+    state: Any = gated.app
+    ring = state.state.gateway.access._ring
+    find = ring.find
+
+    def away(_: str) -> None:
+        raise PoolUnavailable("connection refused")
+
+    monkeypatch.setattr(access, "TRUST_SECONDS", 0.0)
+    monkeypatch.setattr(ring, "find", away)
+    assert root("GET", "/metrics").status_code == 200
+    for reply in (root("GET", "/v1/models"), fresh("GET", "/metrics")):
+        assert reply.status_code == 503 and reply.headers["retry-after"]
+    with monkeypatch.context() as later:
+        later.setattr(access, "AWAY_SECONDS", 0.0)
+        assert root("GET", "/metrics").status_code == 503
+    monkeypatch.setattr(ring, "find", lambda _: None)  # back, and the key was revoked
+    assert root("GET", "/metrics").status_code == 401
+    monkeypatch.setattr(ring, "find", away)
+    assert root("GET", "/metrics").status_code == 503
+    monkeypatch.setattr(ring, "find", find)
+    assert root("GET", "/metrics").status_code == 200
