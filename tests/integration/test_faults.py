@@ -1,7 +1,7 @@
 """Faults of the database under load: what was acknowledged is kept, and service returns.
 
-Other parts' faults: test_faults_gateway.py, test_faults_generations.py, test_faults_llm.py and
-test_faults_trainer.py.
+Other faults: test_faults_disk.py (of its disk), test_faults_gateway.py, test_faults_generations.py,
+test_faults_llm.py and test_faults_trainer.py.
 """
 
 from __future__ import annotations
