@@ -102,6 +102,7 @@ def test_figures_are_shown_while_the_database_is_away(
             began = time.monotonic()
             told = scrape(url, root)
             waited = time.monotonic() - began
+            print(f"figures after {waited:.1f} s")
             assert told.status_code == 200 and "memshare_database_error 1.0" in told.text
             assert "memshare_searches_total" in told.text
             assert waited < SCRAPE_SECONDS, f"Prometheus would not wait {waited:.1f} s"

@@ -49,8 +49,8 @@ async def readyz(gateway: AnyGateway) -> JSONResponse:
 async def metrics(gateway: AnyGateway, caller: Caller) -> Response:
     """Prometheus' exposition format. It names every pool: a key needs to read all of them."""
     need(caller, "read", EVERY_POOL, "")
-    for name, probe in gateway.probes.items():
-        unreachable = (await probe.state()).startswith("unreachable")
-        gateway.metrics.llm_up.labels(name).set(not unreachable)
+    states = await asyncio.gather(*(probe.state() for probe in gateway.probes.values()))
+    for name, state in zip(gateway.probes, states, strict=True):
+        gateway.metrics.llm_up.labels(name).set(not state.startswith("unreachable"))
     body = await gateway.shared.read(gateway.metrics.render)
     return Response(body, media_type=CONTENT_TYPE_LATEST)

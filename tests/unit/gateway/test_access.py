@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -317,3 +318,19 @@ def test_keys_stay_known_for_figures_alone_and_not_for_long(
     assert root("GET", "/metrics").status_code == 503
     monkeypatch.setattr(ring, "find", find)
     assert root("GET", "/metrics").status_code == 200
+
+
+def test_figures_wait_for_the_slowest_llm_and_not_for_one_after_the_other(
+    gated: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state: Any = gated.app
+    together = asyncio.Barrier(2)
+
+    class Slow:
+        async def state(self) -> str:
+            await asyncio.wait_for(together.wait(), 5)
+            return "unreachable: asleep"
+
+    monkeypatch.setattr(state.state.gateway, "probes", {"agent": Slow(), "scorer": Slow()})
+    told = Caller(gated, "root", every="read")("GET", "/metrics")
+    assert 'memshare_llm_up{llm="scorer"} 0.0' in told.text
