@@ -13,7 +13,8 @@ among three shots and of MRR@10:
 * with the caps of docs/safety.md (the floor is lower, as the pool is) clean questions find nearly
   what they find in a clean pool; without them they lose much;
 * much of that is the encoder's learning, and the cap on training alone, in a pool that is flooded
-  all the same, takes away what learning adds to the harm.
+  all the same, takes away what learning adds to the harm: where there are hard negatives, as there
+  are by default. Without any it takes away little (docs/safety.md has figures).
 """
 
 from __future__ import annotations
