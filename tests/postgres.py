@@ -37,20 +37,24 @@ def programs() -> Path:
 class PostgresServer:
     """One server on a folder of its own, as its distribution sets it up: fsync stays on."""
 
-    def __init__(self) -> None:
-        """Make the folder and start."""
+    def __init__(self, wal: Path | None = None) -> None:
+        """Make the folder and start. ``wal``: an empty folder for the write-ahead log."""
         self.port = free_port()
         self._bin = programs()
         self._folder = Path(tempfile.mkdtemp(prefix="memshare-postgres-"))
         # PostgreSQL refuses to run as root.
         self._user: dict[str, Any] = {}
         if os.geteuid() == 0:
-            shutil.chown(self._folder, "postgres", "postgres")
             self._user = {"user": "postgres", "group": "postgres", "extra_groups": []}
+        self.give(self._folder)
         self._process: subprocess.Popen[bytes] | None = None
         try:
+            log = []
+            if wal is not None:
+                self.give(wal)
+                log = ["--wal-segsize=1", f"--waldir={wal}"]  # small ones, for small disks
             self._run("initdb", "--auth=trust", "--username=postgres", "--encoding=UTF8",
-                      "--locale=C.UTF-8", "--no-sync", "--pgdata", str(self._data))  # fmt: skip
+                      "--locale=C.UTF-8", "--no-sync", *log, "-D", str(self._data))  # fmt: skip
             self.start()
         except BaseException:
             self.close()
@@ -59,6 +63,11 @@ class PostgresServer:
     @property
     def _data(self) -> Path:
         return self._folder / "data"
+
+    @property
+    def log(self) -> Path:
+        """What it says."""
+        return self._folder / "log"
 
     def _run(self, program: str, *arguments: str) -> None:
         done = subprocess.run(
@@ -74,7 +83,7 @@ class PostgresServer:
         while time.monotonic() - began < START_SECONDS:
             if self._process is None or self._process.poll() is not None:
                 # After a kill the old backends may hold the folder for a moment: then again.
-                with (self._folder / "log").open("ab") as log:
+                with self.log.open("ab") as log:
                     self._process = subprocess.Popen(
                         [self._bin / "postgres", "-D", self._data, "-p", str(self.port),
                          "-c", "listen_addresses=127.0.0.1", "-k", self._folder],
@@ -85,7 +94,17 @@ class PostgresServer:
                 return time.monotonic() - began
             except psycopg.OperationalError:
                 time.sleep(0.05)
-        raise RuntimeError("PostgreSQL did not start:\n" + (self._folder / "log").read_text())
+        raise RuntimeError("PostgreSQL did not start:\n" + self.log.read_text())
+
+    def give(self, folder: Path) -> None:
+        """Make ``folder`` the server's own."""
+        if self._user:
+            shutil.chown(folder, "postgres", "postgres")
+
+    @property
+    def alive(self) -> bool:
+        """Whether its first process runs."""
+        return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
         """``kill -9`` of the postmaster; its backends end by themselves when they notice."""
@@ -95,7 +114,7 @@ class PostgresServer:
 
     def close(self) -> None:
         """Stop, and remove the folder."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self.alive:
             self._process.send_signal(signal.SIGQUIT)  # at once, no checkpoint
             self._process.wait(START_SECONDS)
         shutil.rmtree(self._folder)
@@ -104,9 +123,18 @@ class PostgresServer:
         """The URL of a database."""
         return f"postgresql://postgres@127.0.0.1:{port or self.port}/{database}"
 
-    def create(self) -> str:
-        """A new empty database; returns its name."""
+    def create(self, folder: Path | None = None) -> str:
+        """A new empty database, its files in ``folder`` (an empty one); returns its name."""
         name = f"pool_{next(_numbers)}"
-        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}".encode())
+        where = ""
+        if folder is not None:
+            self.give(folder)
+            self.run(f"CREATE TABLESPACE {name} LOCATION '{folder}'")
+            where = f" TABLESPACE {name}"
+        self.run(f"CREATE DATABASE {name}{where}")
         return name
+
+    def run(self, statement: str) -> None:
+        """Run a statement that belongs to no database."""
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute(statement.encode())

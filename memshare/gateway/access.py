@@ -7,6 +7,7 @@ is there or not, and a memory there is a 404.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections import deque
@@ -18,11 +19,13 @@ from fastapi.security import HTTPBearer
 from memshare.config import GatewayConfig
 from memshare.gateway.errors import ApiError
 from memshare.gateway.metrics import Metrics
-from memshare.pool.errors import UnknownPool
+from memshare.pool.errors import PoolUnavailable, UnknownPool
 from memshare.pool.keys import LOCAL_KEY, SECRET_PREFIX, Key, KeyRing, Right
 from memshare.sharing import SharedMemory
 
 TRUST_SECONDS = 2.0  # a revoked key is refused everywhere after so long
+AWAY_SECONDS = 600.0  # but for reading figures while nobody can ask the database
+_ANSWER_SECONDS = 2.0  # then it is taken for away, where that matters
 _WINDOW_SECONDS = 60.0
 _REMEMBERED = 10_000
 
@@ -40,15 +43,19 @@ class Access:
         self._seen: dict[str, tuple[float, Key | None]] = {}
         self._recent: dict[str, deque[float]] = {}
 
-    async def admit(self, request: Request) -> Key:
-        """The caller's key; `ApiError` 401 without a valid one, 429 beyond its rate."""
+    async def admit(self, request: Request, when_away: bool = False) -> Key:
+        """The caller's key; `ApiError` 401 without a valid one, 429 beyond its rate.
+
+        Raises `PoolUnavailable` while the database can't be asked whether the key still holds;
+        ``when_away``: only if it hasn't been asked for `AWAY_SECONDS`.
+        """
         scheme, _, secret = request.headers.get("authorization", "").partition(" ")
         secret = secret.strip() if scheme.lower() == "bearer" else ""
         # Clients that must send something send "none" or the like where no key is needed.
         if not self._required and not secret.startswith(SECRET_PREFIX):
             key: Key | None = LOCAL_KEY
         else:
-            key = await self._find(secret)
+            key = await self._find(secret, when_away)
         if key is None:
             raise ApiError(
                 401,
@@ -67,16 +74,24 @@ class Access:
         """How large a body of this caller may be."""
         return key.max_body_bytes or self._config.max_body_bytes
 
-    async def _find(self, secret: str) -> Key | None:
+    async def _find(self, secret: str, when_away: bool) -> Key | None:
         if not secret.startswith(SECRET_PREFIX):
             return None
         now = time.monotonic()
-        at, key = self._seen.get(secret, (-math.inf, None))
-        if now - at > TRUST_SECONDS:
-            key = await self._shared.read(self._ring.find, secret)
-            if len(self._seen) >= _REMEMBERED:  # of made-up keys, most likely
-                self._seen.clear()
-            self._seen[secret] = (now, key)
+        at, known = self._seen.get(secret, (-math.inf, None))
+        if now - at <= TRUST_SECONDS:
+            return known
+        asked = self._shared.read(self._ring.find, secret)
+        if when_away and known is not None and now - at <= AWAY_SECONDS:
+            try:
+                key = await asyncio.wait_for(asked, _ANSWER_SECONDS)
+            except (PoolUnavailable, TimeoutError):
+                return known
+        else:
+            key = await asked
+        if len(self._seen) >= _REMEMBERED:  # of made-up keys, most likely
+            self._seen.clear()
+        self._seen[secret] = (now, key)
         return key
 
     def _count(self, key: Key) -> None:

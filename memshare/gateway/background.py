@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from memshare import tracing
 from memshare.gateway.logs import logger, where
 from memshare.gateway.metrics import Metrics
 from memshare.llm.base import LLMUnavailable
@@ -147,10 +148,11 @@ class ScoringQueue:
         pair = job.pair
         began = time.monotonic()
         try:
-            if job.attempts <= _MAX_ATTEMPTS:
-                decision = await self._shared.grade_and_store(pair, job)
-            else:  # it may be what kills gateways
-                decision = await self._refuse(job)
+            with tracing.resumed("decide", job.trace):
+                if job.attempts <= _MAX_ATTEMPTS:
+                    decision = await self._shared.grade_and_store(pair, job)
+                else:  # it may be what kills gateways
+                    decision = await self._refuse(job)
         except LLMUnavailable as error:
             await self._put_off(job, error, time.monotonic() - began)
         except (SearchTimeout, SearcherClosed):

@@ -111,13 +111,22 @@ class StrictRequest(Request):
 class StrictRoute(APIRoute):
     """A route that admits its caller first and whose handler gets a `StrictRequest`."""
 
+    when_away = False  # see `Access.admit`
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, fed with the strict request."""
         handler = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
             access: Access = request.app.state.gateway.access
-            request.state.max_body_bytes = access.max_body_bytes(await access.admit(request))
+            caller = await access.admit(request, self.when_away)
+            request.state.max_body_bytes = access.max_body_bytes(caller)
             return await handler(StrictRequest(request.scope, request.receive))
 
         return strict
+
+
+class FiguresRoute(StrictRoute):
+    """A route that shows figures alone: they are wanted most while the database is away."""
+
+    when_away = True

@@ -10,10 +10,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from memshare.pool.errors import InvalidMemory
 from memshare.pool.limits import forget
 from memshare.pool.rows import ALIVE, need_pool
 from memshare.pool.schema import changes, copies, feedback, memories, pools, uses
-from memshare.pool.validate import now
+from memshare.pool.validate import check_metadata, now
 from memshare.records import ChangeKind
 
 
@@ -49,9 +50,26 @@ def release(connection: sa.Connection, id: str) -> str | None:
     return _change(connection, id, "release", sa.and_(ALIVE, memories.c.held), values)
 
 
-def amend(connection: sa.Connection, id: str, metadata: Mapping[str, Any]) -> str | None:
-    """Replace a living memory's metadata, which has been checked."""
-    return _change(connection, id, "amend", ALIVE, {"metadata": dict(metadata)})
+def amend(
+    connection: sa.Connection, id: str, metadata: Mapping[str, Any], max_chars: int
+) -> str | None:
+    """Give a living memory the ``metadata`` that it lacks, unless that makes too much of it."""
+    memory = sa.select(memories.c.pool, memories.c.metadata).where(memories.c.id == id, ALIVE)
+    row = connection.execute(memory).one_or_none()
+    if row is None:
+        return None
+    need_pool(connection, row.pool, lock=True)  # others may be giving it theirs
+    row = connection.execute(memory).one_or_none()
+    if row is None:
+        return None
+    both = {**metadata, **row.metadata}
+    try:
+        check_metadata(both, max_chars)
+    except InvalidMemory:
+        return None
+    if both == row.metadata:
+        return None
+    return _change(connection, id, "amend", ALIVE, {"metadata": both})
 
 
 def _inherit(connection: sa.Connection, id: str, heir: str) -> None:

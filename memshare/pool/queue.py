@@ -10,12 +10,13 @@ transaction is undone.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
+from memshare import tracing
 from memshare.pool.engine import Database
 from memshare.pool.ids import new_id
 from memshare.pool.rows import need_pool
@@ -33,12 +34,16 @@ class ClaimLost(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A claimed pair. ``attempts`` counts its claims that were not taken back, this one too."""
+    """A claimed pair. ``attempts`` counts its claims that were not taken back, this one too.
+
+    ``trace``: the trace that it was put in, for `tracing.resumed`; None: in none.
+    """
 
     id: str
     claim: str
     attempts: int
     pair: Pair
+    trace: Mapping[str, str] | None = None
 
 
 class PairQueue:
@@ -49,7 +54,11 @@ class PairQueue:
         self._db = database
 
     def put(self, pairs: Sequence[Pair]) -> None:
-        """Add ``pairs``; durable when this returns. Raises `UnknownPool` with none added."""
+        """Add ``pairs``; durable when this returns. Raises `UnknownPool` with none added.
+
+        Their trace is the caller's (`tracing.carried`).
+        """
+        trace = tracing.carried()
         rows = [
             {
                 "id": new_id(),
@@ -63,6 +72,7 @@ class PairQueue:
                 "copy_of": pair.copy_of,
                 "attempts": 0,
                 "free_at": 0.0,
+                "trace": trace,
             }
             # By pool, as appends take them, so that no two transactions wait for each other.
             for pair in sorted(pairs, key=lambda pair: pair.pool)
@@ -156,7 +166,7 @@ def _job(row: Any) -> Job:
         row.pool, row.prompt, row.answer, row.finish_reason, row.agent, row.model, row.metadata,
         row.copy_of,
     )  # fmt: skip
-    return Job(row.id, row.claim, row.attempts, pair)
+    return Job(row.id, row.claim, row.attempts, pair, row.trace)
 
 
 def _held_by(job: Job) -> sa.ColumnElement[bool]:

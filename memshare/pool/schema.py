@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-HEAD = "0004"
+HEAD = "0005"
 
 metadata = sa.MetaData(
     naming_convention={
@@ -106,6 +106,7 @@ pending = sa.Table(
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("claim", sa.String(64)),  # who grades it; NULL: nobody
     sa.Column("free_at", sa.Double, nullable=False),  # seconds since 1970: claimable from then on
+    sa.Column("trace", sa.JSON(none_as_null=True)),  # of its request, as W3C Trace Context has it
     sa.Index(None, "free_at"),
 )
 

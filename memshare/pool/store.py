@@ -215,12 +215,14 @@ class PoolStore:
         return count
 
     def amend(self, id: str, metadata: Mapping[str, Any]) -> bool:
-        """Replace a memory's metadata by one that `check_memory` has passed; False if none lives.
+        """Give a memory the ``metadata`` that it lacks; what it has stays as it is.
 
-        Searches' filters know of what is added, and forget nothing.
+        False where nothing changes: it lacks nothing, it would have too much, or none lives.
+        Searches' filters know of what is added.
         """
         with self._db.write() as connection:
-            return self._announced(connection, alter.amend(connection, id, metadata))
+            pool = alter.amend(connection, id, metadata, self.max_text_chars)
+            return self._announced(connection, pool)
 
     def scrub(self) -> None:
         """Have erased text overwritten in the database's files, if that is still to be done."""

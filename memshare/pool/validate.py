@@ -89,7 +89,7 @@ def check_memory(memory: NewMemory, max_chars: int = MAX_TEXT_CHARS) -> NewMemor
     if memory.id is not None and not (isinstance(memory.id, str) and _ID.fullmatch(memory.id)):
         raise InvalidMemory("id", "1 to 64 letters, digits, '-' or '_' expected")
     if memory.metadata:
-        _check_metadata(memory.metadata, max_chars)
+        check_metadata(memory.metadata, max_chars)
     elif not isinstance(memory.metadata, Mapping):
         raise InvalidMemory("metadata", "a JSON object expected")
     return replace(
@@ -100,7 +100,8 @@ def check_memory(memory: NewMemory, max_chars: int = MAX_TEXT_CHARS) -> NewMemor
     )
 
 
-def _check_metadata(metadata: object, max_chars: int) -> None:
+def check_metadata(metadata: object, max_chars: int) -> None:
+    """Raise `InvalidMemory` unless ``metadata`` is a JSON object of at most ``max_chars``."""
     if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
         raise InvalidMemory("metadata", "a JSON object expected")
     try:

@@ -84,8 +84,7 @@ class NearDuplicates:
             if twin is None or _key(twin) == _key(memory):
                 yield Place(memory, seen=seen)  # equal ones are the store's affair
             elif not self._better(memory, twin):
-                if self._merges(memory.pool):
-                    self._amend(twin, memory)
+                self._amend(twin, memory)
                 yield Place(None, twin)
             else:
                 yield Place(self._with(memory, twin.metadata) or memory, twin, seen)
@@ -95,7 +94,8 @@ class NearDuplicates:
 
         That memory, which was just stored at ``place`` and can be searched for, is deleted then,
         whatever its grade: the other one's writer may have told its id already. Whichever stays
-        replaces the near-duplicate that was there, and takes over its feedback, uses and copies.
+        takes over feedback, uses and copies of what goes, be it the other one or the near-duplicate
+        that was there, and where the pool merges, metadata too.
         Raises `PoolError` where the searcher can't be asked now, with the memory stored.
         """
         if place.seen is None:
@@ -105,7 +105,9 @@ class NearDuplicates:
             return None
         earlier = self._earlier(place, mine)
         if earlier is not None:
-            self._delete(mine)
+            self._amend(earlier, mine)
+            if self._store.delete(mine.id, earlier.id):
+                self._searcher.notify(mine.pool)
         if place.twin is not None and self._store.delete(place.twin.id, (earlier or mine).id):
             self._searcher.notify(mine.pool)
         return earlier
@@ -141,17 +143,9 @@ class NearDuplicates:
         there = self._store.get_many(ids)
         return [there[id] for id in ids if id in there]
 
-    def _delete(self, memory: Memory) -> None:
-        if self._store.delete(memory.id):
-            self._searcher.notify(memory.pool)
-
-    def _amend(self, twin: Memory, memory: NewMemory) -> None:
-        """Give ``twin``, which stays, the metadata that only ``memory`` has."""
-        mine = NewMemory(twin.pool, twin.prompt, twin.answer, metadata=twin.metadata)
-        both = self._with(mine, memory.metadata)
-        if both is None or both.metadata == twin.metadata:
-            return
-        if self._store.amend(twin.id, both.metadata):
+    def _amend(self, twin: Memory, memory: NewMemory | Memory) -> None:
+        """Give ``twin``, which stays, the metadata that only ``memory`` has, if its pool merges."""
+        if self._merges(twin.pool) and self._store.amend(twin.id, memory.metadata):
             self._searcher.notify(twin.pool)
 
     def _with(self, memory: NewMemory, metadata: Mapping[str, Any]) -> NewMemory | None:

@@ -18,8 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from opentelemetry import trace
-
+from memshare import tracing
 from memshare.config import Config
 from memshare.llm.agent import Agent, AgentAnswer
 from memshare.llm.base import LLM, LLMError, LLMUnavailable
@@ -38,7 +37,6 @@ from memshare.sharing.turn import Decision, Retrieved, Turn
 from memshare.sharing.writer import Writer
 
 T = TypeVar("T")
-_tracer = trace.get_tracer("memshare")
 _USES_SECONDS = 10.0  # between two additions of use counts in the database
 _PATIENCE_SECONDS = 30.0  # between two lines about a long start
 
@@ -82,19 +80,10 @@ class SharedMemory:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage of a turn, and trace it: a span that costs nothing where no one exports.
-
-        A failure is named by its type: its message may quote a memory, and traces go far.
-        """
+        """Time a stage of a turn, and trace it: a span that costs nothing where no one exports."""
         started = time.perf_counter()
-        with _tracer.start_as_current_span(
-            name, record_exception=False, set_status_on_exception=False
-        ) as span:
-            try:
-                yield
-            except BaseException as error:
-                span.set_status(trace.StatusCode.ERROR, type(error).__name__)
-                raise
+        with tracing.span(name):
+            yield
         self.observe(name, time.perf_counter() - started)
 
     async def read(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:

@@ -1,7 +1,7 @@
 """Faults of the database under load: what was acknowledged is kept, and service returns.
 
-Other parts' faults: test_faults_gateway.py, test_faults_generations.py, test_faults_llm.py and
-test_faults_trainer.py.
+Other faults: test_faults_disk.py (of its disk), test_faults_gateway.py, test_faults_generations.py,
+test_faults_llm.py and test_faults_trainer.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from memshare.gateway.access import TRUST_SECONDS
+from memshare.pool import PoolStore
+from memshare.pool.keys import KeyRing
 from memshare.retrieval.encoder import Encoder
 from tests.faults import Load, check, check_refusals, generation, publish_next
 from tests.gateways import gateway
@@ -25,6 +28,7 @@ from tests.tiny import tiny_encoder
 
 pytestmark = pytest.mark.server
 READ_SECONDS = 10.0  # a read is refused by then while no database answers
+SCRAPE_SECONDS = 10.0  # Prometheus' own default patience
 RECOVERY_SECONDS = 15.0  # from the database's return to the first write that is acknowledged
 
 
@@ -67,6 +71,50 @@ def test_postgresql_killed_under_load(server: PostgresServer, tmp_path: Path, mo
     with gateway(tmp_path, models, database_url=database) as url:
         check(database, url, load)
         assert generation(url) == number
+
+
+def test_figures_are_shown_while_the_database_is_away(
+    server: PostgresServer, tmp_path: Path, models: Path
+) -> None:
+    """To a key that was good when the database was last asked; all else is refused, and says so."""
+    database = server.url(server.create())
+    with PoolStore.open(database) as store:
+        ring = KeyRing(store.database)
+        (_, root), (_, late) = (ring.create(name, {"*": ["admin"]}) for name in ("root", "late"))
+        _, reader = ring.create("reader", {"keep": ["read"]})
+
+    def scrape(url: str, key: str, path: str = "/metrics") -> httpx.Response:
+        return httpx.get(url + path, headers={"Authorization": f"Bearer {key}"}, timeout=30)
+
+    section = {"keys": "required"}
+    with (
+        Proxy(server.port) as proxy,
+        gateway(
+            tmp_path, models, gateway=section,
+            database_url=server.url(database.rsplit("/", 1)[1], proxy.port),
+        ) as url,
+    ):  # fmt: skip
+        assert "memshare_database_error 0.0" in scrape(url, root).text
+        assert scrape(url, reader).status_code == 403
+        for fault, mended in ((proxy.cut, proxy.mend), (server.kill, server.start)):
+            fault()
+            time.sleep(TRUST_SECONDS + 0.1)
+            began = time.monotonic()
+            told = scrape(url, root)
+            waited = time.monotonic() - began
+            print(f"figures after {waited:.1f} s")
+            assert told.status_code == 200 and "memshare_database_error 1.0" in told.text
+            assert "memshare_searches_total" in told.text
+            assert waited < SCRAPE_SECONDS, f"Prometheus would not wait {waited:.1f} s"
+            assert scrape(url, reader).status_code == 403
+            for key, path in ((late, "/metrics"), ("ms-made-up", "/metrics"), (root, "/v1/models")):
+                refused = scrape(url, key, path)
+                assert refused.status_code == 503, (path, refused.text)
+                assert int(refused.headers["Retry-After"]) > 0
+                assert refused.json()["error"]["code"] == "pool_unavailable"
+            mended()
+            until(lambda: "memshare_database_error 0.0" in scrape(url, root).text, RECOVERY_SECONDS)
+        assert scrape(url, "ms-made-up").status_code == 401
 
 
 def test_network_to_the_database_cut(

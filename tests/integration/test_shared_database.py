@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import httpx
 import pytest
@@ -42,7 +43,13 @@ def urls(
         "database_url": database,
         "retriever": {"poll_seconds": 0.5 if request.param == "sqlite" else 10.0},
         "run": {"generations": str(folder / "generations")},
-        "pools": {"near": {"threshold": 0, "near_duplicate": 0.9}},
+        "pools": {
+            "near": {
+                "threshold": 0,
+                "near_duplicate": 0.9,
+                "near_duplicate_action": "merge",
+            }
+        },
     }
     with (
         gateway(folder / "a", models, **shared) as a,
@@ -114,7 +121,8 @@ def test_near_duplicates_written_at_one_moment_leave_the_first(
     a, b, database, _ = urls
 
     def add(url: str, prompt: str) -> tuple[str, str]:
-        item = {"pool": "near", "prompt": prompt, "answer": "the same answer every time"}
+        item: dict[str, Any] = {"pool": "near", "prompt": prompt, "metadata": {prompt[-1]: True}}
+        item["answer"] = "the same answer every time"
         moment.wait()
         reply = httpx.post(f"{url}/v1/memories", json={"items": [item]}, timeout=60)
         (result,) = reply.raise_for_status().json()["results"]
@@ -133,6 +141,7 @@ def test_near_duplicates_written_at_one_moment_leave_the_first(
             (id_,) = {id_ for _, id_ in told}
             living = [memory for memory in store.iter("near") if memory.seq > before]
             assert [memory.id for memory in living] == [id_]
+            assert set(living[0].metadata) == set(marks), "what the others knew is lost"
             added = [c for c in store.changes("near", before) if c.kind == "add"]
             assert added[0].id == id_, "the first one is to stay"
             overtaken += len(added) - 1

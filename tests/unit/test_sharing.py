@@ -208,7 +208,7 @@ def test_stages_are_spans_of_the_request_without_any_text(
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracer = provider.get_tracer("test")
-    monkeypatch.setattr("memshare.sharing.shared._tracer", tracer)
+    monkeypatch.setattr("memshare.tracing._tracer", tracer)
 
     async def body(shared: SharedMemory) -> None:
         with tracer.start_as_current_span("request"):

@@ -12,11 +12,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from memshare.gateway.access import Caller, need
 from memshare.gateway.schemas import ErrorReply
 from memshare.gateway.state import AnyGateway
-from memshare.gateway.strict import StrictRoute
+from memshare.gateway.strict import FiguresRoute
 from memshare.pool.keys import EVERY_POOL
 
 router = APIRouter(tags=["health"])  # open to all: load balancers have no keys
-keyed = APIRouter(route_class=StrictRoute, tags=["health"])
+keyed = APIRouter(route_class=FiguresRoute, tags=["health"])
 
 
 # `response_class` would be the form of the errors, too.
@@ -49,8 +49,8 @@ async def readyz(gateway: AnyGateway) -> JSONResponse:
 async def metrics(gateway: AnyGateway, caller: Caller) -> Response:
     """Prometheus' exposition format. It names every pool: a key needs to read all of them."""
     need(caller, "read", EVERY_POOL, "")
-    for name, probe in gateway.probes.items():
-        unreachable = (await probe.state()).startswith("unreachable")
-        gateway.metrics.llm_up.labels(name).set(not unreachable)
+    states = await asyncio.gather(*(probe.state() for probe in gateway.probes.values()))
+    for name, state in zip(gateway.probes, states, strict=True):
+        gateway.metrics.llm_up.labels(name).set(not state.startswith("unreachable"))
     body = await gateway.shared.read(gateway.metrics.render)
     return Response(body, media_type=CONTENT_TYPE_LATEST)

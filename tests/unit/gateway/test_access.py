@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import event
 
+from memshare.gateway import access
 from memshare.gateway.logs import JsonLines
+from memshare.pool.errors import PoolUnavailable
 from memshare.pool.keys import KeyRing
 from memshare.pool.store import PoolStore
 from tests.callers import Caller
@@ -287,3 +290,47 @@ def test_a_full_disk_is_named_but_not_what_was_to_be_written(
     assert reply.status_code == 503 and reply.json()["error"]["code"] == "pool_unavailable"
     text = "\n".join(lines)
     assert "disk is full" in text and "PLANTED" not in text and "PLANTED" not in reply.text
+
+
+def test_keys_stay_known_for_figures_alone_and_not_for_long(
+    run_dir: Path, gated: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, fresh = Caller(gated, "root", every="admin"), Caller(gated, "fresh", every="admin")
+    assert root("GET", "/metrics").status_code == 200
+    state: Any = gated.app
+    ring = state.state.gateway.access._ring
+    find = ring.find
+
+    def away(_: str) -> None:
+        raise PoolUnavailable("connection refused")
+
+    monkeypatch.setattr(access, "TRUST_SECONDS", 0.0)
+    monkeypatch.setattr(ring, "find", away)
+    assert root("GET", "/metrics").status_code == 200
+    for reply in (root("GET", "/v1/models"), fresh("GET", "/metrics")):
+        assert reply.status_code == 503 and reply.headers["retry-after"]
+    with monkeypatch.context() as later:
+        later.setattr(access, "AWAY_SECONDS", 0.0)
+        assert root("GET", "/metrics").status_code == 503
+    monkeypatch.setattr(ring, "find", lambda _: None)  # back, and the key was revoked
+    assert root("GET", "/metrics").status_code == 401
+    monkeypatch.setattr(ring, "find", away)
+    assert root("GET", "/metrics").status_code == 503
+    monkeypatch.setattr(ring, "find", find)
+    assert root("GET", "/metrics").status_code == 200
+
+
+def test_figures_wait_for_the_slowest_llm_and_not_for_one_after_the_other(
+    gated: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state: Any = gated.app
+    together = asyncio.Barrier(2)
+
+    class Slow:
+        async def state(self) -> str:
+            await asyncio.wait_for(together.wait(), 5)
+            return "unreachable: asleep"
+
+    monkeypatch.setattr(state.state.gateway, "probes", {"agent": Slow(), "scorer": Slow()})
+    told = Caller(gated, "root", every="read")("GET", "/metrics")
+    assert 'memshare_llm_up{llm="scorer"} 0.0' in told.text

@@ -13,8 +13,9 @@ from alembic.script import ScriptDirectory
 
 from memshare.pool import PoolError, PoolStore, engine
 from memshare.pool.engine import Database
+from memshare.pool.queue import PairQueue
 from memshare.pool.schema import HEAD, authors, metadata, pools
-from memshare.records import NewMemory
+from memshare.records import NewMemory, Pair
 
 NEXT = '''"""A made-up next version."""
 import sqlalchemy as sa
@@ -94,6 +95,26 @@ def test_memories_from_before_their_counting_are_counted(url: str) -> None:
         counts = connection.execute(sa.select(authors.c.agent, authors.c.count)).all()
         assert {(agent, count) for agent, count in counts} == {("ann", 1), ("bob", 1)}
         assert [memory.hold_reason for memory in store.iter("main")] == [None] * 3
+    database.engine.dispose()
+
+
+def test_pairs_that_wait_outlive_the_migrations_since_they_were_put(url: str) -> None:
+    """From version 0002, the first with a queue: they belong to no trace, and copy nothing."""
+    database = Database(url)
+    config = Config()
+    config.set_main_option("script_location", str(engine.MIGRATIONS))
+    with database.write() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        connection.exec_driver_sql("INSERT INTO pools VALUES ('main', 'general', 80, 0)")
+        connection.exec_driver_sql(
+            "INSERT INTO pending (id, pool, prompt, answer, finish_reason, agent, metadata, "
+            "attempts, free_at) VALUES ('p1', 'main', 'p', 'a', 'stop', 'ann', '{}', 1, 0)"
+        )
+    with PoolStore.open(url) as store:
+        (job,) = PairQueue(store.database).claim(5, 60)
+    assert (job.id, job.attempts, job.trace) == ("p1", 2, None)
+    assert job.pair == Pair("main", "p", "a", "stop", "ann")
     database.engine.dispose()
 
 
