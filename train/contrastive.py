@@ -158,12 +158,9 @@ def train(
             result = gradient.backward(batch, step, stop=stop.asked)
             lr = peak * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
             norm = update(optimizer, lr, settings.max_grad_norm)
-            if not math.isfinite(norm):
-                raise NonFinite("the gradient", step, batch)
             seconds = time.perf_counter() - began
+            gradient.check(norm, batch, step, last=result.stop or step + 1 == steps)
             state = state.after(result.loss, result.tokens, result.padded, seconds)
-            if result.stop or state.step == steps:  # no further step will judge the weights
-                gradient.check(batch, step)
             state = validation.after(state)
             last = validation.finished(state) or result.stop
             if last or state.step % settings.log_every == 0:

@@ -183,11 +183,17 @@ class ContrastiveStep:
             peak=None if self._peak is None else self._peak * world.size,
         )
 
-    def check(self, batch: StepBatch, step: int) -> None:
-        """Raise `NonFinite` on every process if the weights after ``step`` give no finite vectors.
+    def check(self, norm: float, batch: StepBatch, step: int, *, last: bool) -> None:
+        """Raise `NonFinite` on every process if ``step`` has ruined the training.
 
-        For those that no further step will judge. Each process encodes one micro-batch a tower.
+        ``norm``: of its gradient, as `update` gave it. The ``last`` step's weights, which no
+        further step will judge, must give finite vectors: each process encodes one micro-batch a
+        tower.
         """
+        if not math.isfinite(norm):
+            raise NonFinite("the gradient", step, batch)
+        if not last:
+            return
         found = 0
         for side, part in self._parts(batch):
             rows = batch.texts[part[self._world.rank]]

@@ -277,12 +277,16 @@ def test_ruined_weights_are_found_in_every_tower_that_learns(
     prepare(encoder, config, seed=0)
     frozen = FrozenMemories.of(encoder, data, ONE, config)
     engine = ContrastiveStep(encoder, data.table, config, ONE, seed=0, frozen=frozen)
-    engine.check(data.batch(0), 7)
+    engine.check(1.0, data.batch(0), 7, last=True)
     # Finite all the same: what overflows is what the model computes with them.
     encoder.tower(side).get_input_embeddings().weight.data.fill_(1e38)
     encoder.tower(side).encoder.layer[0].attention.self.query.weight.data.fill_(1e38)
     with pytest.raises(
         NonFinite, match=r"step 8: what the encoder gives after it.*main-\d+"
     ) as told:
-        engine.check(data.batch(0), 7)
+        engine.check(1.0, data.batch(0), 7, last=True)
     assert told.value.done == 8
+    engine.check(1.0, data.batch(0), 7, last=False)  # the next step's loss will tell
+    with pytest.raises(NonFinite, match="step 8: the gradient is not finite") as told:
+        engine.check(float("inf"), data.batch(0), 7, last=False)
+    assert told.value.done == 7  # nothing was changed by it
