@@ -31,8 +31,8 @@ from memshare.training.checkpoint import CheckpointError, TrainState
 from memshare.training.estimate import estimate
 from memshare.training.evaluate import read_held_out
 from memshare.training.examples import ExamplesError, read_training
+from memshare.training.export import export
 from memshare.training.gather import DifferentData, World, launch
-from memshare.training.lora import export
 from memshare.training.optimizer import lr_factor, make_optimizer, round_lr, update
 from memshare.training.resume import fixed_settings, resume, without_ruined
 from memshare.training.select import select
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with outcome.attempt(args.output, EXPECTED, writes, args.stop_file) as stop:
             return train(args, config, accelerator, world, stop)
-    except (ConfigError, *EXPECTED) as error:
+    except (ConfigError, outcome.DiskFull, *EXPECTED) as error:
         return outcome.tell(error)
     finally:
         accelerator.end_training()

@@ -16,9 +16,10 @@ from memshare.retrieval import packing
 from memshare.retrieval.encoder import Encoder, EncoderError, Side
 from memshare.training import step as step_module
 from memshare.training.batching import Batches
+from memshare.training.export import export
 from memshare.training.flops import ModelCost
 from memshare.training.gather import World
-from memshare.training.lora import add_adapters, export
+from memshare.training.lora import add_adapters
 from memshare.training.loss import objective_rows
 from memshare.training.optimizer import lr_factor, make_optimizer, update
 from memshare.training.select import select

@@ -17,8 +17,8 @@ from memshare.training import checkpoint
 from memshare.training import towers as towers_module
 from memshare.training.batching import Batches
 from memshare.training.estimate import estimate
+from memshare.training.export import export
 from memshare.training.gather import World
-from memshare.training.lora import export
 from memshare.training.loss import info_nce_rows
 from memshare.training.optimizer import make_optimizer, update
 from memshare.training.select import select

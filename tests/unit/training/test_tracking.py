@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from memshare.config import WandbConfig
 from memshare.files import RunLocked
 from memshare.training import outcome, tracking
 from memshare.training.tracking import Tracker, new_run_id, wandb_mode
+from tests.disks import fill_up, small_disk
 
 
 @pytest.fixture(autouse=True)
@@ -168,3 +170,24 @@ def test_outcome_is_told_and_forgotten(tmp_path: Path) -> None:
     with pytest.raises(KeyError), outcome.told(tmp_path, (ValueError,), writes=True):
         raise KeyError("a bug")
     assert outcome.read_result(tmp_path) is None
+
+
+def test_a_full_disk_is_told_wherever_it_shows(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    said = r"No space left.*run the same command again"
+    with (
+        pytest.raises(outcome.DiskFull, match=said),
+        outcome.told(tmp_path, (ValueError,), writes=True),
+    ):
+        raise full
+    assert (outcome.read_result(tmp_path) or {})["status"] == "failed"
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        fill_up(disk)  # there is no room for the result either
+        with pytest.raises(outcome.DiskFull), outcome.told(disk, (ValueError,), writes=True):
+            raise full
+        assert outcome.read_result(disk) is None
+    with (
+        pytest.raises(OSError, match="Permission denied"),
+        outcome.told(tmp_path, (ValueError,), writes=True),
+    ):
+        raise OSError(errno.EACCES, "Permission denied")
