@@ -11,7 +11,6 @@ the last intact checkpoint; on SIGTERM, SIGUSR1 or ``--stop-file`` it ends a ste
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -117,7 +116,7 @@ def train(
         selection.items, encoder, global_batch=settings.batch_size * world.size, seed=seed,
         settings=settings,
     )  # fmt: skip
-    steps = settings.max_steps or math.ceil(settings.epochs * batches.steps_per_epoch)
+    steps = batches.steps
     say(str(batches))
     fixed = fixed_settings(
         settings, encoder=fingerprint, examples=batches.digest, warm=args.warm, steps=steps,
@@ -164,8 +163,8 @@ def train(
             state = validation.after(state)
             last = validation.finished(state) or result.stop
             if last or state.step % settings.log_every == 0:
-                figures = {"loss": result.loss, "lr": lr, "grad_norm": norm}
-                tracker.show(state.step, steps, {**figures, **result.rates(seconds)})
+                figures = {**result.figures(seconds), "lr": lr, "grad_norm": norm}
+                tracker.show(state.step, steps, figures)
             if last or state.step % settings.checkpoint_every == 0:
                 best = validation.weights
                 checkpoint.save(root, encoder.model, optimizer, state, best, writes=world.main)

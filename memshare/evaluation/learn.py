@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -154,7 +153,7 @@ def train_encoder(config: Config, items: Sequence[Selected]) -> tuple[Encoder, d
             frozen=FrozenMemories.of(encoder, batches, world, settings),
         )  # fmt: skip
         optimizer = make_optimizer(encoder.model, settings)
-        steps = settings.max_steps or math.ceil(settings.epochs * batches.steps_per_epoch)
+        steps = batches.steps
         for step in track(range(steps), "training"):
             batch = batches.batch(step)
             report["loss"] = gradient.backward(batch, step).loss

@@ -76,7 +76,7 @@ def direct_gradients(
         vectors[rows], vectors[: batch.docs], positive, valid, batch.measured(0, len(rows), CPU),
         temperature=config.temperature, distill_weight=config.distill_weight,
         distill_temperature=config.distill_temperature, dims=config.matryoshka,
-    ).mean()  # fmt: skip
+    ).loss.mean()  # fmt: skip
     loss.backward()
     return float(loss.detach()), gradients(encoder)
 
@@ -115,6 +115,24 @@ def test_gradient_of_a_model_that_can_not_be_packed(
     assert result.loss == pytest.approx(loss, abs=1e-5)
     assert difference(got, want) < 1e-5
     assert result.tokens < result.padded < 1.1 * result.tokens  # sorted by length: little padding
+
+
+def test_parts_of_the_loss_are_told_where_there_are_several(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_module, "TILE_ROWS", 5)
+    data, config = make(encoder, distill_weight=0.5)
+    got = ContrastiveStep(encoder, data.table, config, ONE, seed=0).backward(data.batch(0), 0)
+    assert got.figures(2.0) == {
+        "loss": got.loss, "loss/info_nce": got.parts["info_nce"], "loss/kl": got.parts["kl"],
+        **got.rates(2.0),
+    }  # fmt: skip
+    assert got.parts["kl"] > 0.01
+    assert got.loss == pytest.approx(got.parts["info_nce"] + 0.5 * got.parts["kl"], abs=1e-5)
+    _, alone = make(encoder)
+    plain = ContrastiveStep(encoder, data.table, alone, ONE, seed=0).backward(data.batch(0), 0)
+    assert plain.figures(2.0) == {"loss": plain.loss, **plain.rates(2.0)}
+    assert plain.loss == pytest.approx(got.parts["info_nce"], abs=1e-5)
 
 
 def test_gradient_with_distillation_and_widths(
