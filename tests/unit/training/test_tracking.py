@@ -12,13 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import psutil
 import pytest
 
 from memshare.config import WandbConfig
 from memshare.files import RunLocked
-from memshare.training import outcome, tracking
-from memshare.training.tracking import Tracker, new_run_id, wandb_mode
+from memshare.training import outcome
+from memshare.training.tracking import Tracker, new_run_id
+from memshare.training.wandb_run import wandb_mode
 from tests.disks import fill_up, small_disk
+from tests.fake_wandb import fake_wandb
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +105,13 @@ class _Broken(BaseHTTPRequestHandler):
 
 @contextmanager
 def _server(kind: str) -> Iterator[str]:
-    if kind == "mute":  # accepts connections and says nothing, ever
+    if kind in ("mute", "refused"):
         with socket.create_server(("127.0.0.1", 0)) as mute:
-            yield f"http://127.0.0.1:{mute.getsockname()[1]}"
+            url = f"http://127.0.0.1:{mute.getsockname()[1]}"
+            if kind == "mute":  # accepts connections and says nothing, ever
+                yield url
+        if kind == "refused":
+            yield url
         return
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Broken)
     thread = Thread(target=server.serve_forever, daemon=True)
@@ -116,23 +123,64 @@ def _server(kind: str) -> Iterator[str]:
         server.server_close()
 
 
-@pytest.mark.parametrize("kind", ["mute", "broken"])
-def test_a_failing_wandb_neither_slows_nor_fails_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.setattr(tracking, "_INIT_SECONDS", 3.0)
-    monkeypatch.setattr(tracking, "_FINISH_SECONDS", 60.0)
+def online(monkeypatch: pytest.MonkeyPatch, url: str) -> WandbConfig:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    return WandbConfig(mode="online")
+
+
+@pytest.mark.parametrize("kind", ["mute", "refused", "broken"])
+def test_a_failing_wandb_neither_slows_nor_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     with _server(kind) as url:
-        monkeypatch.setenv("WANDB_BASE_URL", url)
-        with Tracker(tmp_path, WandbConfig(mode="online"), run_id="a1", settings={}) as tracker:
-            began = time.monotonic()
+        began = time.monotonic()
+        with Tracker(tmp_path, online(monkeypatch, url), run_id="a1", settings={}) as tracker:
             for step in range(1, 101):
                 tracker.log(step, {"loss": 1.0})
             assert time.monotonic() - began < 2.0
-        assert len(lines(tmp_path)) == 100
-        assert tracker.wandb["mode"] == "offline"  # kept, for `wandb sync` on a better day
-        assert list(Path(str(tracker.wandb["dir"])).glob("run-a1.wandb"))
+        assert time.monotonic() - began < 8.0
+    assert len(lines(tmp_path)) == 100
+    assert f"W&B can't be reached ({url} does not answer)" in capsys.readouterr().err
+    assert tracker.wandb["mode"] == "offline"  # kept, for `wandb sync` on a better day
+    assert list(Path(str(tracker.wandb["dir"])).glob("run-a1.wandb"))
+
+
+def test_an_online_run_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_wandb() as service:
+        config = online(monkeypatch, service.url)
+        with Tracker(tmp_path, config, run_id="a1", settings={"lr": 0.125}) as tracker:
+            tracker.log(1, {"loss": 0.0625})
+        assert service.opened and tracker.wandb["mode"] == "online"
+        assert str(tracker.wandb["url"]).endswith("/me/memshare/runs/a1")
+        sent = b"".join(service.received)
+        assert b"0.125" in sent and b"0.0625" in sent
+
+
+@pytest.mark.parametrize("kind", ["silent", "gone"])
+def test_a_wandb_that_stops_in_the_middle_is_not_waited_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    with fake_wandb() as service:
+        config = online(monkeypatch, service.url)
+        with Tracker(tmp_path, config, run_id="a1", settings={}) as tracker:
+            tracker.log(1, {"loss": 1.0})
+            until = time.monotonic() + 30.0
+            while tracker.wandb["dir"] is None and time.monotonic() < until:
+                time.sleep(0.05)
+            service.silent.set()
+            if kind == "gone":
+                service.shutdown()
+                service.server_close()
+            tracker.log(2, {"the_last_one": 1.0})
+            began = time.monotonic()
+        assert time.monotonic() - began < 8.0
+    [written] = Path(str(tracker.wandb["dir"])).glob("run-a1.wandb")
+    assert b"the_last_one" in written.read_bytes()  # for `wandb sync`
+    told = capsys.readouterr().err
+    assert "W&B did not finish in time; `wandb sync " in told and "gave up" not in told
+    # Nothing is left that the end of the program would wait for.
+    assert "wandb-core" not in [child.name() for child in psutil.Process().children()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
