@@ -17,7 +17,10 @@ _INNER_COPIES = 5  # per layer: the feed-forward's input, activation and output
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Counts, and bytes on each process; the activations' part is a rule of thumb."""
+    """Counts, and bytes on each process; the activations' part is a rule of thumb.
+
+    ``frozen_bytes``: the vectors of all docs, where the memories' tower does not learn.
+    """
 
     parameters: int
     trainable: int
@@ -28,21 +31,23 @@ class Estimate:
     optimizer_bytes: int
     activation_bytes: int
     logits_bytes: int
+    frozen_bytes: int
 
     def __str__(self) -> str:
-        total = (
-            self.weights_bytes + self.optimizer_bytes + self.activation_bytes + self.logits_bytes
-        )
         mib = 2**20
+        parts = {
+            "weights": self.weights_bytes,
+            "gradients and optimizer": self.optimizer_bytes,
+            "activations": self.activation_bytes,
+            "similarities": self.logits_bytes,
+        } | ({"frozen memories' vectors": self.frozen_bytes} if self.frozen_bytes else {})
+        each = ", ".join(f"{name} {size // mib:,}" for name, size in parts.items())
         return "\n".join(
             (
                 f"model: {self.parameters:,} parameters, {self.trainable:,} trainable",
                 f"data: {self.examples:,} examples, {self.steps:,} steps of about "
                 f"{self.tokens_per_step:,} tokens over all processes",
-                f"memory per process: about {total // mib:,} MiB (weights "
-                f"{self.weights_bytes // mib:,}, gradients and optimizer "
-                f"{self.optimizer_bytes // mib:,}, activations {self.activation_bytes // mib:,}, "
-                f"similarities {self.logits_bytes // mib:,})",
+                f"memory per process: about {sum(parts.values()) // mib:,} MiB ({each})",
             )
         )
 
@@ -55,7 +60,8 @@ def estimate(
     everything = sum(count for count, _ in parameters)
     trainable = sum(count for count, trained in parameters if trained)
     batch = batches.batch(0)
-    learns = batch.texts[batch.docs :] if config.towers == "query-only" else batch.texts
+    frozen = config.towers == "query-only"
+    learns = batch.texts[batch.docs :] if frozen else batch.texts
     tokens = int(batches.table.lengths[learns].sum())
     shape = encoder.tower("query").config
     inner = getattr(shape, "intermediate_size", 4 * encoder.dim)
@@ -73,4 +79,5 @@ def estimate(
         optimizer_bytes=3 * trainable * _FLOAT,
         activation_bytes=held * per_token,
         logits_bytes=rows * batch.docs * _FLOAT * _LOGIT_COPIES,
+        frozen_bytes=len(batches.doc_rows) * encoder.dim * _FLOAT if frozen else 0,
     )

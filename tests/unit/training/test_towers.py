@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,20 @@ def test_gradient_equals_the_direct_one(encoder: Encoder, towers: str) -> None:
     told = estimate(encoder, data, 1, config, 1)
     assert told.tokens_per_step == lengths.sum()
     assert (told.trainable < told.parameters) == (towers == "query-only")
+
+
+@pytest.mark.parametrize("towers", ["shared", "separate", "query-only"])
+def test_an_estimate_has_the_vectors_that_a_run_keeps(encoder: Encoder, towers: str) -> None:
+    data, config = make(encoder, towers)
+    told = estimate(encoder, data, 1, config, 1)
+    frozen = FrozenMemories.of(encoder, data, ONE, config)
+    kept = [v for v in vars(frozen).values() if isinstance(v, Tensor)] if frozen else []
+    assert told.frozen_bytes == sum(v.untyped_storage().nbytes() for v in kept)
+    if towers == "query-only":
+        assert told.frozen_bytes == len(data.doc_rows) * 32 * 4 > 0
+    wide = replace(told, frozen_bytes=told.frozen_bytes + 7 * 2**20)
+    before, after = (int(re.findall(r"about ([\d,]+) MiB", str(e))[0]) for e in (told, wide))
+    assert after - before == 7 and ("frozen" in str(told)) == (towers == "query-only")
 
 
 def train(encoder: Encoder, data: Batches, config: TrainingConfig) -> None:
