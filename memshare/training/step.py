@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from memshare.config import TrainingConfig
+from memshare.progress import log
 from memshare.retrieval import packing
 from memshare.retrieval.encoder import SIDES, Encoder, Side
 from memshare.training.batching import StepBatch, cut, cut_packed, deal
@@ -130,6 +131,11 @@ class ContrastiveStep:
         sides: tuple[Side, ...] = SIDES if frozen is None else ("query",)
         towers = [encoder.tower(side) for side in sides]
         self._packed = packing.enable(towers, world.device, half=half, dropout=config.dropout)
+        if world.main:
+            log(
+                f"computing in {'bf16' if half else 'float32'}, texts "
+                + ("packed without padding" if self._packed else "padded to the longest")
+            )
         self._cost = ModelCost.of(encoder.tower("query"))
         self._peak = bf16_peak(world.device) if half else None
 

@@ -105,8 +105,9 @@ def test_gradient_equals_the_direct_one(
 
 @pytest.mark.parametrize("graph_tokens", [100_000, 700])
 def test_gradient_of_a_model_that_can_not_be_packed(
-    encoder: Encoder, graph_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    encoder: Encoder, graph_tokens: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.setattr(packing, "_FAMILIES", frozenset())
     data, config = make(encoder, batch_tokens=256, graph_tokens=graph_tokens)
     result = ContrastiveStep(encoder, data.table, config, ONE, seed=0).backward(data.batch(0), 0)
@@ -115,6 +116,7 @@ def test_gradient_of_a_model_that_can_not_be_packed(
     assert result.loss == pytest.approx(loss, abs=1e-5)
     assert difference(got, want) < 1e-5
     assert result.tokens < result.padded < 1.1 * result.tokens  # sorted by length: little padding
+    assert "computing in float32, texts padded to the longest" in capsys.readouterr().err
 
 
 def test_parts_of_the_loss_are_told_where_there_are_several(
