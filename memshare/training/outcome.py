@@ -21,6 +21,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from tempfile import gettempdir
 from types import FrameType
 from typing import Any, Literal
 
@@ -79,8 +80,8 @@ def told(output: Path, errors: tuple[type[Exception], ...], writes: bool) -> Ite
                 write_result(output, "failed", error=str(error))
         if full:
             raise DiskFull(
-                f"{output}: {error}; the checkpoints are intact. Free some space and run the same "
-                "command again"
+                f"{error}, in {output} or in {gettempdir()}, where the examples are spooled; the "
+                "checkpoints are intact. Free some space and run the same command again"
             ) from error
         raise
 

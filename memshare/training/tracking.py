@@ -71,6 +71,7 @@ class Tracker:
         self._thread: threading.Thread | None = None
         self._worth_waiting = threading.Event()
         self._given_up = False
+        self._exit_code = 0
         self._main = main
         if main:
             output.mkdir(parents=True, exist_ok=True)
@@ -98,10 +99,14 @@ class Tracker:
             "id": self.run_id, "mode": self.mode, "dir": self.wandb_dir, "url": self.wandb_url,
         }  # fmt: skip
 
-    def __exit__(self, *_: object) -> None:
-        """Give W&B a bounded time to finish, and little of it where its service does not answer."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give W&B a bounded time to finish, and little of it where its service does not answer.
+
+        An exception makes the run a failed one there.
+        """
         if self._thread is None:
             return
+        self._exit_code = 0 if kind is None else 1
         with suppress(queue.Full):  # then it is stuck, and won't read that this was all
             self._queue.put_nowait(None)
         self._thread.join(_LAST_SECONDS)
@@ -152,7 +157,7 @@ class Tracker:
             run.log({name: _shown(value) for name, value in figures.items()}, step=step)
         if self.mode != "online" or wandb_run.answers(wandb_run.service_url()):
             self._worth_waiting.set()
-        run.finish()
+        run.finish(self._exit_code)
 
 
 def _shown(value: float | Rows) -> Any:

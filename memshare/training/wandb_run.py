@@ -35,8 +35,8 @@ def has_key() -> bool:
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
+    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
+        return False  # nothing there, or nothing that can be read: no reason to end a training
 
 
 def wandb_mode(config: WandbConfig) -> str:

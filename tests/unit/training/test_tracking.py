@@ -3,11 +3,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -49,6 +50,17 @@ def test_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert wandb_mode(auto) == "online"
+
+
+def test_a_key_file_that_can_not_be_read_means_no_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path))  # a folder
+    assert wandb_mode(WandbConfig()) == "offline"
+    (tmp_path / "netrc").write_bytes(b"machine api.wandb.ai login user password \xff\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode(WandbConfig()) == "offline"
 
 
 def test_an_offline_run_is_written(tmp_path: Path) -> None:
@@ -155,6 +167,21 @@ def test_an_online_run_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert str(tracker.wandb["url"]).endswith("/me/memshare/runs/a1")
         sent = b"".join(service.received)
         assert b"0.125" in sent and b"0.0625" in sent
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_wandb_is_told_whether_the_training_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    with (
+        fake_wandb() as service,
+        suppress(ValueError),
+        Tracker(tmp_path, online(monkeypatch, service.url), run_id="a1", settings={}),
+    ):
+        if fails:
+            raise ValueError("it diverged")
+    (code,) = re.findall(rb'"exitcode": ?(\d+)', b"".join(service.received))
+    assert code == (b"1" if fails else b"0")
 
 
 @pytest.mark.parametrize("kind", ["silent", "gone"])
