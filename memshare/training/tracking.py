@@ -147,6 +147,8 @@ class Tracker:
             wandb_run.let_go()
 
     def _record(self) -> None:
+        self.mode = wandb_run.reached(self.mode)
+        self._worth_waiting.set()
         run, self.mode = wandb_run.open_run(
             self._config, self.mode, self.run_id, self._settings, self._output
         )
@@ -155,8 +157,10 @@ class Tracker:
         while (entry := self._queue.get()) is not None:
             step, figures = entry
             run.log({name: _shown(value) for name, value in figures.items()}, step=step)
-        if self.mode != "online" or wandb_run.answers(wandb_run.service_url()):
-            self._worth_waiting.set()
+        if self.mode == "online":
+            self._worth_waiting.clear()
+            if wandb_run.service_answers():
+                self._worth_waiting.set()
         run.finish(self._exit_code)
 
 

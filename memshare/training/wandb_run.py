@@ -57,11 +57,21 @@ def answers(url: str) -> bool:
         return True  # behind a SOCKS proxy, which takes a package: wandb will find out
 
 
-def service_url() -> str:
-    """Of the W&B service that the environment or wandb's settings name."""
+def service_answers() -> bool:
+    """Whether the W&B service does that the environment or wandb's settings name."""
     import wandb
 
-    return str(wandb.setup().settings.base_url)
+    return answers(str(wandb.setup().settings.base_url))
+
+
+def reached(mode: str) -> str:
+    """The mode of a run that is to be opened: offline, with a word, if its service is away."""
+    # wandb's reports about itself: at its end a program waits ten seconds for a mute server.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if mode != "online" or service_answers():
+        return mode
+    log("W&B can't be reached (it does not answer); its run is offline")
+    return "offline"
 
 
 def open_run(
@@ -69,10 +79,8 @@ def open_run(
 ) -> tuple[Any, str]:
     """The run, new or continued, and its mode: offline where an online one can't be opened.
 
-    Its files are in ``folder/wandb``. Raises wandb's errors.
+    ``mode``: as `reached` found it. Its files are in ``folder/wandb``. Raises wandb's errors.
     """
-    # wandb's reports about itself: at its end a program waits ten seconds for a mute server.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     def start(mode: Any) -> Any:
@@ -97,9 +105,6 @@ def open_run(
             ),
         )
 
-    if mode == "online" and not answers(url := service_url()):
-        log(f"W&B can't be reached ({url} does not answer); its run is offline")
-        mode = "offline"
     try:
         return start(mode), mode
     except wandb.errors.Error as error:
