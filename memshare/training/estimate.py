@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.batching import Batches
+from memshare.training.gather import wants_fsdp
 from memshare.training.step import TILE_ROWS
 
 _FLOAT = 4  # bytes
@@ -60,6 +61,8 @@ def estimate(
     everything = sum(count for count, _ in parameters)
     trainable = sum(count for count, trained in parameters if trained)
     batch = batches.batch(0)
+    # Gradients and two moments; or whole gradients, and a share of four (`sharding`).
+    copies = 1 + 4 / processes if processes > 1 and wants_fsdp() else 3
     frozen = config.towers == "query-only"
     learns = batch.texts[batch.docs :] if frozen else batch.texts
     tokens = int(batches.table.lengths[learns].sum())
@@ -76,7 +79,7 @@ def estimate(
         steps=steps,
         tokens_per_step=tokens,
         weights_bytes=everything * _FLOAT,
-        optimizer_bytes=3 * trainable * _FLOAT,
+        optimizer_bytes=round(trainable * _FLOAT * copies),
         activation_bytes=held * per_token,
         logits_bytes=rows * batch.docs * _FLOAT * _LOGIT_COPIES,
         frozen_bytes=len(batches.doc_rows) * encoder.dim * _FLOAT if frozen else 0,

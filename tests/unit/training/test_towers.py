@@ -113,6 +113,23 @@ def test_an_estimate_has_the_vectors_that_a_run_keeps(encoder: Encoder, towers: 
     assert after - before == 7 and ("frozen" in str(told)) == (towers == "query-only")
 
 
+def test_an_estimate_knows_what_fsdp_divides(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 bytes a weight on each process, or 8 + 16 / W (memshare/training/sharding.py)."""
+    data, config = make(encoder, "shared")
+
+    def bytes_a_weight(processes: int) -> float:
+        told = estimate(encoder, data, 1, config, processes)
+        return (told.weights_bytes + told.optimizer_bytes) / told.parameters
+
+    assert bytes_a_weight(4) == 16
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert bytes_a_weight(4) == 8 + 16 / 4
+    assert bytes_a_weight(1) == 16  # nobody to share with
+
+
 def train(encoder: Encoder, data: Batches, config: TrainingConfig) -> None:
     step, optimizer = engine(encoder, data, config), make_optimizer(encoder.model, config)
     for number in range(4):
