@@ -26,6 +26,7 @@ INIT_SECONDS = 30.0
 FINISH_SECONDS = 20.0  # for a service that answers
 _FLUSH_SECONDS = 1.0  # so much of an offline copy is lost at most when wandb-core is killed
 _CORE = "wandb-core"
+_AWAY = (502, 503, 504)  # what proxies say of a service behind them
 
 
 def has_key() -> bool:
@@ -47,10 +48,14 @@ def wandb_mode(config: WandbConfig) -> str:
 
 
 def answers(url: str) -> bool:
-    """Whether there is a service at ``url`` that answers within `PROBE_SECONDS`, and does work."""
+    """Whether there is a service at ``url`` that answers within `PROBE_SECONDS`.
+
+    With whatever it likes, but that it is away.
+    """
     try:
         # Nothing is sent that a stranger must not see, and certificates are wandb's to judge.
-        return httpx.get(url, timeout=PROBE_SECONDS, verify=False).status_code < 500
+        status = httpx.get(url, timeout=PROBE_SECONDS, verify=False).status_code
+        return status not in _AWAY
     except httpx.TransportError:
         return False
     except ImportError:
@@ -58,7 +63,7 @@ def answers(url: str) -> bool:
 
 
 def service_answers() -> bool:
-    """Whether the W&B service does that the environment or wandb's settings name."""
+    """`answers`, of the W&B service that the environment or wandb's settings name."""
     import wandb
 
     return answers(str(wandb.setup().settings.base_url))
