@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -53,6 +54,16 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented UTF-8 JSON, atomically; NaN is refused, since JSON has none."""
     write_atomic(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def disk_full(error: Exception) -> bool:
+    """Whether a write failed for want of room: of the disk, a quota, or a file's largest size.
+
+    safetensors and tokenizers tell so in words alone.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return os.strerror(errno.ENOSPC).lower() in str(error).lower()
 
 
 def file_system(path: Path) -> str:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -40,9 +40,11 @@ def options(base: Path, output: Path, *more: str, steps: int = 60) -> list[str]:
     ]  # fmt: skip
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
+def start(arguments: list[str], more: Mapping[str, str] = {}) -> subprocess.Popen[str]:
+    """A child, with ``more`` in its environment."""
     command = [sys.executable, str(PROGRAM), *arguments]
-    return subprocess.Popen(command, env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    env = {**ENV, **more}
+    return subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def launch(

@@ -2,25 +2,25 @@
 
     accelerate launch train/contrastive.py --config FILE --examples DIR --output DIR
 
-writes ``DIR/encoder`` (a sentence-transformers folder, LoRA merged), ``DIR/result.json`` (see
-memshare/training/outcome.py), ``DIR/log.jsonl`` and ``DIR/checkpoints``. With
-``training.eval_every`` the encoder is the best by the held-out examples. Run again, it goes on from
-the last intact checkpoint; on SIGTERM, SIGUSR1 or ``--stop-file`` it ends a step, saves and ends.
+writes an ``encoder`` (a sentence-transformers folder), ``result.json`` (what ended it: `outcome`),
+``log.jsonl`` and ``checkpoints``. With ``training.eval_every`` the encoder is the held-out
+examples' best. Run again, it goes on from the last intact checkpoint; on SIGTERM, SIGUSR1 or
+``--stop-file`` it ends a step, saves and ends.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
 from accelerate import Accelerator
 
-from memshare.config import Config, ConfigError, add_config_arguments, load_config
+from memshare.config import Config, ConfigError, add_config_arguments, load_config, public
 from memshare.files import RunLocked
 from memshare.progress import log, track
 from memshare.retrieval.card import base_model
@@ -31,8 +31,8 @@ from memshare.training.checkpoint import CheckpointError, TrainState
 from memshare.training.estimate import estimate
 from memshare.training.evaluate import read_held_out
 from memshare.training.examples import ExamplesError, read_training
+from memshare.training.export import export
 from memshare.training.gather import DifferentData, World, launch
-from memshare.training.lora import export
 from memshare.training.optimizer import lr_factor, make_optimizer, round_lr, update
 from memshare.training.resume import fixed_settings, resume, without_ruined
 from memshare.training.select import select
@@ -41,6 +41,7 @@ from memshare.training.step import ContrastiveStep, NonFinite
 from memshare.training.towers import FrozenMemories, prepare
 from memshare.training.tracking import Tracker, new_run_id
 from memshare.training.validation import Validation
+from memshare.version import commit
 
 EXPECTED = (EncoderError, ExamplesError, CheckpointError, DifferentData, NonFinite, RunLocked)
 
@@ -76,9 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = World(accelerator.device)
     writes = world.main and not args.dry_run
     try:
-        with outcome.attempt(args.output, EXPECTED, writes, args.stop_file) as stop:
-            return train(args, config, accelerator, world, stop)
-    except (ConfigError, *EXPECTED) as error:
+        with (
+            ExitStack() as at_end,  # W&B, whose end waits until everything else is written
+            outcome.attempt(args.output, EXPECTED, writes, args.stop_file) as stop,
+        ):
+            code = train(args, config, accelerator, world, stop, at_end)
+        world.barrier()  # nobody leaves before all of it stands: a launcher ends the rest at once
+        return code
+    except (ConfigError, outcome.DiskFull, *EXPECTED) as error:
         return outcome.tell(error)
     finally:
         accelerator.end_training()
@@ -86,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(
     args: argparse.Namespace, config: Config, accelerator: Accelerator, world: World,
-    stop: outcome.StopRequest,
+    stop: outcome.StopRequest, at_end: ExitStack,
 ) -> int:  # fmt: skip
     """One training run, from examples to an exported encoder; returns the exit code."""
     settings, peak = config.training, round_lr(config.training, args.round)
@@ -108,16 +114,13 @@ def train(
         say("error: no usable example, nothing to train on; the encoder stays as it is")
         if world.main and not args.dry_run:
             outcome.write_result(args.output, "empty", **selection.counts())
-        world.barrier()
         return outcome.EXIT_CODES["empty"]
     held_out = read_held_out(config, args.held_out, args.examples, selection.items)
     if settings.eval_every:
         say(f"evaluation: {held_out}")
-    batches = Batches(
-        selection.items, encoder, global_batch=settings.batch_size * world.size, seed=seed,
-        settings=settings,
-    )  # fmt: skip
-    steps = settings.max_steps or math.ceil(settings.epochs * batches.steps_per_epoch)
+    size = settings.batch_size * world.size
+    batches = Batches(selection.items, encoder, global_batch=size, seed=seed, settings=settings)
+    steps = batches.steps
     say(str(batches))
     fixed = fixed_settings(
         settings, encoder=fingerprint, examples=batches.digest, warm=args.warm, steps=steps,
@@ -126,7 +129,7 @@ def train(
     world.check_same(repr(fixed), "examples, encoder or settings")
     if args.dry_run:
         if world.main:
-            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            print(yaml.safe_dump(public(config), sort_keys=False))
             print(estimate(encoder, batches, steps, settings, world.size))
         return 0
 
@@ -140,16 +143,17 @@ def train(
     )  # fmt: skip
 
     # 4. Train: each step's gradient is the same on all processes, and so are their weights.
-    tracker = Tracker(
-        args.output, config.wandb, run_id=state.wandb_id, settings=fixed, done=state.step,
-        main=world.main,
-    )  # fmt: skip
+    facts = {**fixed, "model": model, "round": args.round, "seed": seed, "commit": commit()}
+    tracker = at_end.enter_context(Tracker(
+        args.output, config.wandb, run_id=state.wandb_id, done=state.step, main=world.main,
+        settings={**public(config), "run_facts": facts},
+    ))  # fmt: skip
     gradient = ContrastiveStep(
         encoder, batches.table, settings, world, seed=seed, autocast=accelerator.autocast,
         frozen=FrozenMemories.of(encoder, batches, world, settings, accelerator.autocast),
     )  # fmt: skip
     validation = Validation(held_out, encoder, world, tracker, settings, steps=steps, weights=best)
-    with tracker, without_ruined(root, world.main):
+    with without_ruined(root, world.main):
         state = validation.first(state)
         todo = range(state.step, state.step if validation.finished(state) else steps)
         for step in track(todo, "training") if world.main else todo:
@@ -158,17 +162,14 @@ def train(
             result = gradient.backward(batch, step, stop=stop.asked)
             lr = peak * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
             norm = update(optimizer, lr, settings.max_grad_norm)
-            if not math.isfinite(norm):
-                raise NonFinite("the gradient", step, batch)
             seconds = time.perf_counter() - began
+            gradient.check(norm, batch, step, last=result.stop or step + 1 == steps)
             state = state.after(result.loss, result.tokens, result.padded, seconds)
-            if result.stop or state.step == steps:  # no further step will judge the weights
-                gradient.check(batch, step)
             state = validation.after(state)
             last = validation.finished(state) or result.stop
             if last or state.step % settings.log_every == 0:
-                figures = {"loss": result.loss, "lr": lr, "grad_norm": norm}
-                tracker.show(state.step, steps, {**figures, **result.rates(seconds)})
+                figures = {**result.figures(seconds), "lr": lr, "grad_norm": norm}
+                tracker.show(state.step, steps, figures)
             if last or state.step % settings.checkpoint_every == 0:
                 best = validation.weights
                 checkpoint.save(root, encoder.model, optimizer, state, best, writes=world.main)
@@ -189,7 +190,6 @@ def train(
             facts = {"base_model": base_model(model), "training": report}
             export(encoder, args.output / "encoder", facts)
         outcome.write_result(args.output, "trained" if done else "stopped", **report)
-    world.barrier()  # nobody leaves before all of it stands: a launcher ends the rest at once
     say(f"{state.step} of {steps} steps done" + ("" if done else "; stopped as asked"))
     return outcome.EXIT_CODES["trained" if done else "stopped"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -38,7 +37,7 @@ from memshare.training.mining import mine, plan_round, split_memories
 from memshare.training.optimizer import lr_factor, make_optimizer, update
 from memshare.training.proposals import open_proposer
 from memshare.training.select import Selected, select
-from memshare.training.step import ContrastiveStep, NonFinite
+from memshare.training.step import ContrastiveStep
 from memshare.training.towers import FrozenMemories, prepare
 
 Pools = Mapping[str, Sequence[Memory]]
@@ -154,14 +153,13 @@ def train_encoder(config: Config, items: Sequence[Selected]) -> tuple[Encoder, d
             frozen=FrozenMemories.of(encoder, batches, world, settings),
         )  # fmt: skip
         optimizer = make_optimizer(encoder.model, settings)
-        steps = settings.max_steps or math.ceil(settings.epochs * batches.steps_per_epoch)
+        steps = batches.steps
         for step in track(range(steps), "training"):
             batch = batches.batch(step)
             report["loss"] = gradient.backward(batch, step).loss
             factor = lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
             norm = update(optimizer, settings.lr * factor, settings.max_grad_norm)
-            if not math.isfinite(norm):
-                raise NonFinite("the gradient", step, batch)
+            gradient.check(norm, batch, step, last=step + 1 == steps)
             report["steps"] = step + 1
     merge_adapters(encoder)
     encoder.model.eval()

@@ -7,9 +7,7 @@ generation that nobody serves yet, afterwards the new one.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -20,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memshare.config import IndexConfig
-from memshare.files import fsync_dir, write_atomic
+from memshare.files import disk_full, fsync_dir, write_atomic
 from memshare.progress import log
 from memshare.retrieval.blobs import free_bytes, index_bytes, weight_bytes, write_files
 from memshare.retrieval.encoder import Encoder
@@ -201,9 +199,7 @@ def _prune(home: Path, keep: int, best: int) -> None:
 
 def _explain(home: Path, error: Exception, needed: int) -> PublishError:
     free = free_bytes(home)
-    full = (
-        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    ) or os.strerror(errno.ENOSPC).lower() in str(error).lower()
+    full = disk_full(error)
     what = "the disk is full" if full else f"writing failed: {error}"
     return PublishError(
         f"{home}: nothing was published, {what}; about {needed} bytes are needed, {free} are free"

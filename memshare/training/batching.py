@@ -86,6 +86,8 @@ def _paired(firsts: Ints, pairs: Ints, columns: int, device: torch.device) -> Te
 class Batches:
     """Everything that the steps need: ``batch(step)`` for step 0, 1, ...; equal on every process.
 
+    A training has ``steps`` of them.
+
     ``digest`` identifies items, order and seed; processes compare it before they start. The
     batches of an epoch are as even as the items allow, so that no tiny one is left over.
     """
@@ -113,6 +115,7 @@ class Batches:
         }
         self._order = Order(items, global_batch=global_batch, seed=seed, **shares)
         self.steps_per_epoch = self._order.steps_per_epoch
+        self.steps = settings.max_steps or math.ceil(settings.epochs * self.steps_per_epoch)
         self.table = TokenTable(self._texts(), encoder)
         how = (seed, global_batch, shares, self._drawn, self._prefixes)
         self.digest = self._digest(repr(how))

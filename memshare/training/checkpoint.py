@@ -146,7 +146,10 @@ def save(
             "and run the same command again"
         ) from error
     for old in checkpoints(root)[:-KEEP]:
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # policy: it is in nobody's way, and the training goes on
+            log(f"{old}: can't be deleted ({error}); with the next checkpoint it is tried again")
     return final
 
 
@@ -184,10 +187,15 @@ def latest_intact(root: Path) -> Path | None:
 
 
 def discard(root: Path, after: int = -1) -> None:
-    """Delete the checkpoints of more than ``after`` steps: damaged ones, or all to start afresh."""
+    """Delete the checkpoints of more than ``after`` steps: damaged ones, or all to start afresh.
+
+    And what a save that was killed has left behind.
+    """
     for folder in checkpoints(root):
         if int(folder.name.removeprefix("step-")) > after:
             shutil.rmtree(folder)
+    for left in root.glob(".step-*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def read_state(folder: Path) -> TrainState:

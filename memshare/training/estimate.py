@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.batching import Batches
+from memshare.training.gather import wants_fsdp
 from memshare.training.step import TILE_ROWS
 
 _FLOAT = 4  # bytes
@@ -17,7 +18,10 @@ _INNER_COPIES = 5  # per layer: the feed-forward's input, activation and output
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Counts, and bytes on each process; the activations' part is a rule of thumb."""
+    """Counts, and bytes on each process; the activations' part is a rule of thumb.
+
+    ``frozen_bytes``: the vectors of all docs, where the memories' tower does not learn.
+    """
 
     parameters: int
     trainable: int
@@ -28,21 +32,23 @@ class Estimate:
     optimizer_bytes: int
     activation_bytes: int
     logits_bytes: int
+    frozen_bytes: int
 
     def __str__(self) -> str:
-        total = (
-            self.weights_bytes + self.optimizer_bytes + self.activation_bytes + self.logits_bytes
-        )
         mib = 2**20
+        parts = {
+            "weights": self.weights_bytes,
+            "gradients and optimizer": self.optimizer_bytes,
+            "activations": self.activation_bytes,
+            "similarities": self.logits_bytes,
+        } | ({"frozen memories' vectors": self.frozen_bytes} if self.frozen_bytes else {})
+        each = ", ".join(f"{name} {size // mib:,}" for name, size in parts.items())
         return "\n".join(
             (
                 f"model: {self.parameters:,} parameters, {self.trainable:,} trainable",
                 f"data: {self.examples:,} examples, {self.steps:,} steps of about "
                 f"{self.tokens_per_step:,} tokens over all processes",
-                f"memory per process: about {total // mib:,} MiB (weights "
-                f"{self.weights_bytes // mib:,}, gradients and optimizer "
-                f"{self.optimizer_bytes // mib:,}, activations {self.activation_bytes // mib:,}, "
-                f"similarities {self.logits_bytes // mib:,})",
+                f"memory per process: about {sum(parts.values()) // mib:,} MiB ({each})",
             )
         )
 
@@ -55,7 +61,10 @@ def estimate(
     everything = sum(count for count, _ in parameters)
     trainable = sum(count for count, trained in parameters if trained)
     batch = batches.batch(0)
-    learns = batch.texts[batch.docs :] if config.towers == "query-only" else batch.texts
+    # Gradients and two moments; or whole gradients, and a share of four (`sharding`).
+    copies = 1 + 4 / processes if processes > 1 and wants_fsdp() else 3
+    frozen = config.towers == "query-only"
+    learns = batch.texts[batch.docs :] if frozen else batch.texts
     tokens = int(batches.table.lengths[learns].sum())
     shape = encoder.tower("query").config
     inner = getattr(shape, "intermediate_size", 4 * encoder.dim)
@@ -70,7 +79,8 @@ def estimate(
         steps=steps,
         tokens_per_step=tokens,
         weights_bytes=everything * _FLOAT,
-        optimizer_bytes=3 * trainable * _FLOAT,
+        optimizer_bytes=round(trainable * _FLOAT * copies),
         activation_bytes=held * per_token,
         logits_bytes=rows * batch.docs * _FLOAT * _LOGIT_COPIES,
+        frozen_bytes=len(batches.doc_rows) * encoder.dim * _FLOAT if frozen else 0,
     )

@@ -5,15 +5,9 @@ peft is imported where it is needed: it takes seconds, and most runs do without.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import torch
 
 from memshare.config import LoRAConfig
-from memshare.retrieval.card import CARD, model_card
 from memshare.retrieval.encoder import SIDES, Encoder, EncoderError, Side
 
 
@@ -48,21 +42,3 @@ def merge_adapters(encoder: Encoder) -> None:
         tower = encoder.tower(side)
         if hasattr(tower, "merge_and_unload"):  # a PeftModel
             encoder.replace_tower(side, tower.merge_and_unload())
-
-
-def export(encoder: Encoder, folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Write the encoder, adapters merged, so that ``folder`` is whole or as it was before.
-
-    ``metrics``: what its model card tells, see `model_card`.
-    """
-    merge_adapters(encoder)
-    temporary, old = (folder.with_name(f".{folder.name}.{what}") for what in ("tmp", "old"))
-    for left in (temporary, old):
-        shutil.rmtree(left, ignore_errors=True)
-    encoder.model.eval()
-    encoder.save(temporary)
-    (temporary / CARD).write_text(model_card(encoder, metrics), encoding="utf-8")
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -16,6 +16,7 @@ entries alone are useful vectors too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +82,18 @@ def distillation_rows(
     return each * (known.sum(dim=1) > 1)
 
 
+class Objective(NamedTuple):
+    """What training minimises, of every query, and its parts; each (b,) float32.
+
+    ``loss`` is ``info_nce`` plus ``distill_weight`` times ``distillation``, which is zero where
+    nothing is distilled.
+    """
+
+    loss: Tensor
+    info_nce: Tensor
+    distillation: Tensor
+
+
 def objective_rows(
     queries: Tensor,
     docs: Tensor,
@@ -92,19 +105,20 @@ def objective_rows(
     distill_weight: float = 0.0,
     distill_temperature: float = 1.0,
     dims: Sequence[int] = (),
-) -> Tensor:
-    """What training minimises, of every query: (b,) float32.
+) -> Objective:
+    """`info_nce_rows`, and `distillation_rows` where ``logliks`` are given.
 
-    `info_nce_rows`, plus ``distill_weight`` times `distillation_rows` where ``logliks`` are given;
-    the mean of that over the whole vectors and their first ``dims`` entries, made unit again.
+    Of each the mean over the whole vectors and their first ``dims`` entries, made unit again.
     """
-    total = queries.new_zeros(len(queries), dtype=torch.float32)
+    info_nce = queries.new_zeros(len(queries), dtype=torch.float32)
+    distillation = torch.zeros_like(info_nce)
     for width in (None, *dims):
         q, d = queries, docs
         if width is not None:
             q, d = (normalize(rows[:, :width].float(), dim=-1) for rows in (queries, docs))
-        total = total + info_nce_rows(q, d, positive, valid, temperature)
+        info_nce = info_nce + info_nce_rows(q, d, positive, valid, temperature)
         if logliks is not None:
             more = distillation_rows(q, d, logliks, temperature, distill_temperature)
-            total = total + distill_weight * more
-    return total / (1 + len(dims))
+            distillation = distillation + more
+    info_nce, distillation = (part / (1 + len(dims)) for part in (info_nce, distillation))
+    return Objective(info_nce + distill_weight * distillation, info_nce, distillation)

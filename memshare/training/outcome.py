@@ -19,13 +19,14 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from tempfile import gettempdir
 from types import FrameType
 from typing import Any, Literal
 
 from memshare.config import ConfigError
-from memshare.files import run_lock, write_json
+from memshare.files import disk_full, run_lock, write_json
 from memshare.progress import log
 
 Status = Literal["trained", "empty", "stopped", "failed"]
@@ -57,19 +58,31 @@ def read_result(output: Path) -> dict[str, Any] | None:
     return result
 
 
+class DiskFull(RuntimeError):
+    """Something could not be written for want of room, in a place that has no word of its own."""
+
+
 @contextmanager
 def told(output: Path, errors: tuple[type[Exception], ...], writes: bool) -> Iterator[None]:
     """Forget how an earlier run into ``output`` ended; say so if this one ends by an error.
 
-    Only the process that ``writes`` touches ``result.json``. The error goes on.
+    Only the process that ``writes`` touches ``result.json``. The error goes on; a full disk as
+    `DiskFull`.
     """
     if writes:
         (output / "result.json").unlink(missing_ok=True)
     try:
         yield
-    except errors as error:
-        if writes:
-            write_result(output, "failed", error=str(error))
+    except Exception as error:
+        full = disk_full(error) and not isinstance(error, errors)
+        if writes and (full or isinstance(error, errors)):
+            with suppress(OSError):  # the error itself is told
+                write_result(output, "failed", error=str(error))
+        if full:
+            raise DiskFull(
+                f"{error}, in {output} or in {gettempdir()}, where the examples are spooled; the "
+                "checkpoints are intact. Free some space and run the same command again"
+            ) from error
         raise
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from memshare.config import TrainingConfig
+from memshare.progress import log
 from memshare.retrieval import packing
 from memshare.retrieval.encoder import SIDES, Encoder, Side
 from memshare.training.batching import StepBatch, cut, cut_packed, deal
@@ -68,15 +69,22 @@ class StepResult:
     of a frozen tower are in neither. ``flops`` are the model's (`flops`), of ``peak`` a second that
     the devices can do, where that is known.
 
-    ``stop`` is true where any process was asked to stop.
+    ``parts``: of the loss, by name, where it has several (`Objective`). ``stop`` is true where any
+    process was asked to stop.
     """
 
     loss: float
+    parts: Mapping[str, float]
     tokens: int
     padded: int
     stop: bool
     flops: float
     peak: float | None = None
+
+    def figures(self, seconds: float) -> dict[str, float]:
+        """What a log shows of a step that took so long: the loss, its parts, and `rates`."""
+        parts = {f"loss/{name}": part for name, part in self.parts.items()}
+        return {"loss": self.loss, **parts, **self.rates(seconds)}
 
     def rates(self, seconds: float) -> dict[str, float]:
         """Throughput of a step that took so long, and its share of tokens that are no padding.
@@ -114,6 +122,7 @@ class ContrastiveStep:
         self._seed = seed
         self._autocast = autocast
         self._frozen = frozen
+        self._distils = config.distill_weight > 0
         encoder.tower("query").train(config.dropout)
         if frozen is None:
             encoder.tower("memory").train(config.dropout)
@@ -122,6 +131,11 @@ class ContrastiveStep:
         sides: tuple[Side, ...] = SIDES if frozen is None else ("query",)
         towers = [encoder.tower(side) for side in sides]
         self._packed = packing.enable(towers, world.device, half=half, dropout=config.dropout)
+        if world.main:
+            log(
+                f"computing in {'bf16' if half else 'float32'}, texts "
+                + ("packed without padding" if self._packed else "padded to the longest")
+            )
         self._cost = ModelCost.of(encoder.tower("query"))
         self._peak = bf16_peak(world.device) if half else None
 
@@ -158,10 +172,11 @@ class ContrastiveStep:
         everything = world.gather_rows(local, [places - known for places in owners])
         if self._frozen is not None:
             everything = torch.cat([self._frozen(batch.texts[:known]), everything])
-        loss, gradient = self._loss(everything, batch)
+        losses, gradient = self._loss(everything, batch)
         figures = torch.tensor([float(padded), float(stop)], dtype=torch.float64)
-        total = world.sum(torch.cat([loss.double().reshape(1), figures.to(world.device)])).tolist()
-        if not math.isfinite(total[0]):
+        total = world.sum(torch.cat([losses.double(), figures.to(world.device)]))
+        loss, info_nce, kl, everywhere, stopped = total.tolist()
+        if not math.isfinite(loss):
             raise NonFinite("the loss", step, batch)
         places_of_mine = torch.from_numpy(owners[world.rank] - known).to(world.device)
         gradient = world.sum(gradient[known:]).index_select(0, places_of_mine)
@@ -175,19 +190,26 @@ class ContrastiveStep:
         world.sum_gradients(p for p in self._encoder.model.parameters() if p.requires_grad)
         encoded = table.lengths[batch.texts[known:]]
         return StepResult(
-            loss=total[0],
+            loss=loss,
+            parts={"info_nce": info_nce, "kl": kl} if self._distils else {},
             tokens=int(encoded.sum()),
-            padded=int(total[1]),
-            stop=total[2] > 0,
+            padded=int(everywhere),
+            stop=stopped > 0,
             flops=self._cost.step(encoded),
             peak=None if self._peak is None else self._peak * world.size,
         )
 
-    def check(self, batch: StepBatch, step: int) -> None:
-        """Raise `NonFinite` on every process if the weights after ``step`` give no finite vectors.
+    def check(self, norm: float, batch: StepBatch, step: int, *, last: bool) -> None:
+        """Raise `NonFinite` on every process if ``step`` has ruined the training.
 
-        For those that no further step will judge. Each process encodes one micro-batch a tower.
+        ``norm``: of its gradient, as `update` gave it. The ``last`` step's weights, which no
+        further step will judge, must give finite vectors: each process encodes one micro-batch a
+        tower.
         """
+        if not math.isfinite(norm):
+            raise NonFinite("the gradient", step, batch)
+        if not last:
+            return
         found = 0
         for side, part in self._parts(batch):
             rows = batch.texts[part[self._world.rank]]
@@ -224,31 +246,34 @@ class ContrastiveStep:
             return self._encoder.embed(inputs, side)
 
     def _loss(self, vectors: Tensor, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """This process's share of the loss, and its gradient (n, d) for all vectors (n, d)."""
+        """This process's share of the loss and its parts (3,), as `Objective` has them.
+
+        And the loss's gradient (n, d) for all vectors (n, d).
+        """
         queries = len(batch.rows)
         start = queries * self._world.rank // self._world.size
         stop = queries * (self._world.rank + 1) // self._world.size
         leaf = vectors.requires_grad_()
         rows = torch.from_numpy(batch.rows).to(vectors.device)
-        total = vectors.new_zeros(())
+        total = vectors.new_zeros(3)
         for low in range(start, stop, TILE_ROWS):
             high = min(low + TILE_ROWS, stop)
             positive, valid = batch.masks(low, high, vectors.device)
-            distil = self._config.distill_weight > 0
             each = objective_rows(
                 leaf.index_select(0, rows[low:high]),
                 leaf[: batch.docs],
                 positive,
                 valid,
-                batch.measured(low, high, vectors.device) if distil else None,
+                batch.measured(low, high, vectors.device) if self._distils else None,
                 temperature=self._config.temperature,
                 distill_weight=self._config.distill_weight,
                 distill_temperature=self._config.distill_temperature,
                 dims=self._config.matryoshka,
             )
-            share = each.sum() / queries
+            share = each.loss.sum() / queries
             torch.autograd.backward(share)
-            total += share.detach()
+            parts = [part.detach().sum() / queries for part in each[1:]]
+            total += torch.stack([share.detach(), *parts])
         gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
         return total, gradient
 

@@ -2,54 +2,36 @@
 
 W&B lives in a thread of its own behind a bounded queue, so a slow, unreachable or broken service
 neither slows nor fails the training: it is told once, and ``log.jsonl`` goes on. An online run that
-can't be opened is continued offline, to be sent later by ``wandb sync``.
+can't be opened is offline, to be sent later by ``wandb sync``. At its end a run waits for W&B: a
+few seconds where the service does not answer, half a minute at most where it does.
 """
 
 from __future__ import annotations
 
 import json
-import netrc
-import os
 import queue
 import secrets
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from memshare.config import WandbConfig
 from memshare.files import write_atomic
 from memshare.progress import log
+from memshare.training import wandb_run
 
 _QUEUED = 10_000  # figures waiting for W&B; more than that are for log.jsonl only
-_INIT_SECONDS = 30.0
-_FINISH_SECONDS = 20.0
+_LAST_SECONDS = 4.0  # for W&B to send the last figures, or to tell that its service is there
+_GONE_SECONDS = 1.0
 
 
 def new_run_id() -> str:
     """A W&B run id of our own making, so that a checkpoint can hold it before W&B answers."""
     return secrets.token_hex(4)
-
-
-def has_key() -> bool:
-    """Whether a W&B key is at hand: the environment's, or one that ``wandb login`` left."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
-
-
-def wandb_mode(config: WandbConfig) -> str:
-    """online, offline or disabled; ``auto`` obeys ``WANDB_MODE``, then looks for a key."""
-    if config.mode != "auto":
-        return config.mode
-    return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
 
 
 @dataclass(frozen=True)
@@ -78,7 +60,7 @@ class Tracker:
         ``settings`` become the W&B run's config.
         """
         self.run_id = run_id
-        self.mode = wandb_mode(config) if main else "disabled"
+        self.mode = wandb_run.wandb_mode(config) if main else "disabled"
         self.path = output / "log.jsonl"
         self.wandb_dir: str | None = None
         self.wandb_url: str | None = None
@@ -87,6 +69,9 @@ class Tracker:
         self._settings = dict(settings)
         self._queue: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue(_QUEUED)
         self._thread: threading.Thread | None = None
+        self._worth_waiting = threading.Event()
+        self._given_up = False
+        self._exit_code = 0
         self._main = main
         if main:
             output.mkdir(parents=True, exist_ok=True)
@@ -114,17 +99,25 @@ class Tracker:
             "id": self.run_id, "mode": self.mode, "dir": self.wandb_dir, "url": self.wandb_url,
         }  # fmt: skip
 
-    def __exit__(self, *_: object) -> None:
-        """Give W&B a bounded time to finish."""
-        if self._thread is not None:
-            try:
-                self._queue.put(None, timeout=1.0)
-            except queue.Full:
-                log("W&B is too far behind; its run stays as it is")
-                return
-            self._thread.join(_INIT_SECONDS + _FINISH_SECONDS)
-            if self._thread.is_alive():
-                log(f"W&B did not finish in time; `wandb sync` can send {self.wandb_dir}")
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give W&B a bounded time to finish, and little of it where its service does not answer.
+
+        An exception makes the run a failed one there.
+        """
+        if self._thread is None:
+            return
+        self._exit_code = 0 if kind is None else 1
+        with suppress(queue.Full):  # then it is stuck, and won't read that this was all
+            self._queue.put_nowait(None)
+        self._thread.join(_LAST_SECONDS)
+        if self._thread.is_alive() and self._worth_waiting.is_set():
+            self._thread.join(wandb_run.FINISH_SECONDS)
+        if self._thread.is_alive():
+            self._given_up = True
+            wandb_run.give_up()
+            self._thread.join(_GONE_SECONDS)
+            where = self.wandb_dir and f"; `wandb sync {self.wandb_dir}` sends what is missing"
+            log(f"W&B did not finish in time{where or f', figures are in {self.path}'}")
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Record the figures of ``step`` (1, 2, ...); never waits for W&B."""
@@ -146,46 +139,29 @@ class Tracker:
     def _send(self) -> None:
         """The W&B thread: its failures are reported, and end nothing but itself."""
         try:
-            run = self._open()
-            self.wandb_dir = str(Path(run.dir).parent)
-            self.wandb_url = run.url if self.mode == "online" else None
-            while (entry := self._queue.get()) is not None:
-                step, figures = entry
-                run.log({name: _shown(value) for name, value in figures.items()}, step=step)
-            run.finish()
+            self._record()
         except Exception as error:  # policy: whatever W&B raises, the training goes on
-            log(f"W&B gave up ({type(error).__name__}: {error}); figures are in {self.path}")
+            if not self._given_up:
+                log(f"W&B gave up ({type(error).__name__}: {error}); figures are in {self.path}")
+        finally:
+            wandb_run.let_go()
 
-    def _open(self) -> Any:
-        import wandb
-
-        def start(mode: Any) -> Any:
-            return wandb.init(
-                mode=mode,
-                id=self.run_id,
-                resume="allow",
-                project=self._config.project,
-                entity=self._config.entity,
-                name=self._config.name,
-                config=self._settings,
-                dir=str(self._output),
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    init_timeout=_INIT_SECONDS,
-                    finish_timeout=_FINISH_SECONDS,
-                ),
-            )
-
-        try:
-            return start(self.mode)
-        except wandb.errors.Error as error:
-            if self.mode != "online":
-                raise
-            log(f"W&B can't be reached ({error}); its run goes on offline")
-            self.mode = "offline"
-            wandb.teardown()  # the run that could not be opened would keep its id from the next
-            return start("offline")
+    def _record(self) -> None:
+        self.mode = wandb_run.reached(self.mode)
+        self._worth_waiting.set()
+        run, self.mode = wandb_run.open_run(
+            self._config, self.mode, self.run_id, self._settings, self._output
+        )
+        self.wandb_dir = str(Path(run.dir).parent)
+        self.wandb_url = run.url if self.mode == "online" else None
+        while (entry := self._queue.get()) is not None:
+            step, figures = entry
+            run.log({name: _shown(value) for name, value in figures.items()}, step=step)
+        if self.mode == "online":
+            self._worth_waiting.clear()
+            if wandb_run.service_answers():
+                self._worth_waiting.set()
+        run.finish(self._exit_code)
 
 
 def _shown(value: float | Rows) -> Any:

@@ -152,31 +152,35 @@ def test_gradients_of_several_processes_are_those_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("divided", [False, True], ids=["ddp-then-fsdp", "fsdp-then-ddp"])
-def test_two_processes_train_as_one_and_survive_a_killed_one(
-    base: Path, tmp_path: Path, program: ModuleType, divided: bool
+@pytest.mark.parametrize(
+    ("processes", "divided"), [(2, False), (2, True), (4, False)],
+    ids=["2-ddp-then-fsdp", "2-fsdp-then-ddp", "4-ddp-then-fsdp"],
+)  # fmt: skip
+def test_several_processes_train_as_one_and_survive_a_killed_one(
+    base: Path, tmp_path: Path, program: ModuleType, processes: int, divided: bool
 ) -> None:
     """A checkpoint says nothing of how the processes divide the work: the other way goes on."""
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, many = tmp_path / "one", tmp_path / "many"
     same = ("--set=training.dropout=false",)
-    assert program.main(options(base, one, *same, steps=60)) == 0
-    arguments = options(base, two, *same, "--set=training.batch_size=4", steps=60)
-    with launch(2, PROGRAM, arguments, divided=divided) as process:
-        wait_for(lambda: bool(steps_saved(two)), process)
+    assert program.main(options(base, one, *same, steps=40)) == 0
+    share = f"--set=training.batch_size={8 // processes}"
+    arguments = options(base, many, *same, share, steps=40)
+    with launch(processes, PROGRAM, arguments, divided=divided) as process:
+        wait_for(lambda: bool(steps_saved(many)), process)
         workers = [p for p in psutil.Process(process.pid).children() if str(PROGRAM) in p.cmdline()]
-        assert len(workers) == 2
-        workers[1].kill()
+        assert len(workers) == processes
+        workers[-1].kill()
         _, errors = process.communicate(timeout=120)  # it ends, and does not hang
         assert process.returncode != 0 and "SIGKILL" in errors
         psutil.wait_procs(workers, timeout=30)
-    assert not (two / "encoder").exists()
-    with launch(2, PROGRAM, arguments, divided=not divided) as process:
+    assert not (many / "encoder").exists()
+    with launch(processes, PROGRAM, arguments, divided=not divided) as process:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     assert "continuing from" in errors
-    for got, want in zip(logged(two), logged(one), strict=True):
+    for got, want in zip(logged(many), logged(one), strict=True):
         assert got == pytest.approx(want, abs=1e-3)
-    ours, theirs = (load_file(f / "encoder" / "model.safetensors") for f in (two, one))
+    ours, theirs = (load_file(f / "encoder" / "model.safetensors") for f in (many, one))
     assert max(float((ours[n] - theirs[n]).abs().max()) for n in theirs) < 1e-4
 
 

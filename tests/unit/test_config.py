@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from memshare.config import Config, ConfigError, load_config
+from memshare.config import Config, ConfigError, load_config, public
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,3 +143,36 @@ def test_a_second_iteration_needs_an_encoder_that_proposes() -> None:
 def test_adapters_have_no_past() -> None:
     with pytest.raises(ConfigError, match=r"training\.lora: .*training\.warm_optimizer"):
         load_config(None, ["training.warm_optimizer=true", "training.lora.enabled=true"])
+
+
+def test_what_is_shown_of_a_configuration_is_all_of_it() -> None:
+    config = load_config(None, ["encoder.query_prefix='q: '", "training.matryoshka=[8, 4]"])
+    assert public(config) == config.model_dump(mode="json")
+
+
+def test_what_is_shown_of_a_configuration_has_no_secrets() -> None:
+    config = load_config(None, [
+        "database_url=postgresql+psycopg://writer:s3cret@/in@db.host:5432/pool?sslpassword=s3cret",
+        "agent_llm.url=[http://s3cret@one:8001/v1, 'https://me:s3cret@two/v1?api_key=s3cret&v=2']",
+        "agent_llm.server.env={HF_TOKEN: s3cret, VLLM_PORT: s3cret-too}",
+        "scorer_llm.server.args=[--api-key, s3cret, s3cret, --seed, '7', --hf-token=s3cret]",
+        "evaluation.agents={big: {server: {env: {A: s3cret}}, url: 'http://a:s3cret@three'}}",
+    ])  # fmt: skip
+    shown = public(config)
+    assert "s3cret" not in repr(shown)
+    url = "postgresql+psycopg://writer:***@db.host:5432/pool?sslpassword=***"
+    assert shown["database_url"] == url
+    assert shown["agent_llm"]["url"] == [
+        "http://***@one:8001/v1", "https://***@two/v1?api_key=***&v=2",
+    ]  # fmt: skip
+    assert shown["agent_llm"]["server"]["env"] == {"HF_TOKEN": "***", "VLLM_PORT": "***"}
+    args = ["--api-key", "***", "***", "--seed", "7", "--hf-token=***"]
+    assert shown["scorer_llm"]["server"]["args"] == args
+    assert shown["scorer_llm"]["api_key_env"] == "MEMSHARE_LLM_API_KEY"
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:////data/pool.db", "postgresql+psycopg://writer@db/pool?connect_timeout=3"]
+)
+def test_a_url_without_a_secret_is_shown_as_it_is(url: str) -> None:
+    assert public(load_config(None, [f"database_url={url}"]))["database_url"] == url

@@ -211,6 +211,31 @@ def test_a_disk_that_fills_up_while_weights_are_written(tmp_path: Path) -> None:
         assert checkpoint.latest_intact(root) == new
 
 
+def test_an_old_checkpoint_that_can_not_be_deleted_ends_no_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, optimizer = trained()
+    states = [replace(STATE, step=step) for step in (3, 6, 9)]
+    folders = [checkpoint.save(tmp_path, model, optimizer, state) for state in states[:2]]
+    with small_disk(folders[0] / "busy", "64k"):  # as a file that NFS keeps while it is open
+        last = checkpoint.save(tmp_path, model, optimizer, states[2])
+        told = capsys.readouterr().err
+    assert f"{folders[0]}: can't be deleted" in told and "busy" in told
+    assert checkpoint.latest_intact(tmp_path) == last
+    again = checkpoint.save(tmp_path, model, optimizer, replace(STATE, step=12))
+    assert checkpoint.checkpoints(tmp_path) == [last, again]
+
+
+def test_what_a_killed_save_left_behind_is_discarded(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    kept = checkpoint.save(tmp_path, model, optimizer, STATE)
+    half = tmp_path / ".step-00000007.tmp"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    checkpoint.discard(tmp_path, after=3)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
 def test_a_warm_optimizer_knows_the_parameters_that_are_the_same(tmp_path: Path) -> None:
     model, optimizer = trained()
     past = {key: value.clone() for key, value in state_tensors(optimizer).items()}

@@ -147,13 +147,15 @@ def test_objective_adds_its_parts_over_all_widths() -> None:
         queries, docs, positive, valid, logliks,
         temperature=0.1, distill_weight=0.3, distill_temperature=2.0, dims=(8, 4),
     )  # fmt: skip
-    parts = []
+    info_nce, distillation = [], []
     for width in (16, 8, 4):
         q, d = (normalize(rows[:, :width], dim=-1) for rows in (queries, docs))
-        parts.append(
-            info_nce_rows(q, d, positive, valid, 0.1)
-            + 0.3 * distillation_rows(q, d, logliks, 0.1, 2.0)
-        )
-    torch.testing.assert_close(got, sum(parts) / 3)
+        info_nce.append(info_nce_rows(q, d, positive, valid, 0.1))
+        distillation.append(distillation_rows(q, d, logliks, 0.1, 2.0))
+    torch.testing.assert_close(got.info_nce, sum(info_nce) / 3)
+    torch.testing.assert_close(got.distillation, sum(distillation) / 3)
+    torch.testing.assert_close(got.loss, got.info_nce + 0.3 * got.distillation)
+    assert got.distillation.min() > 0.01
     plain = objective_rows(queries, docs, positive, valid, None, temperature=0.1)
-    assert torch.equal(plain, info_nce_rows(queries, docs, positive, valid, 0.1))
+    assert torch.equal(plain.loss, info_nce_rows(queries, docs, positive, valid, 0.1))
+    assert torch.equal(plain.info_nce, plain.loss) and not plain.distillation.any()

@@ -16,9 +16,10 @@ from memshare.retrieval import packing
 from memshare.retrieval.encoder import Encoder, EncoderError, Side
 from memshare.training import step as step_module
 from memshare.training.batching import Batches
+from memshare.training.export import export
 from memshare.training.flops import ModelCost
 from memshare.training.gather import World
-from memshare.training.lora import add_adapters, export
+from memshare.training.lora import add_adapters
 from memshare.training.loss import objective_rows
 from memshare.training.optimizer import lr_factor, make_optimizer, update
 from memshare.training.select import select
@@ -75,7 +76,7 @@ def direct_gradients(
         vectors[rows], vectors[: batch.docs], positive, valid, batch.measured(0, len(rows), CPU),
         temperature=config.temperature, distill_weight=config.distill_weight,
         distill_temperature=config.distill_temperature, dims=config.matryoshka,
-    ).mean()  # fmt: skip
+    ).loss.mean()  # fmt: skip
     loss.backward()
     return float(loss.detach()), gradients(encoder)
 
@@ -104,8 +105,9 @@ def test_gradient_equals_the_direct_one(
 
 @pytest.mark.parametrize("graph_tokens", [100_000, 700])
 def test_gradient_of_a_model_that_can_not_be_packed(
-    encoder: Encoder, graph_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    encoder: Encoder, graph_tokens: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.setattr(packing, "_FAMILIES", frozenset())
     data, config = make(encoder, batch_tokens=256, graph_tokens=graph_tokens)
     result = ContrastiveStep(encoder, data.table, config, ONE, seed=0).backward(data.batch(0), 0)
@@ -114,6 +116,25 @@ def test_gradient_of_a_model_that_can_not_be_packed(
     assert result.loss == pytest.approx(loss, abs=1e-5)
     assert difference(got, want) < 1e-5
     assert result.tokens < result.padded < 1.1 * result.tokens  # sorted by length: little padding
+    assert "computing in float32, texts padded to the longest" in capsys.readouterr().err
+
+
+def test_parts_of_the_loss_are_told_where_there_are_several(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_module, "TILE_ROWS", 5)
+    data, config = make(encoder, distill_weight=0.5)
+    got = ContrastiveStep(encoder, data.table, config, ONE, seed=0).backward(data.batch(0), 0)
+    assert got.figures(2.0) == {
+        "loss": got.loss, "loss/info_nce": got.parts["info_nce"], "loss/kl": got.parts["kl"],
+        **got.rates(2.0),
+    }  # fmt: skip
+    assert got.parts["kl"] > 0.01
+    assert got.loss == pytest.approx(got.parts["info_nce"] + 0.5 * got.parts["kl"], abs=1e-5)
+    _, alone = make(encoder)
+    plain = ContrastiveStep(encoder, data.table, alone, ONE, seed=0).backward(data.batch(0), 0)
+    assert plain.figures(2.0) == {"loss": plain.loss, **plain.rates(2.0)}
+    assert plain.loss == pytest.approx(got.parts["info_nce"], abs=1e-5)
 
 
 def test_gradient_with_distillation_and_widths(
@@ -277,12 +298,16 @@ def test_ruined_weights_are_found_in_every_tower_that_learns(
     prepare(encoder, config, seed=0)
     frozen = FrozenMemories.of(encoder, data, ONE, config)
     engine = ContrastiveStep(encoder, data.table, config, ONE, seed=0, frozen=frozen)
-    engine.check(data.batch(0), 7)
+    engine.check(1.0, data.batch(0), 7, last=True)
     # Finite all the same: what overflows is what the model computes with them.
     encoder.tower(side).get_input_embeddings().weight.data.fill_(1e38)
     encoder.tower(side).encoder.layer[0].attention.self.query.weight.data.fill_(1e38)
     with pytest.raises(
         NonFinite, match=r"step 8: what the encoder gives after it.*main-\d+"
     ) as told:
-        engine.check(data.batch(0), 7)
+        engine.check(1.0, data.batch(0), 7, last=True)
     assert told.value.done == 8
+    engine.check(1.0, data.batch(0), 7, last=False)  # the next step's loss will tell
+    with pytest.raises(NonFinite, match="step 8: the gradient is not finite") as told:
+        engine.check(float("inf"), data.batch(0), 7, last=False)
+    assert told.value.done == 7  # nothing was changed by it

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,8 @@ from memshare.training import checkpoint
 from memshare.training import towers as towers_module
 from memshare.training.batching import Batches
 from memshare.training.estimate import estimate
+from memshare.training.export import export
 from memshare.training.gather import World
-from memshare.training.lora import export
 from memshare.training.loss import info_nce_rows
 from memshare.training.optimizer import make_optimizer, update
 from memshare.training.select import select
@@ -95,6 +97,37 @@ def test_gradient_equals_the_direct_one(encoder: Encoder, towers: str) -> None:
     told = estimate(encoder, data, 1, config, 1)
     assert told.tokens_per_step == lengths.sum()
     assert (told.trainable < told.parameters) == (towers == "query-only")
+
+
+@pytest.mark.parametrize("towers", ["shared", "separate", "query-only"])
+def test_an_estimate_has_the_vectors_that_a_run_keeps(encoder: Encoder, towers: str) -> None:
+    data, config = make(encoder, towers)
+    told = estimate(encoder, data, 1, config, 1)
+    frozen = FrozenMemories.of(encoder, data, ONE, config)
+    kept = [v for v in vars(frozen).values() if isinstance(v, Tensor)] if frozen else []
+    assert told.frozen_bytes == sum(v.untyped_storage().nbytes() for v in kept)
+    if towers == "query-only":
+        assert told.frozen_bytes == len(data.doc_rows) * 32 * 4 > 0
+    wide = replace(told, frozen_bytes=told.frozen_bytes + 7 * 2**20)
+    before, after = (int(re.findall(r"about ([\d,]+) MiB", str(e))[0]) for e in (told, wide))
+    assert after - before == 7 and ("frozen" in str(told)) == (towers == "query-only")
+
+
+def test_an_estimate_knows_what_fsdp_divides(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 bytes a weight on each process, or 8 + 16 / W (memshare/training/sharding.py)."""
+    data, config = make(encoder, "shared")
+
+    def bytes_a_weight(processes: int) -> float:
+        told = estimate(encoder, data, 1, config, processes)
+        return (told.weights_bytes + told.optimizer_bytes) / told.parameters
+
+    assert bytes_a_weight(4) == 16
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert bytes_a_weight(4) == 8 + 16 / 4
+    assert bytes_a_weight(1) == 16  # nobody to share with
 
 
 def train(encoder: Encoder, data: Batches, config: TrainingConfig) -> None:

@@ -1,22 +1,28 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import psutil
 import pytest
 
 from memshare.config import WandbConfig
 from memshare.files import RunLocked
 from memshare.training import outcome, tracking
-from memshare.training.tracking import Tracker, new_run_id, wandb_mode
+from memshare.training.tracking import Tracker, new_run_id
+from memshare.training.wandb_run import wandb_mode
+from tests.disks import fill_up, small_disk
+from tests.fake_wandb import fake_wandb
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +52,17 @@ def test_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert wandb_mode(auto) == "online"
 
 
+def test_a_key_file_that_can_not_be_read_means_no_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path))  # a folder
+    assert wandb_mode(WandbConfig()) == "offline"
+    (tmp_path / "netrc").write_bytes(b"machine api.wandb.ai login user password \xff\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode(WandbConfig()) == "offline"
+
+
 def test_an_offline_run_is_written(tmp_path: Path) -> None:
     run_id = new_run_id()
     config = WandbConfig(mode="offline")
@@ -59,6 +76,16 @@ def test_an_offline_run_is_written(tmp_path: Path) -> None:
     until = time.monotonic() + 30.0
     while b"loss" not in written.read_bytes() and time.monotonic() < until:
         time.sleep(0.05)
+    assert b"loss" in written.read_bytes()
+
+
+def test_a_slow_start_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine under load, a run of seconds: what W&B does on this machine is worth it."""
+    monkeypatch.setattr(tracking, "_LAST_SECONDS", 0.01)
+    with Tracker(tmp_path, WandbConfig(mode="offline"), run_id="a1", settings={}) as tracker:
+        tracker.log(1, {"loss": 0.5})
+        tracker._worth_waiting.wait(60.0)  # it has begun
+    [written] = Path(str(tracker.wandb["dir"])).glob("run-a1.wandb")
     assert b"loss" in written.read_bytes()
 
 
@@ -100,9 +127,13 @@ class _Broken(BaseHTTPRequestHandler):
 
 @contextmanager
 def _server(kind: str) -> Iterator[str]:
-    if kind == "mute":  # accepts connections and says nothing, ever
+    if kind in ("mute", "refused"):
         with socket.create_server(("127.0.0.1", 0)) as mute:
-            yield f"http://127.0.0.1:{mute.getsockname()[1]}"
+            url = f"http://127.0.0.1:{mute.getsockname()[1]}"
+            if kind == "mute":  # accepts connections and says nothing, ever
+                yield url
+        if kind == "refused":
+            yield url
         return
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Broken)
     thread = Thread(target=server.serve_forever, daemon=True)
@@ -114,23 +145,79 @@ def _server(kind: str) -> Iterator[str]:
         server.server_close()
 
 
-@pytest.mark.parametrize("kind", ["mute", "broken"])
-def test_a_failing_wandb_neither_slows_nor_fails_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.setattr(tracking, "_INIT_SECONDS", 3.0)
-    monkeypatch.setattr(tracking, "_FINISH_SECONDS", 60.0)
+def online(monkeypatch: pytest.MonkeyPatch, url: str) -> WandbConfig:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    return WandbConfig(mode="online")
+
+
+@pytest.mark.parametrize("kind", ["mute", "refused", "broken"])
+def test_a_failing_wandb_neither_slows_nor_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     with _server(kind) as url:
-        monkeypatch.setenv("WANDB_BASE_URL", url)
-        with Tracker(tmp_path, WandbConfig(mode="online"), run_id="a1", settings={}) as tracker:
-            began = time.monotonic()
+        began = time.monotonic()
+        with Tracker(tmp_path, online(monkeypatch, url), run_id="a1", settings={}) as tracker:
             for step in range(1, 101):
                 tracker.log(step, {"loss": 1.0})
             assert time.monotonic() - began < 2.0
-        assert len(lines(tmp_path)) == 100
-        assert tracker.wandb["mode"] == "offline"  # kept, for `wandb sync` on a better day
-        assert list(Path(str(tracker.wandb["dir"])).glob("run-a1.wandb"))
+        assert time.monotonic() - began < 8.0
+    assert len(lines(tmp_path)) == 100
+    assert "W&B can't be reached (it does not answer)" in capsys.readouterr().err
+    assert tracker.wandb["mode"] == "offline"  # kept, for `wandb sync` on a better day
+    assert list(Path(str(tracker.wandb["dir"])).glob("run-a1.wandb"))
+
+
+def test_an_online_run_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_wandb() as service:
+        config = online(monkeypatch, service.url)
+        with Tracker(tmp_path, config, run_id="a1", settings={"lr": 0.125}) as tracker:
+            tracker.log(1, {"loss": 0.0625})
+        assert service.opened and tracker.wandb["mode"] == "online"
+        assert str(tracker.wandb["url"]).endswith("/me/memshare/runs/a1")
+        sent = b"".join(service.received)
+        assert b"0.125" in sent and b"0.0625" in sent
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_wandb_is_told_whether_the_training_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    with (
+        fake_wandb() as service,
+        suppress(ValueError),
+        Tracker(tmp_path, online(monkeypatch, service.url), run_id="a1", settings={}),
+    ):
+        if fails:
+            raise ValueError("it diverged")
+    (code,) = re.findall(rb'"exitcode": ?(\d+)', b"".join(service.received))
+    assert code == (b"1" if fails else b"0")
+
+
+@pytest.mark.parametrize("kind", ["silent", "gone"])
+def test_a_wandb_that_stops_in_the_middle_is_not_waited_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    with fake_wandb() as service:
+        config = online(monkeypatch, service.url)
+        with Tracker(tmp_path, config, run_id="a1", settings={}) as tracker:
+            tracker.log(1, {"loss": 1.0})
+            until = time.monotonic() + 30.0
+            while tracker.wandb["dir"] is None and time.monotonic() < until:
+                time.sleep(0.05)
+            service.silent.set()
+            if kind == "gone":
+                service.shutdown()
+                service.server_close()
+            tracker.log(2, {"the_last_one": 1.0})
+            began = time.monotonic()
+        assert time.monotonic() - began < 8.0
+    [written] = Path(str(tracker.wandb["dir"])).glob("run-a1.wandb")
+    assert b"the_last_one" in written.read_bytes()  # for `wandb sync`
+    told = capsys.readouterr().err
+    assert "W&B did not finish in time; `wandb sync " in told and "gave up" not in told
+    # Nothing is left that the end of the program would wait for.
+    assert "wandb-core" not in [child.name() for child in psutil.Process().children()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -168,3 +255,24 @@ def test_outcome_is_told_and_forgotten(tmp_path: Path) -> None:
     with pytest.raises(KeyError), outcome.told(tmp_path, (ValueError,), writes=True):
         raise KeyError("a bug")
     assert outcome.read_result(tmp_path) is None
+
+
+def test_a_full_disk_is_told_wherever_it_shows(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    said = r"No space left.*run the same command again"
+    with (
+        pytest.raises(outcome.DiskFull, match=said),
+        outcome.told(tmp_path, (ValueError,), writes=True),
+    ):
+        raise full
+    assert (outcome.read_result(tmp_path) or {})["status"] == "failed"
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        fill_up(disk)  # there is no room for the result either
+        with pytest.raises(outcome.DiskFull), outcome.told(disk, (ValueError,), writes=True):
+            raise full
+        assert outcome.read_result(disk) is None
+    with (
+        pytest.raises(OSError, match="Permission denied"),
+        outcome.told(tmp_path, (ValueError,), writes=True),
+    ):
+        raise OSError(errno.EACCES, "Permission denied")

@@ -1,0 +1,139 @@
+"""One run of Weights & Biases: where it goes, opening it, and ending it in bounded time.
+
+wandb leaves much of itself behind a run: a process of its own (``wandb-core``) that keeps sending,
+and a hook that waits for it when the program ends, however long that takes. And it sends much that
+nobody asked for: the command line and uncommitted changes, where passwords may stand.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+
+from memshare.config import WandbConfig
+from memshare.progress import log
+
+PROBE_SECONDS = 2.0
+INIT_SECONDS = 30.0
+FINISH_SECONDS = 20.0  # for a service that answers
+_FLUSH_SECONDS = 1.0  # so much of an offline copy is lost at most when wandb-core is killed
+_CORE = "wandb-core"
+_AWAY = (502, 503, 504)  # what proxies say of a service behind them
+
+
+def has_key() -> bool:
+    """Whether a W&B key is at hand: the environment's, or one that ``wandb login`` left."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
+        return False  # nothing there, or nothing that can be read: no reason to end a training
+
+
+def wandb_mode(config: WandbConfig) -> str:
+    """online, offline or disabled; ``auto`` obeys ``WANDB_MODE``, then looks for a key."""
+    if config.mode != "auto":
+        return config.mode
+    return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+
+
+def answers(url: str) -> bool:
+    """Whether there is a service at ``url`` that answers within `PROBE_SECONDS`.
+
+    With whatever it likes, but that it is away.
+    """
+    try:
+        # Nothing is sent that a stranger must not see, and certificates are wandb's to judge.
+        status = httpx.get(url, timeout=PROBE_SECONDS, verify=False).status_code
+        return status not in _AWAY
+    except httpx.TransportError:
+        return False
+    except ImportError:
+        return True  # behind a SOCKS proxy, which takes a package: wandb will find out
+
+
+def service_answers() -> bool:
+    """`answers`, of the W&B service that the environment or wandb's settings name."""
+    import wandb
+
+    return answers(str(wandb.setup().settings.base_url))
+
+
+def reached(mode: str) -> str:
+    """The mode of a run that is to be opened: offline, with a word, if its service is away."""
+    # wandb's reports about itself: at its end a program waits ten seconds for a mute server.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if mode != "online" or service_answers():
+        return mode
+    log("W&B can't be reached (it does not answer); its run is offline")
+    return "offline"
+
+
+def open_run(
+    config: WandbConfig, mode: str, run_id: str, settings: Mapping[str, Any], folder: Path
+) -> tuple[Any, str]:
+    """The run, new or continued, and its mode: offline where an online one can't be opened.
+
+    ``mode``: as `reached` found it. Its files are in ``folder/wandb``. Raises wandb's errors.
+    """
+    import wandb
+
+    def start(mode: Any) -> Any:
+        return wandb.init(
+            mode=mode,
+            id=run_id,
+            resume="allow",
+            project=config.project,
+            entity=config.entity,
+            name=config.name,
+            config=dict(settings),
+            dir=str(folder),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=INIT_SECONDS,
+                finish_timeout=FINISH_SECONDS,
+                x_transaction_log_flush_interval=_FLUSH_SECONDS,
+                x_disable_meta=True,  # the command line
+                disable_git=True,  # uncommitted changes, the remote's URL
+                disable_code=True,
+            ),
+        )
+
+    try:
+        return start(mode), mode
+    except wandb.errors.Error as error:
+        if mode != "online":
+            raise
+        log(f"W&B can't be reached ({error}); its run is offline")
+        wandb.teardown()  # the run that could not be opened would keep its id from the next
+        return start("offline"), "offline"
+
+
+def let_go() -> None:
+    """End wandb in this process; waits for what `give_up` ends."""
+    import wandb
+
+    with suppress(Exception):  # policy: its process may be gone, and there is nothing left to do
+        wandb.teardown()
+
+
+def give_up() -> None:
+    """Kill wandb's process, so that neither a thread nor the end of the program waits for it."""
+    killed = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.name() == _CORE:
+                child.kill()
+                killed.append(child)
+    psutil.wait_procs(killed, timeout=1.0)

@@ -1,0 +1,38 @@
+"""Training within an experiment: the trainer's own steps, and its checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memshare.config import load_config
+from memshare.evaluation.learn import train_encoder
+from memshare.retrieval.encoder import Encoder
+from memshare.training.select import select
+from memshare.training.step import NonFinite
+from tests.tiny import tiny_encoder
+from tests.training_data import examples
+
+
+def test_an_encoder_learns(tmp_path: Path) -> None:
+    before = Encoder.from_folder(tiny_encoder(tmp_path / "encoder"), "cpu")
+    settings = ["training.max_steps=3", "training.lr=1e-3", f"encoder.model={tmp_path}/encoder"]
+    config = load_config(None, settings)
+    after, report = train_encoder(config, select(examples(20), config.training).items)
+    assert report["steps"] == 3 and report["loss"] > 0
+    queries = [encoder.encode_queries(["a question"]) for encoder in (before, after)]
+    assert np.abs(queries[0] - queries[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(("steps", "failed"), [(1, "step 1: what the encoder gives"), (3, "step")])
+def test_weights_that_are_no_good_are_found_whichever_step_made_them(
+    tmp_path: Path, steps: int, failed: str
+) -> None:
+    """Those of the last step, too, which no further step judges."""
+    tiny_encoder(tmp_path / "encoder")
+    settings = ["training.lr=1e38", f"training.max_steps={steps}"]
+    config = load_config(None, [*settings, f"encoder.model={tmp_path}/encoder"])
+    with pytest.raises(NonFinite, match=failed):
+        train_encoder(config, select(examples(20), config.training).items)

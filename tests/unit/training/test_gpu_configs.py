@@ -1,0 +1,47 @@
+"""What the configurations for GPUs make the trainer choose there; no GPU is needed to ask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands import launch
+from transformers import BertConfig, BertModel
+
+from memshare.config import load_config
+from memshare.retrieval import packing
+from memshare.training.child import accelerate_command
+
+ROOT = Path(__file__).parents[3]
+GPU_CONFIGS = ("h200.yaml", "cluster.yaml")
+
+
+def mixed_precision(command: list[str]) -> str:
+    """What accelerate's launcher tells the programs that ``command`` starts."""
+    assert command[1:3] == ["-m", "accelerate.commands.launch"]
+    args = launch.launch_command_parser().parse_args([*command[3:], "program.py"])
+    args, _, _ = launch._validate_launch_command(args)
+    if args.multi_gpu:
+        return str(launch.prepare_multi_gpu_env(args)["ACCELERATE_MIXED_PRECISION"])
+    return str(launch.prepare_simple_launcher_cmd_env(args)[1]["ACCELERATE_MIXED_PRECISION"])
+
+
+@pytest.mark.parametrize("name", GPU_CONFIGS)
+def test_the_loop_trains_in_bf16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # whose configs/accelerate they name
+    config = load_config(ROOT / "configs" / name)
+    assert mixed_precision(accelerate_command(config.continual)) == "bf16"
+
+
+@pytest.mark.parametrize("name", GPU_CONFIGS)
+def test_texts_are_packed_on_a_gpu(name: str) -> None:
+    config = load_config(ROOT / "configs" / name)
+    assert config.encoder.model == "BAAI/bge-base-en-v1.5"  # a BERT-base, its dropouts the class's
+    small = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    assert small.attention_probs_dropout_prob > 0
+    dropout = config.training.dropout
+    cuda = torch.device("cuda")
+    assert packing.enable([BertModel(small)], cuda, half=True, dropout=dropout)
+    # Not in single precision, for which the GPU has no such kernel.
+    assert not packing.enable([BertModel(small)], cuda, half=False, dropout=dropout)
