@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from memshare.pool.schema import decisions, memories
+from memshare.pool import decisions
+from memshare.pool.schema import memories
 from memshare.records import PoolInfo
 
 
@@ -63,17 +64,5 @@ def collect(connection: sa.Connection, pool: PoolInfo) -> PoolStats:
         deleted=deleted,
         by_agent=dict(sorted((agent or "", count) for agent, count in by_agent)),
         scores=ScoreSummary(scored, mean, low, high),
-        decisions=decision_counts(connection, pool.name),
+        decisions=decisions.counts(connection, pool.name),
     )
-
-
-def decision_counts(connection: sa.Connection, pool: str) -> dict[str, int]:
-    """Reason to count, most frequent first."""
-    count = sa.func.count()
-    rows = connection.execute(
-        sa.select(decisions.c.reason, count)
-        .where(decisions.c.pool == pool)
-        .group_by(decisions.c.reason)
-    )
-    found: list[tuple[str, int]] = [(reason, number) for reason, number in rows]
-    return dict(sorted(found, key=lambda item: (-item[1], item[0])))

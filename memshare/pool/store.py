@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from memshare.pool import alter
+from memshare.pool import alter, decisions
 from memshare.pool import stats as figures
 from memshare.pool.append import append_to_pool
 from memshare.pool.engine import IDS_LOCK, POOLS_LOCK, Database
@@ -31,7 +31,7 @@ from memshare.pool.rows import (
     read_cursor,
     span_end,
 )
-from memshare.pool.schema import changes, decisions, memories, pools
+from memshare.pool.schema import changes, memories, pools
 from memshare.pool.stats import PoolStats
 from memshare.pool.validate import (
     MAX_TEXT_CHARS,
@@ -39,7 +39,6 @@ from memshare.pool.validate import (
     check_pool_name,
     check_score,
     check_text,
-    now,
 )
 from memshare.records import AppendResult, Change, Memory, NewMemory, PoolInfo
 
@@ -151,6 +150,12 @@ class PoolStore:
         """Counts, scores and decisions of one pool."""
         with self._db.read() as connection:
             return figures.collect(connection, need_pool(connection, pool))
+
+    def decisions(self, pool: str) -> dict[str, int]:
+        """Reason to count, most frequent first; accepted pairs count as ``stored``."""
+        with self._db.read() as connection:
+            need_pool(connection, pool)
+            return decisions.counts(connection, pool)
 
     # Writing memories
 
@@ -351,47 +356,6 @@ class PoolStore:
         """
         with self._db.read() as connection:
             return span_end(connection, pool, after_seq, until_seq, count)
-
-    # Decisions
-
-    def record_decision(
-        self,
-        pool: str,
-        reason: str,
-        prompt_hash: str,
-        score: float | None,
-        agent: str | None,
-        memory_id: str | None,
-    ) -> None:
-        """Put on record what became of a graded pair: ``stored``, or why it was rejected."""
-        with self._db.write() as connection:
-            self.record_in(connection, pool, reason, prompt_hash, score, agent, memory_id)
-
-    @staticmethod
-    def record_in(
-        connection: sa.Connection,
-        pool: str,
-        reason: str,
-        prompt_hash: str,
-        score: float | None,
-        agent: str | None,
-        memory_id: str | None,
-    ) -> None:
-        """As `record_decision`, in a write transaction of the caller's."""
-        check_text("reason", reason)
-        need_pool(connection, pool)
-        connection.execute(
-            sa.insert(decisions).values(
-                pool=pool, decided_at=now(), reason=reason, prompt_hash=prompt_hash,
-                score=check_score(score), agent=agent, memory_id=memory_id,
-            )
-        )  # fmt: skip
-
-    def decisions(self, pool: str) -> dict[str, int]:
-        """Reason to count, most frequent first; accepted pairs count as ``stored``."""
-        with self._db.read() as connection:
-            need_pool(connection, pool)
-            return figures.decision_counts(connection, pool)
 
 
 def _check_settings(rubric: str, threshold: float) -> None:

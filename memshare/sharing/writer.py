@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from memshare.config import Config
+from memshare.pool import decisions
 from memshare.pool.errors import InvalidMemory
 from memshare.pool.limits import Limits
 from memshare.pool.queue import Job, PairQueue
@@ -131,7 +132,7 @@ class Writer:
                     reason = _REASONS[result.status]
                     detail = result.reason or decision.detail
                     decision = replace(decision, status=result.status, reason=reason, detail=detail)
-            self._store.record_in(
+            decisions.record(
                 connection, pair.pool, decision.reason, prompt_hash(pair.prompt), decision.score,
                 pair.agent, decision.memory_id,
             )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import psycopg
 import pytest
 
-from memshare.pool import PoolError, PoolStore
+from memshare.pool import PoolError, PoolStore, decisions
 from memshare.pool import postgres as room
 from memshare.pool.rows import need_pool
 from memshare.records import NewMemory
@@ -63,7 +63,8 @@ def test_writers_of_different_pools_do_not_wait_for_each_other(store: PoolStore)
     with store._db.write() as connection:
         need_pool(connection, "main", lock=True)
         store.append([NewMemory("other", "p", "a")])
-        store.record_decision("main", "below threshold", "h", 1, None, None)
+        with store.database.write() as beside:
+            decisions.record(beside, "main", "below threshold", "h", 1, None, None)
 
 
 def test_a_vanished_writer_frees_its_pool(

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from memshare.pool import PoolError, PoolStore, UnknownPool
+from memshare.pool import PoolError, PoolStore, UnknownPool, decisions
 from memshare.pool.ids import new_id
 from memshare.pool.queue import ClaimLost, Job, PairQueue
 from memshare.records import Pair
@@ -26,7 +26,7 @@ def store(url: str) -> PoolStore:
 
 def decide(store: PoolStore, job: Job) -> None:
     with store.database.write() as connection:
-        store.record_in(connection, "main", "stored", "h", None, None, None)
+        decisions.record(connection, "main", "stored", "h", None, None, None)
         PairQueue.finish(connection, job)
 
 

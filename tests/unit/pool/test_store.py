@@ -10,7 +10,7 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from memshare.pool import InvalidMemory, PoolError, PoolStore, UnknownPool
+from memshare.pool import InvalidMemory, PoolError, PoolStore, UnknownPool, decisions
 from memshare.pool.store import PAGE
 from memshare.records import Change, NewMemory
 
@@ -67,7 +67,7 @@ def test_an_unknown_pool_is_named_with_those_that_exist(store: PoolStore) -> Non
         lambda: store.stats("nope"),
         lambda: store.set_pool("nope", "general"),
         lambda: store.append([new("a"), new("b", pool="nope")]),
-        lambda: store.record_decision("nope", "stored", "h", 1, None, None),
+        lambda: store.decisions("nope"),
     ):
         with pytest.raises(UnknownPool, match=r"'nope'.*main"):
             call()
@@ -222,9 +222,12 @@ def test_stats_and_decisions(store: PoolStore) -> None:
     )
     store.delete(d)
     store.hold(c)
-    store.record_decision("main", "stored", "h1", 90, "x", a)
-    store.record_decision("main", "below threshold", "h2", 30, "x", None)
-    store.record_decision("main", "below threshold", "h3", None, None, None)
+    with store.database.write() as connection:
+        decisions.record(connection, "main", "stored", "h1", 90, "x", a)
+        decisions.record(connection, "main", "below threshold", "h2", 30, "x", None)
+        decisions.record(connection, "main", "below threshold", "h3", None, None, None)
+        with pytest.raises(UnknownPool, match=r"'nope'.*main"):
+            decisions.record(connection, "nope", "stored", "h", 1, None, None)
     stats = store.stats("main")
     assert (stats.memories, stats.held, stats.deleted) == (3, 1, 1)
     assert stats.by_agent == {"x": 2, "y": 1}
