@@ -37,7 +37,8 @@ def where(error: BaseException) -> str:
         place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
         said = ""
         if isinstance(seen, OperationalError):  # its own text would show the statement's parameters
-            said = f" ({str(seen.orig).splitlines()[0]})"
+            told, _, _ = str(seen.orig).partition("\n")
+            said = f" ({told})"
         parts.append(type(seen).__name__ + place + said)
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return ", from ".join(parts)

@@ -7,7 +7,10 @@ import logging
 import os
 import time
 
-from memshare.gateway.logs import REQUEST_ID, Background, JsonLines, PlainLines, logger
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from memshare.gateway.logs import REQUEST_ID, Background, JsonLines, PlainLines, logger, where
 
 
 def record(message: str, **fields: object) -> logging.LogRecord:
@@ -49,3 +52,12 @@ def test_a_reader_that_stalls_stops_nobody_and_hears_what_it_missed() -> None:
     notes = [entry["message"] for entry in seen if "lines were dropped" in entry["message"]]
     assert shown[:20] == list(range(20)) and shown == sorted(shown) and len(shown) < 2500
     assert sum(int(note.split()[0]) for note in notes) + len(shown) == 5000
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [("disk full\nSTATEMENT: secret", "OperationalError (disk full)"), ("", "OperationalError ()")],
+)
+def test_of_a_databases_error_only_its_first_line_is_told(said: str, shown: str) -> None:
+    error = OperationalError("INSERT secret", {"text": "secret"}, Exception(said))
+    assert where(error) == shown
