@@ -30,7 +30,7 @@ from memshare.retrieval.build import build_generation
 from memshare.retrieval.divided import serve
 from memshare.retrieval.encoder import Encoder
 from memshare.training.batching import Batches
-from memshare.training.gather import World, launch
+from memshare.training.gather import World, launch, leave
 from memshare.training.optimizer import make_optimizer, update
 from memshare.training.order import Ints
 from memshare.training.select import Selected
@@ -186,7 +186,7 @@ def main() -> None:
         done = getattr(work, turn["what"])(turn["count"])
         if world.main:
             write_json(args.folder / f"done-{number}.json", done)
-    accelerator.end_training()
+    leave(accelerator)
 
 
 def await_turn(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from memshare.training.estimate import estimate
 from memshare.training.evaluate import read_held_out
 from memshare.training.examples import ExamplesError, read_training
 from memshare.training.export import export
-from memshare.training.gather import DifferentData, World, launch
+from memshare.training.gather import DifferentData, World, launch, leave
 from memshare.training.optimizer import lr_factor, make_optimizer, round_lr, update
 from memshare.training.resume import fixed_settings, resume, without_ruined
 from memshare.training.select import select
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, outcome.DiskFull, *EXPECTED) as error:
         return outcome.tell(error)
     finally:
-        accelerator.end_training()
+        leave(accelerator)
 
 
 def train(

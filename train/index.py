@@ -39,7 +39,7 @@ from memshare.retrieval.generation import GenerationError, current, generations
 from memshare.retrieval.manifest import folder_name
 from memshare.retrieval.publish import publish, record_rejection
 from memshare.training.gate_report import report_gate
-from memshare.training.gather import World, launch
+from memshare.training.gather import World, launch, leave
 from memshare.training.mining import split_memories
 from memshare.training.outcome import DATABASE_AWAY, read_result
 from memshare.training.relevance import HeldOutRelevance
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log(f"error: {error}")
         return 1
     finally:
-        accelerator.end_training()
+        leave(accelerator)
     if args.result is not None:
         write_json(args.result, outcome)
     print(json.dumps(outcome, ensure_ascii=False))

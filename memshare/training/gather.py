@@ -9,6 +9,7 @@ with the loss divided by the global batch, that is the one-process gradient.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -49,6 +50,16 @@ def launch() -> Accelerator:
     if accelerator.mixed_precision not in {"no", "bf16"}:
         raise ConfigError("accelerate: mixed_precision must be no or bf16")
     return accelerator
+
+
+def leave(accelerator: Accelerator) -> None:
+    """End what `launch` began, before Python ends.
+
+    A thread of the group's that still lets go of a tensor then aborts the process, after all its
+    work is done. The group goes with its last reference, and a module that FSDP2 divided has some.
+    """
+    gc.collect()
+    accelerator.end_training()
 
 
 def wants_fsdp() -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from memshare.config import LoRAConfig, TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.batching import Batches
-from memshare.training.gather import DifferentData, World, launch
+from memshare.training.gather import DifferentData, World, launch, leave
 from memshare.training.optimizer import make_optimizer, whole
 from memshare.training.select import select
 from memshare.training.sharding import spread
@@ -109,7 +109,7 @@ def main(encoder_folder: Path, output: Path) -> None:
         world.check_same(str(world.rank), "examples")
     except DifferentData as error:
         (output / f"different-{world.rank}.txt").write_text(str(error))
-    accelerator.end_training()
+    leave(accelerator)
 
 
 if __name__ == "__main__":
