@@ -15,7 +15,7 @@ from memshare.config.learning import (
 )
 from memshare.config.llm import AgentConfig, LLMConfig, ScorerConfig, VLLMServerConfig
 from memshare.config.load import Config, ConfigError, add_config_arguments, load_config
-from memshare.config.public import public
+from memshare.config.public import public, without_secrets
 from memshare.config.sections import (
     BM25Config,
     BootstrapConfig,
@@ -55,4 +55,5 @@ __all__ = [
     "add_config_arguments",
     "load_config",
     "public",
+    "without_secrets",
 ]

@@ -42,7 +42,12 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float):
         return value
-    return _PARAMETER.sub(rf"\1{HIDDEN}", _USER_INFO.sub(_bare, str(value)))
+    return without_secrets(str(value))
+
+
+def without_secrets(text: str) -> str:
+    """``text``, such as a command line, without what `public` hides of URLs in it."""
+    return _PARAMETER.sub(rf"\1{HIDDEN}", _USER_INFO.sub(_bare, text))
 
 
 def _bare(found: re.Match[str]) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from memshare.config import ContinualConfig
+from memshare.config import ContinualConfig, without_secrets
 from memshare.files import write_json
 
 _POLL_SECONDS = 0.1
@@ -73,9 +73,10 @@ def run_child(
 
     Raises `ChildFailed` for a non-zero exit code, `Stopped` once ``stop`` is set.
     """
+    told = without_secrets(" ".join(command))
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as output:
-        output.write(f"$ {' '.join(command)}\n".encode())
+        output.write(f"$ {told}\n".encode())
         output.flush()
         child = subprocess.Popen(
             command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
@@ -96,7 +97,7 @@ def run_child(
     if child.returncode:
         lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
         raise ChildFailed(
-            f"{' '.join(command)}\nended with code {child.returncode}; the end of {log_file}:\n"
+            f"{told}\nended with code {child.returncode}; the end of {log_file}:\n"
             + "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:]),
             child.returncode,
         )

@@ -1,0 +1,26 @@
+"""A child's log: its command line without secrets, its output, and the end of it in the error."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from memshare.training.child import ChildFailed, run_child
+
+SETTING = "--set=database_url=postgresql://ann:hunter2@db/memshare"
+
+
+def test_what_a_child_was_started_with_is_told_without_secrets(tmp_path: Path) -> None:
+    log, record = tmp_path / "logs" / "mine.log", tmp_path / "child.json"
+    program = "import sys; print('got', len(sys.argv[1])); sys.exit(3)"
+    command = [sys.executable, "-c", program, SETTING]
+    with pytest.raises(ChildFailed) as failed:
+        run_child(command, log, record, threading.Event(), tmp_path)
+    written = log.read_text()
+    assert f"got {len(SETTING)}" in written, "the child itself gets it whole"
+    for told in (written, str(failed.value)):
+        assert "postgresql://ann:***@db/memshare" in told and "hunter2" not in told
+    assert "ended with code 3" in str(failed.value) and not record.exists()
