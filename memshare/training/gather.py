@@ -90,6 +90,12 @@ class World:
         """Whether this process writes the files and the log."""
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """What this process computes on, for a report."""
+        gpu = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if gpu else self.device.type
+
     def gather_rows(self, local: Tensor, owners: Sequence[Ints]) -> Tensor:
         """Every process's rows in their places.
 
