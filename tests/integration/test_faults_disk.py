@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import httpx
@@ -60,14 +60,15 @@ def test_sqlite(tmp_path: Path, models: Path) -> None:
 
 
 @pytest.mark.server
-def test_tables_of_postgresql(
-    disk: Path, postgres: PostgresServer, tmp_path: Path, models: Path
-) -> None:
+def test_tables_of_postgresql(disk: Path, tmp_path: Path, models: Path) -> None:
     """The server goes on, and refuses what it has no room for."""
     folder = disk / "tables"
     folder.mkdir()
-    database = postgres.url(postgres.create(folder))
-    with gateway(tmp_path / "run", models, database_url=database) as url:
+    # One of its own: with the disk gone afterwards, a server can make no other database.
+    with ExitStack() as stack:
+        server = stack.enter_context(closing(PostgresServer()))
+        database = server.url(server.create(folder))
+        url = stack.enter_context(gateway(tmp_path / "run", models, database_url=database))
         with Load(url).running() as load:
             load.more(20)
             ballast = fill_up(disk)
@@ -88,8 +89,7 @@ def test_log_of_postgresql(disk: Path, tmp_path: Path, models: Path) -> None:
     """The server stops, as it must not acknowledge what it can't log, and is started again."""
     wal = disk / "wal"
     wal.mkdir()
-    server = PostgresServer(wal)
-    try:
+    with closing(PostgresServer(wal)) as server:
         server.run("SELECT pg_create_physical_replication_slot('nobody', true)")  # keeps all of it
         database = server.url(server.create())
         with gateway(tmp_path / "run", models, database_url=database) as url:
@@ -106,7 +106,5 @@ def test_log_of_postgresql(disk: Path, tmp_path: Path, models: Path) -> None:
                 load.more(20)
             check_refusals(load)
             check(database, url, load)
-    finally:
-        server.close()
     assert recovery < RECOVERY_SECONDS, f"{recovery:.1f} s to recover"
     print(f"{recovery:.1f} s to recover")
