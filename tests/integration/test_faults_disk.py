@@ -40,20 +40,26 @@ def search(url: str) -> int:
     return len(httpx.post(f"{url}/v1/memories/search", json=body, timeout=30).json()["memories"])
 
 
+def full_under_load(url: str, disk: Path) -> tuple[Load, float]:
+    """What was written before, while and after the disk was full; and seconds to recover."""
+    with Load(url).running() as load:
+        load.more(20)
+        ballast = fill_up(disk)
+        load.refused()
+        assert search(url) == 20  # reading goes on
+        ballast.unlink()
+        recovery = load.more()
+        load.more(20)
+    check_refusals(load)
+    return load, recovery
+
+
 def test_sqlite(tmp_path: Path, models: Path) -> None:
     with ExitStack() as stack:
         disk = stack.enter_context(small_disk(tmp_path / "disk", "8m"))
         database = f"sqlite:///{disk}/pool.db"
         url = stack.enter_context(gateway(tmp_path / "run", models, database_url=database))
-        with Load(url).running() as load:
-            load.more(20)
-            ballast = fill_up(disk)
-            load.refused()
-            assert search(url) == 20  # reading goes on
-            ballast.unlink()
-            recovery = load.more()
-            load.more(20)
-        check_refusals(load)
+        load, recovery = full_under_load(url, disk)
         check(database, url, load)
     assert recovery < ROOM_SECONDS, f"{recovery:.1f} s to recover"
     print(f"{recovery:.1f} s to recover")
@@ -69,16 +75,8 @@ def test_tables_of_postgresql(disk: Path, tmp_path: Path, models: Path) -> None:
         server = stack.enter_context(closing(PostgresServer()))
         database = server.url(server.create(folder))
         url = stack.enter_context(gateway(tmp_path / "run", models, database_url=database))
-        with Load(url).running() as load:
-            load.more(20)
-            ballast = fill_up(disk)
-            load.refused()
-            assert search(url) == 20
-            assert "No space left" in (tmp_path / "run" / "gateway.log").read_text()
-            ballast.unlink()
-            recovery = load.more()
-            load.more(20)
-        check_refusals(load)
+        load, recovery = full_under_load(url, disk)
+        assert "No space left" in (tmp_path / "run" / "gateway.log").read_text()
         check(database, url, load)
     assert recovery < ROOM_SECONDS, f"{recovery:.1f} s to recover"
     print(f"{recovery:.1f} s to recover")
