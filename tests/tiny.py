@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from memshare.retrieval.encoder import Encoder, Settings
+from memshare.retrieval.encoder import Encoder, Pooling, Settings
 
 MAX_POSITIONS = 128
 
@@ -47,7 +47,7 @@ def tiny_encoder(
     seed: int = 0,
     dim: int = 32,
     *,
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     query_prefix: str = "",
     memory_prefix: str = "",
     max_length: int = 64,
@@ -72,7 +72,7 @@ def tiny_encoder(
         with torch.no_grad():
             model.embeddings.word_embeddings.weight.mul_(10)
     settings = Settings(
-        pooling="cls" if pooling == "cls" else "mean",
+        pooling=pooling,
         query_prefix=query_prefix,
         memory_prefix=memory_prefix,
         max_length=max_length,

@@ -54,13 +54,16 @@ class MiningConfig(Section):
 
 
 class LoRAConfig(Section):
-    """Low-rank adapters through peft; merged into the weights on export."""
+    """Low-rank adapters through peft; merged into the weights on export.
+
+    ``target_modules``: the linear layers that get adapters, all of them or those of these names.
+    """
 
     enabled: bool = False
     r: PositiveInt = 16
     alpha: PositiveInt = 32
     dropout: Fraction = 0.05
-    target_modules: tuple[str, ...] = ("query", "key", "value", "dense")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
 class TrainingConfig(Section):

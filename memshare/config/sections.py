@@ -64,11 +64,13 @@ class PoolSettings(Section):
 class EncoderConfig(Section):
     """The text encoder. ``model`` is a folder, a hub name, or the name of an installed package's.
 
+    ``pooling`` makes a text's vector of its tokens': their mean, the first one (``cls``), or the
+    last one, for decoders such as Qwen3-Embedding; a sentence-transformers folder says which.
     ``batch_tokens`` bounds padded tokens per forward pass; ``max_length`` is in tokens.
     """
 
     model: str = "all-MiniLM-L6-v2"
-    pooling: Literal["mean", "cls"] = "mean"
+    pooling: Literal["mean", "cls", "lasttoken"] = "mean"
     query_prefix: str = ""
     memory_prefix: str = ""
     max_length: PositiveInt = 256

@@ -5,7 +5,8 @@ go through one model, or each through a tower of its own (`Encoder.split`). The 
 `Encoder.save` is a sentence-transformers model: ``SentenceTransformer(folder)`` gives the same
 vectors, its prompts ``query`` and ``memory`` being the prefixes; two towers are its Router, with
 ``encode_query`` and ``encode_document``. Mean and CLS pooling as in Sentence-BERT (Reimers &
-Gurevych 2019).
+Gurevych 2019); the last token's vector for decoders, whose last token alone has read all others (as
+E5-Mistral, Wang et al. 2023, and Qwen3-Embedding).
 """
 
 from __future__ import annotations
@@ -55,17 +56,20 @@ def pool_embeddings(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """Pool token vectors to one unit vector a row, in float32.
 
     ``hidden`` is (batch, tokens, dim), ``mask`` (batch, tokens) with 1 for real tokens, at least
-    one a row; returns (batch, dim). ``mean`` averages the real tokens, ``cls`` takes the first.
+    one a row; returns (batch, dim). ``mean`` averages the real tokens, ``cls`` takes the first and
+    ``lasttoken`` the last.
     """
     hidden = hidden.float()
-    if pooling == "cls":
-        first = mask.to(torch.int64).argmax(dim=1)
-        pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
+    if pooling in ("cls", "lasttoken"):
+        at = mask.to(torch.int64).argmax(dim=1)
+        if pooling == "lasttoken":
+            at = mask.shape[1] - 1 - mask.flip(1).to(torch.int64).argmax(dim=1)
+        pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
     elif pooling == "mean":
         weights = mask.unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
     else:
-        raise ValueError(f"pooling {pooling!r}: expected mean or cls")
+        raise ValueError(f"pooling {pooling!r}: expected mean, cls or lasttoken")
     return functional.normalize(pooled, dim=-1)
 
 
@@ -139,7 +143,7 @@ class Encoder:
     @classmethod
     def _open(cls, folder: Path, settings: Settings, device: str, batch_tokens: int) -> Encoder:
         towers = tower_folders(folder)
-        parts = [encoder_folder.load_parts(path, settings.lower_case) for path in towers]
+        parts = [encoder_folder.load_parts(path, settings) for path in towers]
         model, tokenizer, limit = parts[0]
         if len(parts) > 1:
             other = parts[1]

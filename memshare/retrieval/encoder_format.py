@@ -17,11 +17,17 @@ import torch
 from memshare.files import write_json
 from memshare.loading import using_transformers
 
-Pooling = Literal["mean", "cls"]
+Pooling = Literal["mean", "cls", "lasttoken"]
 Side = Literal["query", "memory"]
 
 _ROUTES: dict[Side, str] = {"query": "query", "memory": "document"}  # a Router's names for them
 _MODULES = "sentence_transformers.models."
+# sentence-transformers' names for what is pooled: before version 6 one switch each, then one word.
+_SWITCHES: dict[Pooling, str] = {
+    "mean": "mean_tokens",
+    "cls": "cls_token",
+    "lasttoken": "lasttoken",
+}
 _TOWER = {"0_Transformer": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
 
 
@@ -121,6 +127,11 @@ def _chain_settings(folder: Path, chain: list[tuple[str, Path]]) -> dict[str, An
                 f"{folder}: has a {kind} module; only Transformer, Pooling and Normalize are known"
             )
     about = _read_json(base / "sentence_bert_config.json", {})
+    if "message" in (about.get("modality_config") or {}):
+        raise EncoderError(
+            f"{folder}: puts texts into its tokenizer's chat template; save it with a "
+            "modality_config of text alone"
+        )
     tokenizer = _read_json(base / "tokenizer_config.json", {})
     length = about.get("max_seq_length") or tokenizer.get("model_max_length")
     if isinstance(length, int) and 0 < length < 10**6:  # "no limit" is written as 10**30
@@ -134,13 +145,14 @@ def _stored_pooling(folder: Path, config: dict[str, Any]) -> Pooling:
     if mode is None:  # sentence-transformers before 6: one switch a mode, all off meaning mean
         switch = "pooling_mode_"
         on = [k.removeprefix(switch) for k, v in config.items() if k.startswith(switch) and v]
-        known = {"": "mean", "mean_tokens": "mean", "cls_token": "cls"}
+        known = {"": "mean", **{switch: pooling for pooling, switch in _SWITCHES.items()}}
         mode = known.get("+".join(on), "+".join(on))
-    if mode not in ("mean", "cls") or config.get("include_prompt", True) is False:
-        raise EncoderError(
-            f"{folder}: pooling {mode!r}; only mean and cls over all tokens are known"
-        )
-    return "cls" if mode == "cls" else "mean"
+    for pooling in _SWITCHES:
+        if mode == pooling and config.get("include_prompt", True) is not False:
+            return pooling
+    raise EncoderError(
+        f"{folder}: pooling {mode!r}; only mean, cls and lasttoken over all tokens are known"
+    )
 
 
 def save_parts(folder: Path, model: Any, tokenizer: Any, settings: Settings, dim: int) -> None:
@@ -215,8 +227,10 @@ def _save_tower(
         pooling / "config.json",
         {
             "word_embedding_dimension": dim,
-            "pooling_mode_cls_token": settings.pooling == "cls",
-            "pooling_mode_mean_tokens": settings.pooling == "mean",
+            **{
+                f"pooling_mode_{switch}": settings.pooling == pooling
+                for pooling, switch in _SWITCHES.items()
+            },
             "include_prompt": True,
         },
     )

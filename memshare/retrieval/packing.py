@@ -125,11 +125,12 @@ def _flash(
 def pool(hidden: Tensor, lengths: Tensor, pooling: str) -> Tensor:
     """One float32 vector (texts, dim) a text, of token vectors (tokens, dim).
 
-    The mean of its tokens, or its first one (``cls``).
+    The mean of its tokens, its first one (``cls``) or its last (``lasttoken``).
     """
-    if pooling == "cls":
-        first = lengths.cumsum(0) - lengths
-        return hidden.index_select(0, first.to(hidden.device)).float()
+    if pooling != "mean":
+        end = lengths.cumsum(0)
+        at = end - lengths if pooling == "cls" else end - 1
+        return hidden.index_select(0, at.to(hidden.device)).float()
     sizes = lengths.to(hidden.device)
     return torch.segment_reduce(hidden.float(), "mean", lengths=sizes, axis=0)
 

@@ -19,11 +19,12 @@ def add_adapters(encoder: Encoder, side: Side, config: LoRAConfig, seed: int) ->
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
+    chosen = config.target_modules
     settings = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=list(config.target_modules),
+        target_modules=chosen if isinstance(chosen, str) else list(chosen),
         bias="none",
     )
     tower = encoder.tower(side)
@@ -31,7 +32,7 @@ def add_adapters(encoder: Encoder, side: Side, config: LoRAConfig, seed: int) ->
         encoder.replace_tower(side, get_peft_model(tower, settings))
     except ValueError as error:
         raise EncoderError(
-            f"training.lora.target_modules {list(config.target_modules)} fit no module of "
+            f"training.lora.target_modules {chosen!r} fits no module of "
             f"{type(tower).__name__}: {error}"
         ) from error
 

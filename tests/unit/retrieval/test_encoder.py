@@ -55,7 +55,7 @@ def minilm() -> str:
     return found
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 def test_sentence_transformers_loads_our_folder(tmp_path: Path, pooling: str) -> None:
     path = tiny_encoder(
         tmp_path / "e", pooling=pooling, query_prefix="query: ", memory_prefix="passage: "
@@ -74,7 +74,7 @@ def test_sentence_transformers_loads_our_folder(tmp_path: Path, pooling: str) ->
     assert np.abs(ours.encode(TEXTS) - ours.encode_queries(TEXTS)).max() > 1e-3
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 def test_two_towers_are_a_router_of_sentence_transformers(tmp_path: Path, pooling: str) -> None:
     ours = Encoder.from_folder(
         tiny_encoder(tmp_path / "e", pooling=pooling, query_prefix="q: ", memory_prefix="m: ")
@@ -135,7 +135,7 @@ def test_towers_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
         Encoder.from_folder(tmp_path / "two")
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 def test_we_load_what_sentence_transformers_saved(tmp_path: Path, pooling: str) -> None:
     bare = Transformer(str(tiny_encoder(tmp_path / "tiny", seed=3)), max_seq_length=40)
     modules = [bare, Pooling(32, pooling_mode=pooling), Normalize()]
@@ -254,9 +254,11 @@ def test_pooling_by_hand() -> None:
     mean = np.array([[4, 4], [5, 1]]) / np.array([[32**0.5], [26**0.5]])
     close(pool_embeddings(hidden, mask, "mean"), mean)
     close(pool_embeddings(hidden, mask, "cls"), np.array([[0.6, 0.8], [5 / 26**0.5, 1 / 26**0.5]]))
+    last = np.array([[1, 0], [0, 0]], dtype=float)
+    close(pool_embeddings(hidden, mask, "lasttoken"), last)
     half = pool_embeddings(hidden.bfloat16(), mask, "mean")
     assert half.dtype == torch.float32
-    with pytest.raises(ValueError, match="expected mean or cls"):
+    with pytest.raises(ValueError, match="expected mean, cls or lasttoken"):
         pool_embeddings(hidden, mask, "max")  # type: ignore[arg-type]
 
 

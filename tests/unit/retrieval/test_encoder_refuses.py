@@ -92,7 +92,7 @@ def test_foreign_modules_and_pooling_are_refused(folder: Path) -> None:
         {"embedding_dimension": 32, "pooling_mode": "mean", "include_prompt": False},
     ):
         pooling.write_text(json.dumps(bad))
-        with pytest.raises(EncoderError, match="only mean and cls over all tokens"):
+        with pytest.raises(EncoderError, match="only mean, cls and lasttoken over all tokens"):
             Encoder.from_folder(folder)
     modules = json.loads((folder / "modules.json").read_text())
     modules.append(

@@ -13,7 +13,7 @@ from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, Rober
 
 from memshare.config import LoRAConfig
 from memshare.retrieval import packing
-from memshare.retrieval.encoder import Encoder, pool_embeddings
+from memshare.retrieval.encoder import Encoder, Pooling, pool_embeddings
 from memshare.training.lora import add_adapters
 from tests.tiny import tiny_encoder
 
@@ -33,9 +33,9 @@ def gradients(encoder: Encoder, vectors: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_equal_to_padded_texts(tmp_path: Path, pooling: str, lora: bool) -> None:
+def test_equal_to_padded_texts(tmp_path: Path, pooling: Pooling, lora: bool) -> None:
     encoder = Encoder.from_folder(tiny_encoder(tmp_path / "tiny", pooling=pooling), device="cpu")
     if lora:
         add_adapters(encoder, "query", LoRAConfig(enabled=True, r=4, alpha=8, dropout=0.0), seed=1)
