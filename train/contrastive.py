@@ -144,7 +144,7 @@ def train(
 
     # 4. Train: each step's gradient is the same on all processes, and so are their weights.
     facts = {**fixed, "model": model, "round": args.round, "seed": seed, "commit": commit(),
-             "device": world.device_name}  # fmt: skip
+             **world.facts()}  # fmt: skip
     tracker = at_end.enter_context(Tracker(
         args.output, config.wandb, run_id=state.wandb_id, done=state.step, main=world.main,
         settings={**public(config), "run_facts": facts},
