@@ -130,7 +130,7 @@ def train(
     if args.dry_run:
         if world.main:
             print(yaml.safe_dump(public(config), sort_keys=False))
-            print(estimate(encoder, batches, steps, settings, world.size))
+            print(estimate(encoder, batches, steps, settings, world.size, accelerator.autocast))
         return 0
 
     # 3. The optimizer; continue where an earlier run stopped.

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,7 @@ from memshare.training.flops import ModelCost, bf16_peak
 from memshare.training.gather import World
 from memshare.training.loss import objective_rows
 from memshare.training.order import Ints
+from memshare.training.precision import Autocast, described, in_bf16
 from memshare.training.token_table import TokenTable
 from memshare.training.towers import FrozenMemories
 
@@ -111,7 +112,7 @@ class ContrastiveStep:
         world: World,
         *,
         seed: int,
-        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        autocast: Autocast = nullcontext,
         frozen: FrozenMemories | None = None,
     ) -> None:
         """``frozen``: the docs' vectors, where the memories' tower does not learn."""
@@ -127,15 +128,13 @@ class ContrastiveStep:
         if frozen is None:
             encoder.tower("memory").train(config.dropout)
         self._tables = _learning_tables(encoder) if world.device.type == "cpu" else []
-        half = _in_bf16(autocast, world.device.type)
+        half = in_bf16(autocast, world.device.type)
         sides: tuple[Side, ...] = SIDES if frozen is None else ("query",)
         towers = [encoder.tower(side) for side in sides]
         self._packed = packing.enable(towers, world.device, half=half, dropout=config.dropout)
         if world.main:
-            log(
-                f"computing in {'bf16' if half else 'float32'}, texts "
-                + ("packed without padding" if self._packed else "padded to the longest")
-            )
+            how = "packed without padding" if self._packed else "padded to the longest"
+            log(f"texts are {how}; computing in {described(half, world.device.type)}")
         self._cost = ModelCost.of(encoder.tower("query"))
         self._peak = bf16_peak(world.device) if half else None
 
@@ -276,11 +275,6 @@ class ContrastiveStep:
             total += torch.stack([share.detach(), *parts])
         gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
         return total, gradient
-
-
-def _in_bf16(autocast: Callable[[], AbstractContextManager[object]], kind: str) -> bool:
-    with autocast():
-        return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def _learning_tables(encoder: Encoder) -> list[nn.Embedding]:

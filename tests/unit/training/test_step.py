@@ -116,7 +116,7 @@ def test_gradient_of_a_model_that_can_not_be_packed(
     assert result.loss == pytest.approx(loss, abs=1e-5)
     assert difference(got, want) < 1e-5
     assert result.tokens < result.padded < 1.1 * result.tokens  # sorted by length: little padding
-    assert "computing in float32, texts padded to the longest" in capsys.readouterr().err
+    assert "texts are padded to the longest; computing in float32\n" in capsys.readouterr().err
 
 
 def test_parts_of_the_loss_are_told_where_there_are_several(
