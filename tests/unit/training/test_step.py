@@ -23,7 +23,8 @@ from memshare.training.lora import add_adapters
 from memshare.training.loss import objective_rows
 from memshare.training.optimizer import lr_factor, make_optimizer, update
 from memshare.training.select import select
-from memshare.training.step import ContrastiveStep, NonFinite
+from memshare.training.step import ContrastiveStep
+from memshare.training.step_result import NonFinite
 from memshare.training.towers import FrozenMemories, prepare
 from tests.tiny import tiny_encoder
 from tests.training_data import examples
