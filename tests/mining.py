@@ -17,7 +17,8 @@ from memshare.records import Example, NewMemory
 from memshare.training.examples import read_examples, round_dir
 from memshare.training.journal import Span
 from memshare.training.labels import open_labeller
-from memshare.training.mining import mine, plan_round, split_memories
+from memshare.training.mining import mine
+from memshare.training.mining_plan import plan_round, split_memories
 from memshare.training.proposals import open_proposer
 from memshare.training.rounds import open_spans
 

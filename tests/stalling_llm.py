@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import select
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +17,12 @@ from tests.fake_vllm import Handler, Server
 class StallingLLM:
     """Takes every chat at once and says "to be"; a stream's first word comes before the stall."""
 
-    def __init__(self) -> None:
-        """Nothing listens until it is entered."""
+    def __init__(self, mute: bool = False) -> None:
+        """Nothing listens until it is entered. ``mute``: no word comes before the stall."""
         self.go_on = threading.Event()
         self.taken = 0  # requests that have come
+        self.left = 0  # those whose client closed the connection during the stall
+        self._mute = mute
         self._lock = threading.Lock()
 
     @contextmanager
@@ -36,16 +40,30 @@ class StallingLLM:
                     self.send_header("content-type", "text/event-stream")
                     self.send_header("connection", "close")
                     self.end_headers()
-                    self.say({"content": "to "}, None)
-                    llm.go_on.wait()
+                    if not llm._mute:
+                        self.say({"content": "to "}, None)
+                    if self.left_alone():
+                        return
+                    if llm._mute:
+                        self.say({"content": "to "}, None)
                     self.say({"content": "be"}, None)
                     self.say({}, "stop")
                     self.wfile.write(b"data: [DONE]\n\n")
-                else:
-                    llm.go_on.wait()
+                elif not self.left_alone():
                     message = {"role": "assistant", "content": "to be"}
                     choice = {"index": 0, "message": message, "finish_reason": "stop"}
                     self.answer({"choices": [choice]})
+
+            def left_alone(self) -> bool:
+                """Stall; whether the client has closed the connection meanwhile."""
+                while not llm.go_on.wait(0.02):
+                    readable, _, _ = select.select([self.connection], [], [], 0)
+                    if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                        self.close_connection = True
+                        with llm._lock:
+                            llm.left += 1
+                        return True
+                return False
 
             def say(self, delta: dict[str, str], finish_reason: str | None) -> None:
                 choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}

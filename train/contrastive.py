@@ -37,7 +37,8 @@ from memshare.training.optimizer import lr_factor, make_optimizer, round_lr, upd
 from memshare.training.resume import fixed_settings, resume, without_ruined
 from memshare.training.select import select
 from memshare.training.sharding import spread
-from memshare.training.step import ContrastiveStep, NonFinite
+from memshare.training.step import ContrastiveStep
+from memshare.training.step_result import NonFinite
 from memshare.training.towers import FrozenMemories, prepare
 from memshare.training.tracking import Tracker, new_run_id
 from memshare.training.validation import Validation
@@ -130,7 +131,7 @@ def train(
     if args.dry_run:
         if world.main:
             print(yaml.safe_dump(public(config), sort_keys=False))
-            print(estimate(encoder, batches, steps, settings, world.size))
+            print(estimate(encoder, batches, steps, settings, world.size, accelerator.autocast))
         return 0
 
     # 3. The optimizer; continue where an earlier run stopped.
@@ -143,11 +144,10 @@ def train(
     )  # fmt: skip
 
     # 4. Train: each step's gradient is the same on all processes, and so are their weights.
-    facts = {**fixed, "model": model, "round": args.round, "seed": seed, "commit": commit(),
-             "device": world.device_name}  # fmt: skip
+    origin = {"model": model, "round": args.round, "seed": seed, "commit": commit()}
     tracker = at_end.enter_context(Tracker(
         args.output, config.wandb, run_id=state.wandb_id, done=state.step, main=world.main,
-        settings={**public(config), "run_facts": facts},
+        settings={**public(config), "run_facts": {**fixed, **origin, **world.facts()}},
     ))  # fmt: skip
     gradient = ContrastiveStep(
         encoder, batches.table, settings, world, seed=seed, autocast=accelerator.autocast,

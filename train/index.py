@@ -40,7 +40,7 @@ from memshare.retrieval.manifest import folder_name
 from memshare.retrieval.publish import publish, record_rejection
 from memshare.training.gate_report import report_gate
 from memshare.training.gather import World, launch, leave
-from memshare.training.mining import split_memories
+from memshare.training.mining_plan import split_memories
 from memshare.training.outcome import DATABASE_AWAY, read_result
 from memshare.training.relevance import HeldOutRelevance
 from memshare.training.rounds import latest_encoder

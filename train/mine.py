@@ -32,7 +32,8 @@ from memshare.retrieval.generation import GenerationError
 from memshare.training.examples import ExamplesError, is_whole, read_marker, round_dir
 from memshare.training.journal import Span
 from memshare.training.labels import Share, merge_caches, open_labeller
-from memshare.training.mining import PLAN, mine, plan_round, read_plan, split_memories
+from memshare.training.mining import mine
+from memshare.training.mining_plan import PLAN, plan_round, read_plan, split_memories
 from memshare.training.proposals import open_proposer
 from memshare.training.rounds import erase_deleted, last_begun, last_mined, open_spans
 from memshare.training.split import SplitError

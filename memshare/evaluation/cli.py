@@ -86,7 +86,7 @@ async def _experiments(names: Sequence[str], config: Config, out: Path, quick: b
     from memshare.evaluation.report import print_tables
     from memshare.llm.base import LLMError
     from memshare.progress import log
-    from memshare.training.step import NonFinite
+    from memshare.training.step_result import NonFinite
 
     failed: dict[str, str] = {}
     async with open_lab(config, out) as lab:

@@ -33,7 +33,8 @@ from memshare.training.gather import World
 from memshare.training.journal import Span
 from memshare.training.labels import open_labeller
 from memshare.training.lora import merge_adapters
-from memshare.training.mining import mine, plan_round, split_memories
+from memshare.training.mining import mine
+from memshare.training.mining_plan import plan_round, split_memories
 from memshare.training.optimizer import lr_factor, make_optimizer, update
 from memshare.training.proposals import open_proposer
 from memshare.training.select import Selected, select

@@ -6,8 +6,10 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 
+from memshare.gateway.disconnect import while_connected
 from memshare.gateway.errors import error_body, error_of
 from memshare.gateway.logs import logger, where
 from memshare.gateway.state import Gateway
@@ -42,6 +44,7 @@ def _event(value: Mapping[str, Any]) -> str:
 
 async def events(
     gateway: Gateway,
+    request: Request,
     chunks: AsyncIterator[Mapping[str, Any]],
     note: Mapping[str, Any],
     pair: Pair | None,
@@ -56,7 +59,7 @@ async def events(
     gone away is not stored: nobody has seen it whole.
     """
     with gateway.shared.stage("llm"):
-        first = await anext(chunks, None)
+        first = await while_connected(request, anext(chunks, None))
 
     async def heard(spoken: _Spoken, chunk: Mapping[str, Any]) -> None:
         if spoken.hear(chunk) and pair:

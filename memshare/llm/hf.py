@@ -96,7 +96,12 @@ class TransformersBackend:
     ) -> Completion:
         """Answer ``messages``; of ``extra``, ``top_p``, ``top_k`` and ``stop`` are understood."""
         row = self._row(messages, max_tokens, temperature, seed, extra)
-        done: Row = await self._worker.submit(row)
+        gone = threading.Event()
+        row.cancelled = gone.is_set
+        try:
+            done: Row = await self._worker.submit(row)
+        finally:  # cancelled: the generation need not go on
+            gone.set()
         return Completion(done.text, done.finish or "stop", len(done.ids), done.count)
 
     async def stream(

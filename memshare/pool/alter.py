@@ -21,7 +21,8 @@ from memshare.records import ChangeKind
 def delete(connection: sa.Connection, id: str, heir: str | None = None) -> str | None:
     """Erase a living memory's text, and what others said of it, which may quote the text.
 
-    ``heir``: a living memory that takes its place, and takes over feedback, uses and copies.
+    ``heir``: a living memory that takes its place, and takes over feedback, uses and copies; the
+    caller holds `USES_LOCK` then.
     """
     erased: dict[str, Any] = {
         "prompt": "", "answer": "", "metadata": {}, "content_key": None, "held": False,
@@ -75,9 +76,11 @@ def amend(
 def _inherit(connection: sa.Connection, id: str, heir: str) -> None:
     """What is known of memory ``id`` is known of ``heir`` from now on, but its author's own vote.
 
-    Opinions and origin that ``heir`` has of its own already stay.
+    Opinions and origin that ``heir`` has of its own already stay. The caller holds `USES_LOCK`.
     """
-    found = connection.execute(sa.select(memories.c.agent).where(memories.c.id == heir)).one()
+    author = sa.select(memories.c.agent).where(memories.c.id == heir)
+    # Locked, as `Feedback.give` does it: one principal's opinions of both come one after the other.
+    found = connection.execute(author.with_for_update()).one()
     voted = sa.select(feedback.c.principal).where(feedback.c.memory_id == heir)
     connection.execute(
         sa.update(feedback)

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from memshare.pool import alter, decisions
 from memshare.pool import stats as figures
 from memshare.pool.append import append_to_pool
-from memshare.pool.engine import IDS_LOCK, POOLS_LOCK, Database
+from memshare.pool.engine import IDS_LOCK, POOLS_LOCK, USES_LOCK, Database
 from memshare.pool.errors import InvalidMemory, PoolError
 from memshare.pool.limits import NO_LIMITS, Limits
 from memshare.pool.rows import (
@@ -243,6 +243,8 @@ class PoolStore:
 
     def _erase(self, id: str, heir: str | None) -> bool:
         with self._db.write() as connection:
+            if heir is not None:  # before the pool, so that nobody who has one waits for this
+                self._db.backend.lock(connection, USES_LOCK)
             return self._announced(connection, alter.delete(connection, id, heir))
 
     def hold(self, id: str, reason: str | None = None) -> bool:

@@ -52,11 +52,13 @@ def accelerate_command(config: ContinualConfig, *, always: bool = True) -> list[
         return [sys.executable]
     import torch
 
+    from memshare.training.precision import preferred
+
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if config.accelerate_config is not None:
         return [*command, "--config_file", str(config.accelerate_config)]
     command += ["--num_processes", str(config.num_processes), "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--mixed_precision", preferred(), "--dynamo_backend", "no"]
     threads = max(1, len(os.sched_getaffinity(0)) // config.num_processes)
     command += ["--num_cpu_threads_per_process", str(threads)]
     if config.num_processes == 1:

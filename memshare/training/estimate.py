@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.batching import Batches
 from memshare.training.gather import wants_fsdp
+from memshare.training.precision import Autocast, described, in_bf16
 from memshare.training.step import TILE_ROWS
 
 _FLOAT = 4  # bytes
@@ -21,6 +23,7 @@ class Estimate:
     """Counts, and bytes on each process; the activations' part is a rule of thumb.
 
     ``frozen_bytes``: the vectors of all docs, where the memories' tower does not learn.
+    ``precision``: in words.
     """
 
     parameters: int
@@ -33,6 +36,7 @@ class Estimate:
     activation_bytes: int
     logits_bytes: int
     frozen_bytes: int
+    precision: str
 
     def __str__(self) -> str:
         mib = 2**20
@@ -49,14 +53,17 @@ class Estimate:
                 f"data: {self.examples:,} examples, {self.steps:,} steps of about "
                 f"{self.tokens_per_step:,} tokens over all processes",
                 f"memory per process: about {sum(parts.values()) // mib:,} MiB ({each})",
+                f"precision: {self.precision}",
             )
         )
 
 
 def estimate(
-    encoder: Encoder, batches: Batches, steps: int, config: TrainingConfig, processes: int
-) -> Estimate:
+    encoder: Encoder, batches: Batches, steps: int, config: TrainingConfig, processes: int,
+    autocast: Autocast = nullcontext,
+) -> Estimate:  # fmt: skip
     """Estimate a run's needs; the first batch stands for all."""
+    kind = encoder.device.type
     parameters = [(p.numel(), p.requires_grad) for p in encoder.model.parameters()]
     everything = sum(count for count, _ in parameters)
     trainable = sum(count for count, trained in parameters if trained)
@@ -83,4 +90,5 @@ def estimate(
         activation_bytes=held * per_token,
         logits_bytes=rows * batch.docs * _FLOAT * _LOGIT_COPIES,
         frozen_bytes=len(batches.doc_rows) * encoder.dim * _FLOAT if frozen else 0,
+        precision=described(in_bf16(autocast, kind), kind),
     )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from memshare.config import Config
-from memshare.metrics.ir import METRICS, ir_metrics, mean_metrics
+from memshare.metrics.ir import METRICS, MORE_RECALL, ir_metrics, mean_metrics
 from memshare.records import Example
 from memshare.retrieval.encoder import SIDES, Encoder
 from memshare.retrieval.gate import grades
@@ -27,6 +27,8 @@ from memshare.training.examples import ExamplesError, held_out_dir, read_example
 from memshare.training.gather import World
 from memshare.training.relevance import mined_gains
 from memshare.training.select import Selected, distinct_candidates
+
+EVALUATED = (*METRICS, *MORE_RECALL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +115,7 @@ def read_held_out(
 
 
 def evaluate(held_out: HeldOut, encoder: Encoder, world: World) -> dict[str, float]:
-    """Means of P@1, MRR@10, nDCG@10 and recall@10; equal on all processes, which share the texts.
+    """Means of `EVALUATED` over the queries; equal on all processes, which share the texts.
 
     The model's train or eval mode and the random state are as before. Equally similar memories are
     ranked worst first, so that a collapsed encoder does not get the order of proposal for free.
@@ -135,9 +137,9 @@ def evaluate(held_out: HeldOut, encoder: Encoder, world: World) -> dict[str, flo
         near = vectors[[row[docs[doc]] for doc in graded]] @ vectors[row[text]]
         order = sorted(zip(-near, graded.values(), graded, strict=True))
         runs[id] = [doc for _, _, doc in order]
-    means = mean_metrics(ir_metrics(runs, held_out.grades))
+    means = mean_metrics(ir_metrics(runs, held_out.grades, EVALUATED), EVALUATED)
     # Processor and BLAS may differ between processes, what they decide by it must not.
-    figures = torch.tensor([means[name] for name in METRICS], dtype=torch.float64)
+    figures = torch.tensor([means[name] for name in EVALUATED], dtype=torch.float64)
     figures = figures.to(world.device)
     world.broadcast([figures])
-    return dict(zip(METRICS, figures.tolist(), strict=True))
+    return dict(zip(EVALUATED, figures.tolist(), strict=True))

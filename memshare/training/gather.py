@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -90,11 +91,18 @@ class World:
         """Whether this process writes the files and the log."""
         return self.rank == 0
 
-    @property
-    def device_name(self) -> str:
-        """What this process computes on, for a report."""
+    def facts(self) -> dict[str, Any]:
+        """What computes, for a report: this process's device, and the machines of all processes.
+
+        To be called by all of them; the others than process 0 know of no machines.
+        """
         gpu = self.device.type == "cuda"
-        return torch.cuda.get_device_name(self.device) if gpu else self.device.type
+        hosts = sorted(set(self.to_main(platform.node())))
+        return {
+            "device": torch.cuda.get_device_name(self.device) if gpu else self.device.type,
+            "hosts": hosts,
+            "nodes": len(hosts),
+        }
 
     def gather_rows(self, local: Tensor, owners: Sequence[Ints]) -> Tensor:
         """Every process's rows in their places.

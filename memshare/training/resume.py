@@ -25,7 +25,7 @@ from memshare.training.checkpoint import (
 )
 from memshare.training.gather import World
 from memshare.training.optimizer import warm_start
-from memshare.training.step import NonFinite
+from memshare.training.step_result import NonFinite
 
 FREE = {"log_every", "checkpoint_every"}  # they do not change what is trained
 

@@ -22,9 +22,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -39,65 +38,12 @@ from memshare.training.flops import ModelCost, bf16_peak
 from memshare.training.gather import World
 from memshare.training.loss import objective_rows
 from memshare.training.order import Ints
+from memshare.training.precision import Autocast, described, in_bf16
+from memshare.training.step_result import NonFinite, StepResult
 from memshare.training.token_table import TokenTable
 from memshare.training.towers import FrozenMemories
 
 TILE_ROWS = 1024  # queries whose similarities to all docs are in memory at a time
-
-
-class NonFinite(RuntimeError):
-    """The loss or its gradient became NaN or infinite; the message names the queries.
-
-    ``done``: so many steps have led to weights that are no good.
-    """
-
-    def __init__(self, what: str, step: int, batch: StepBatch, done: int | None = None) -> None:
-        """``step`` counts from 0; it is the step that failed, by default with its first weights."""
-        self.done = step if done is None else done
-        some = ", ".join(batch.query_ids[:16])
-        more = f" and {len(batch.query_ids) - 16} more" if len(batch.query_ids) > 16 else ""
-        super().__init__(
-            f"step {step + 1}: {what} is not finite; the batch's queries are {some}{more}. The "
-            "last good weights are the last checkpoint's; lower training.lr or look at these "
-            "examples"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """Global figures of a step. ``tokens`` are real ones, ``padded`` include the padding; the docs
-    of a frozen tower are in neither. ``flops`` are the model's (`flops`), of ``peak`` a second that
-    the devices can do, where that is known.
-
-    ``parts``: of the loss, by name, where it has several (`Objective`). ``stop`` is true where any
-    process was asked to stop.
-    """
-
-    loss: float
-    parts: Mapping[str, float]
-    tokens: int
-    padded: int
-    stop: bool
-    flops: float
-    peak: float | None = None
-
-    def figures(self, seconds: float) -> dict[str, float]:
-        """What a log shows of a step that took so long: the loss, its parts, and `rates`."""
-        parts = {f"loss/{name}": part for name, part in self.parts.items()}
-        return {"loss": self.loss, **parts, **self.rates(seconds)}
-
-    def rates(self, seconds: float) -> dict[str, float]:
-        """Throughput of a step that took so long, and its share of tokens that are no padding.
-
-        ``mfu``, the model FLOPs utilisation, is there where the devices' peak is known.
-        """
-        known = {} if self.peak is None else {"mfu": self.flops / seconds / self.peak}
-        return {
-            "tokens_per_second": self.tokens / seconds,
-            "real_token_share": self.tokens / self.padded,
-            "model_tflops_per_second": self.flops / seconds / 1e12,
-            **known,
-        }
 
 
 class ContrastiveStep:
@@ -111,7 +57,7 @@ class ContrastiveStep:
         world: World,
         *,
         seed: int,
-        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        autocast: Autocast = nullcontext,
         frozen: FrozenMemories | None = None,
     ) -> None:
         """``frozen``: the docs' vectors, where the memories' tower does not learn."""
@@ -127,15 +73,13 @@ class ContrastiveStep:
         if frozen is None:
             encoder.tower("memory").train(config.dropout)
         self._tables = _learning_tables(encoder) if world.device.type == "cpu" else []
-        half = _in_bf16(autocast, world.device.type)
+        half = in_bf16(autocast, world.device.type)
         sides: tuple[Side, ...] = SIDES if frozen is None else ("query",)
         towers = [encoder.tower(side) for side in sides]
         self._packed = packing.enable(towers, world.device, half=half, dropout=config.dropout)
         if world.main:
-            log(
-                f"computing in {'bf16' if half else 'float32'}, texts "
-                + ("packed without padding" if self._packed else "padded to the longest")
-            )
+            how = "packed without padding" if self._packed else "padded to the longest"
+            log(f"texts are {how}; computing in {described(half, world.device.type)}")
         self._cost = ModelCost.of(encoder.tower("query"))
         self._peak = bf16_peak(world.device) if half else None
 
@@ -276,11 +220,6 @@ class ContrastiveStep:
             total += torch.stack([share.detach(), *parts])
         gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
         return total, gradient
-
-
-def _in_bf16(autocast: Callable[[], AbstractContextManager[object]], kind: str) -> bool:
-    with autocast():
-        return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def _learning_tables(encoder: Encoder) -> list[nn.Embedding]:

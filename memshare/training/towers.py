@@ -8,8 +8,7 @@ as good for the next generation as for this one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from memshare.training.batching import Batches, cut, deal
 from memshare.training.gather import World
 from memshare.training.lora import add_adapters
 from memshare.training.order import Ints
+from memshare.training.precision import Autocast
 
 _TRAINED: dict[str, tuple[Side, ...]] = {
     "shared": ("query",),  # which is the memories' too
@@ -81,7 +81,7 @@ class FrozenMemories:
         batches: Batches,
         world: World,
         batch_tokens: int,
-        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        autocast: Autocast = nullcontext,
     ) -> None:
         """Every process encodes its share; all of them must make one at the same time."""
         table, rows = batches.table, batches.doc_rows
@@ -105,7 +105,7 @@ class FrozenMemories:
         batches: Batches,
         world: World,
         config: TrainingConfig,
-        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        autocast: Autocast = nullcontext,
     ) -> FrozenMemories | None:
         """Them, or None where the memories' tower learns."""
         if config.towers != "query-only":

@@ -294,6 +294,7 @@ def test_dry_run_tells_and_writes_nothing(
     told = capsys.readouterr().out
     assert "max_steps: 60" in told and "60 examples, 60 steps" in told
     assert "parameters" in told and "memory per process" in told
+    assert told.splitlines()[-1] == "precision: float32"
     assert not output.exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 import time
 from collections import Counter
@@ -124,6 +125,7 @@ def test_the_run_at_wandb_has_the_whole_configuration_and_no_secrets(
     assert config["training"]["value"]["max_steps"] == 6
     facts = config["run_facts"]["value"]
     assert facts["round"] == 1 and facts["processes"] == 1 and facts["steps"] == 6
-    assert facts["device"] == "cpu"
+    assert facts["device"] == "cpu" and facts["nodes"] == 1
+    assert facts["hosts"] == [platform.node()]  # W&B's own word of it is off
     for figure in (b"loss/info_nce", b"loss/kl", b"grad_norm", b"tokens_per_second"):
         assert figure in sent

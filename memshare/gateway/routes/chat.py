@@ -6,10 +6,11 @@ import time
 import uuid
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from memshare.gateway.access import Caller, known_pool
+from memshare.gateway.disconnect import while_connected
 from memshare.gateway.errors import ApiError
 from memshare.gateway.prompt import Question, answer_of, compose, question_of
 from memshare.gateway.schemas import ChatReply, ChatRequest, ErrorReply, MemoryOptions
@@ -42,13 +43,14 @@ async def models(gateway: ReadyGateway, _: Caller) -> JSONResponse:
     },
 )
 async def chat(
-    body: ChatRequest, gateway: ReadyGateway, caller: Caller
+    body: ChatRequest, request: Request, gateway: ReadyGateway, caller: Caller
 ) -> JSONResponse | StreamingResponse:
     """Answer with the most useful memories as examples; grade and store the pair afterwards.
 
     The last user message is the question. `memshare` in the reply (in a stream: in the first
     chunk) names the generation that searched and the memories that were shown. Only the first of
-    `n` choices is stored, and none with tool calls.
+    `n` choices is stored, and none with tool calls. If the client goes away before its answer is
+    there, the LLM's work is given up and nothing is stored.
     """
     shared = gateway.shared
     options = body.memory or MemoryOptions()
@@ -92,9 +94,9 @@ async def chat(
     }
     if body.stream:
         chunks = llm.stream(messages, **sampling)
-        return await events(gateway, chunks, note, None if refusal else pair, kept)
+        return await events(gateway, request, chunks, note, None if refusal else pair, kept)
     with shared.stage("llm"):
-        completion = await llm.chat(messages, **sampling)
+        completion = await while_connected(request, llm.chat(messages, **sampling))
     reply = _reply(completion, llm.model)
     if pair and not refusal:
         note |= await submit(gateway, pair, kept, *answer_of(reply))

@@ -11,7 +11,7 @@ from memshare.config import load_config
 from memshare.evaluation.learn import train_encoder
 from memshare.retrieval.encoder import Encoder
 from memshare.training.select import select
-from memshare.training.step import NonFinite
+from memshare.training.step_result import NonFinite
 from tests.tiny import tiny_encoder
 from tests.training_data import examples
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import Request
 from fastapi.testclient import TestClient
 
 from memshare.gateway import stream
@@ -259,7 +260,8 @@ def test_a_stream_is_queued_before_its_end_is_sent(together: bool) -> None:
         gateway: Any = SimpleNamespace(
             shared=SimpleNamespace(stage=lambda name: nullcontext()), queue=Queue()
         )
-        reply = await stream.events(gateway, chunks(), {}, Pair("keep", "q", ""), [])
+        client = Request({"type": "http"}, receive=asyncio.Event().wait)  # stays
+        reply = await stream.events(gateway, client, chunks(), {}, Pair("keep", "q", ""), [])
         body: Any = reply.body_iterator
         async for event in body:
             if '"stop"' in event:

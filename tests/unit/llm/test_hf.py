@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from memshare.config import LLMConfig
 from memshare.llm.base import ContextTooLong, LLMError
 from memshare.llm.hf import TransformersBackend
 from memshare.llm.hf_forward import cut_batches
+from memshare.llm.hf_generate import Row
+from memshare.llm.hf_worker import Worker
 from memshare.llm.prompts import few_shot
 
 WORDS = [
@@ -189,6 +192,31 @@ def test_a_reader_that_leaves_stops_the_generation(backend: TransformersBackend)
                 ).completion_tokens  # fmt: skip
 
     assert asyncio.run(run()) == 2
+
+
+def test_a_chat_that_nobody_waits_for_stops(backend: TransformersBackend) -> None:
+    begun, gone = threading.Event(), threading.Event()
+    worker = backend._worker
+    generated: list[Row] = []
+
+    def rows(work: list[Row]) -> list[Row]:
+        begun.set()
+        gone.wait()
+        generated.extend(work)
+        return Worker._rows(worker, work)
+
+    async def run() -> None:
+        worker._rows = rows
+        chat = asyncio.create_task(backend.chat(few_shot("", [], "go on"), max_tokens=1500))
+        await asyncio.to_thread(begun.wait)
+        chat.cancel()
+        await asyncio.wait([chat])
+        del worker._rows
+        gone.set()
+        await backend.chat(few_shot("", [], "x"), max_tokens=2)  # when the worker is free again
+
+    asyncio.run(run())
+    assert [row.count for row in generated] == [1]
 
 
 def test_too_long_and_unsupported_requests_are_refused(backend: TransformersBackend) -> None:

@@ -61,6 +61,8 @@ def test_hand_computed() -> None:
             "MRR@10": (0.5 + 1) / 2,
             "nDCG@10": (1 / math.log2(3) + found) / 2,
             "recall@10": 1.0,
+            "recall@1": (0 + 0.5) / 2,
+            "recall@3": (1 + 0.5) / 2,
         }
     )
 

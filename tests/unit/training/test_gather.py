@@ -16,6 +16,16 @@ def test_a_world_of_one_talks_to_itself() -> None:
     assert world.to_main("mine") == ["mine"]
 
 
+def test_machines_are_named_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(torch.device("cpu"))
+    monkeypatch.setattr("platform.node", lambda: "node-2")
+    assert world.facts() == {"device": "cpu", "hosts": ["node-2"], "nodes": 1}
+    monkeypatch.setattr(world, "to_main", lambda name: [name, "node-1", name])
+    assert world.facts() == {"device": "cpu", "hosts": ["node-1", "node-2"], "nodes": 2}
+    monkeypatch.setattr(world, "to_main", lambda name: [])  # as on the others
+    assert world.facts()["hosts"] == []
+
+
 def test_fsdp_is_asked_for_in_its_second_version(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not wants_fsdp()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.commands import launch
 from transformers import BertConfig, BertModel
 
-from memshare.config import load_config
+from memshare.config import ContinualConfig, load_config
 from memshare.retrieval import packing
+from memshare.training import precision
 from memshare.training.child import accelerate_command
 
 ROOT = Path(__file__).parents[3]
@@ -32,6 +36,38 @@ def test_the_loop_trains_in_bf16(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(ROOT)  # whose configs/accelerate they name
     config = load_config(ROOT / "configs" / name)
     assert mixed_precision(accelerate_command(config.continual)) == "bf16"
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize(("gpu", "bf16", "wanted"), [
+    (False, True, "no"), (True, False, "no"), (True, True, "bf16"),
+])  # fmt: skip
+def test_without_a_configuration_the_loop_trains_in_bf16_where_a_gpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, processes: int, gpu: bool, bf16: bool, wanted: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    command = accelerate_command(ContinualConfig(num_processes=processes))
+    assert command[command.index("--mixed_precision") + 1] == wanted
+
+
+def test_float32_on_a_gpu_is_told_with_the_way_to_bf16() -> None:
+    assert precision.described(False, "cpu") == "float32"
+    assert precision.described(True, "cuda") == "bf16 autocast over float32 weights"
+    told = precision.described(False, "cuda")
+    assert told.startswith("float32, though on a GPU") and "--mixed_precision bf16" in told
+    for name in re.findall(r"\w+\.yaml", told):
+        config = yaml.safe_load((ROOT / "configs/accelerate" / name).read_text())
+        assert config["mixed_precision"] == "bf16" and config["use_cpu"] is False
+
+
+def test_precision_is_read_from_autocast() -> None:
+    def autocast(dtype: torch.dtype) -> precision.Autocast:
+        return lambda: torch.autocast("cpu", dtype)
+
+    assert precision.in_bf16(autocast(torch.bfloat16), "cpu")
+    assert not precision.in_bf16(autocast(torch.float16), "cpu")
+    assert not precision.in_bf16(nullcontext, "cpu")
 
 
 @pytest.mark.parametrize("name", GPU_CONFIGS)

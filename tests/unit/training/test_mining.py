@@ -18,7 +18,8 @@ from memshare.retrieval.text import memory_text
 from memshare.training.evaluate import HeldOut
 from memshare.training.examples import held_out_dir, is_whole, read_examples, round_dir, shard_path
 from memshare.training.labels import Labeller
-from memshare.training.mining import mine, plan_round, split_memories
+from memshare.training.mining import mine
+from memshare.training.mining_plan import plan_round, split_memories
 from memshare.training.relevance import HeldOutRelevance, answer_overlap, mined_gains
 from memshare.training.rounds import open_spans
 from memshare.training.select import text_key

@@ -23,7 +23,8 @@ from memshare.training.lora import add_adapters
 from memshare.training.loss import objective_rows
 from memshare.training.optimizer import lr_factor, make_optimizer, update
 from memshare.training.select import select
-from memshare.training.step import ContrastiveStep, NonFinite
+from memshare.training.step import ContrastiveStep
+from memshare.training.step_result import NonFinite
 from memshare.training.towers import FrozenMemories, prepare
 from tests.tiny import tiny_encoder
 from tests.training_data import examples
@@ -116,7 +117,7 @@ def test_gradient_of_a_model_that_can_not_be_packed(
     assert result.loss == pytest.approx(loss, abs=1e-5)
     assert difference(got, want) < 1e-5
     assert result.tokens < result.padded < 1.1 * result.tokens  # sorted by length: little padding
-    assert "computing in float32, texts padded to the longest" in capsys.readouterr().err
+    assert "texts are padded to the longest; computing in float32\n" in capsys.readouterr().err
 
 
 def test_parts_of_the_loss_are_told_where_there_are_several(

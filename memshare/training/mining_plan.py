@@ -1,0 +1,193 @@
+"""What a round mines: which memories are queries, and which shard each goes into.
+
+Held-out memories are neither queries nor candidates; those that the split gives to neither side are
+candidates only. A round mines what is new, and a sample of what is older (``mining.replay``) again,
+so that nothing is forgotten. Older examples are not used as they are: a weaker retriever proposed
+their candidates. Where training is to be evaluated (``training.eval_every``), some held-out
+memories are queries of shards of their own.
+
+A round is planned once; ``plan.json`` says how, and a restarted run reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from memshare.config import Config
+from memshare.files import write_json
+from memshare.pool.store import PoolStore
+from memshare.retrieval.gate import choose_queries
+from memshare.training.examples import ExamplesError
+from memshare.training.journal import Span
+from memshare.training.proposals import disliked
+from memshare.training.rounds import new_ids
+from memshare.training.split import Fate, kept_split
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The queries of one shard, all from one pool."""
+
+    pool: str
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a round mines; ``left_out`` counts new memories that are no queries, by reason.
+
+    ``proposer`` is the generation whose encoder proposes beside BM25 (0: the configured encoder),
+    or the folder of one; None: BM25 alone. ``replayed`` counts the queries that are older than the
+    round's spans. ``held_out``: the shards of what only evaluates.
+    """
+
+    round: int
+    spans: Mapping[str, Span]
+    settings: Mapping[str, Any]
+    proposer: int | str | None
+    left_out: Mapping[str, int]
+    replayed: int
+    shards: tuple[Shard, ...]
+    held_out: tuple[Shard, ...] = ()
+
+
+def split_memories(store: PoolStore, config: Config) -> dict[str, Fate]:
+    """Every memory's fate, over all served pools, kept in the run folder from call to call.
+
+    Memories on hold take part, so that releasing one moves no other.
+    """
+    memories = (
+        memory for pool in config.served_pools for memory in store.iter(pool, include_held=True)
+    )
+    return kept_split(config.run.dir / "split.json", memories, config.split)
+
+
+def plan_round(
+    store: PoolStore,
+    config: Config,
+    number: int,
+    spans: Mapping[str, Span],
+    fates: Mapping[str, Fate],
+    folder: Path,
+    proposer: int | str | None,
+) -> Plan:
+    """The plan of round ``number``, read back where it stands already.
+
+    Raises `ExamplesError` where it was begun with other settings or over other spans.
+    """
+    settings = _settings(config)
+    path = folder / PLAN
+    if path.exists():
+        plan = read_plan(folder)
+        if (plan.settings, plan.spans, plan.proposer) != (settings, spans, proposer):
+            raise ExamplesError(
+                f"{path}: round {number} was begun with {dict(plan.settings)} over {plan.spans}, "
+                f"not {settings} over {dict(spans)}; finish it with those, or delete {folder}"
+            )
+        return plan
+    shards: list[Shard] = []
+    left_out: dict[str, int] = defaultdict(int)
+    replayed = 0
+    for pool, span in spans.items():
+        ids, out = new_ids(store, pool, span), disliked(store, config, pool)
+        alive = store.get_many(ids)
+        queries = []
+        for memory_id in ids:
+            memory = alive.get(memory_id)
+            if memory is None or memory.held:
+                left_out["deleted or on hold"] += 1
+            elif memory_id in out:
+                left_out["disliked"] += 1
+            elif (fate := fates.get(memory_id)) != "train":
+                left_out["held out" if fate == "held_out" else "near both sides"] += 1
+            else:
+                queries.append(memory_id)
+        draw = random.Random(f"{config.run.seed}/{number}/{pool}")
+        earlier = _earlier(store, pool, span, fates, out.union(queries))
+        again = draw.sample(earlier, min(len(earlier), round(config.mining.replay * len(queries))))
+        replayed += len(again)
+        queries += again
+        shards += _shards(pool, queries, config)
+    held_out = _held_out(store, config, spans, fates)
+    plan = Plan(
+        number, dict(spans), settings, proposer, dict(left_out), replayed, tuple(shards), held_out
+    )
+    write_json(path, asdict(plan))
+    return plan
+
+
+def _shards(pool: str, ids: Sequence[str], config: Config) -> list[Shard]:
+    size = config.mining.shard_rows
+    return [Shard(pool, tuple(ids[start : start + size])) for start in range(0, len(ids), size)]
+
+
+def _held_out(
+    store: PoolStore, config: Config, spans: Mapping[str, Span], fates: Mapping[str, Fate]
+) -> tuple[Shard, ...]:
+    """The held-out memories, old and new, that training is evaluated on; none unless it asks.
+
+    The gate takes the first by its order, so these are the last: where there are enough, what chose
+    the best step does not judge the result as well. Later rounds take much the same ones, whose
+    likelihoods are in the cache.
+    """
+    if config.training.eval_every is None:
+        return ()
+    memories = [
+        memory
+        for pool, span in spans.items()
+        for memory in store.iter(pool, until_seq=span.until)
+        if fates.get(memory.id) == "held_out"
+    ]
+    ordered = choose_queries(memories, len(memories), config.run.seed)
+    chosen = ordered[-config.mining.held_out_queries :]
+    return tuple(
+        shard
+        for pool in spans
+        for shard in _shards(pool, [item.id for item in chosen if item.pool == pool], config)
+    )
+
+
+def _earlier(
+    store: PoolStore, pool: str, span: Span, fates: Mapping[str, Fate], out: frozenset[str]
+) -> list[str]:
+    """Memories from before the round that may be its queries, in their order, all but ``out``."""
+    if span.since == 0:
+        return []
+    return [
+        memory.id
+        for memory in store.iter(pool, until_seq=span.since)
+        if fates.get(memory.id) == "train" and memory.id not in out
+    ]
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan of a round. Raises `ExamplesError` if it is missing or damaged."""
+    try:
+        row = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        spans = {pool: Span(**span) for pool, span in row["spans"].items()}
+        shards = {
+            part: tuple(Shard(item["pool"], tuple(item["ids"])) for item in row.get(part, ()))
+            for part in ("shards", "held_out")
+        }
+        return Plan(**{**row, "spans": spans, **shards})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExamplesError(
+            f"{folder / PLAN}: unreadable ({error!r}); delete {folder} to mine the round again"
+        ) from error
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What must not change within a round."""
+    mining = config.mining.model_dump(mode="json", exclude={"iterations"})
+    if config.training.eval_every is None:
+        mining["held_out_queries"] = 0
+    llm = None if config.mining.labels in ("none", "given") else config.scorer_llm.model
+    return {**mining, "bm25": config.bm25.model_dump(mode="json"), "scorer": llm}

@@ -1,0 +1,38 @@
+"""Which precision a training computes in: bf16 autocast over float32 weights, or float32.
+
+Weights, gradients and the optimizer's state are float32 either way; accelerate says which it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+Autocast = Callable[[], AbstractContextManager[object]]  # an `Accelerator.autocast`
+
+
+def preferred() -> str:
+    """For accelerate's ``--mixed_precision``: bf16 where there is a GPU that computes in it."""
+    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if gpu else "no"
+
+
+def in_bf16(autocast: Autocast, kind: str) -> bool:
+    """Whether ``autocast`` has devices of this ``kind`` compute in bf16."""
+    with autocast():
+        return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
+def described(bf16: bool, kind: str) -> str:
+    """For people; of float32 on a GPU, which few want and accelerate chooses, the way to bf16."""
+    if bf16:
+        return "bf16 autocast over float32 weights"
+    if kind != "cuda":
+        return "float32"
+    return (
+        "float32, though on a GPU (for bf16 autocast over float32 weights: accelerate launch "
+        "--mixed_precision bf16, or --config_file configs/accelerate/gpu.yaml, or ddp.yaml there "
+        "for several GPUs)"
+    )

@@ -1,0 +1,63 @@
+"""What became of a training step: its figures, or that it has ruined the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from memshare.training.batching import StepBatch
+
+
+class NonFinite(RuntimeError):
+    """The loss or its gradient became NaN or infinite; the message names the queries.
+
+    ``done``: so many steps have led to weights that are no good.
+    """
+
+    def __init__(self, what: str, step: int, batch: StepBatch, done: int | None = None) -> None:
+        """``step`` counts from 0; it is the step that failed, by default with its first weights."""
+        self.done = step if done is None else done
+        some = ", ".join(batch.query_ids[:16])
+        more = f" and {len(batch.query_ids) - 16} more" if len(batch.query_ids) > 16 else ""
+        super().__init__(
+            f"step {step + 1}: {what} is not finite; the batch's queries are {some}{more}. The "
+            "last good weights are the last checkpoint's; lower training.lr or look at these "
+            "examples"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Global figures of a step. ``tokens`` are real ones, ``padded`` include the padding; the docs
+    of a frozen tower are in neither. ``flops`` are the model's (`flops`), of ``peak`` a second that
+    the devices can do, where that is known.
+
+    ``parts``: of the loss, by name, where it has several (`Objective`). ``stop`` is true where any
+    process was asked to stop.
+    """
+
+    loss: float
+    parts: Mapping[str, float]
+    tokens: int
+    padded: int
+    stop: bool
+    flops: float
+    peak: float | None = None
+
+    def figures(self, seconds: float) -> dict[str, float]:
+        """What a log shows of a step that took so long: the loss, its parts, and `rates`."""
+        parts = {f"loss/{name}": part for name, part in self.parts.items()}
+        return {"loss": self.loss, **parts, **self.rates(seconds)}
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """Throughput of a step that took so long, and its share of tokens that are no padding.
+
+        ``mfu``, the model FLOPs utilisation, is there where the devices' peak is known.
+        """
+        known = {} if self.peak is None else {"mfu": self.flops / seconds / self.peak}
+        return {
+            "tokens_per_second": self.tokens / seconds,
+            "real_token_share": self.tokens / self.padded,
+            "model_tflops_per_second": self.flops / seconds / 1e12,
+            **known,
+        }
