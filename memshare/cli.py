@@ -23,6 +23,7 @@ COMMANDS = {
     "prune": ("memshare.pruning.cli", "make a pool smaller, by score, age, use, ..."),
     "bootstrap": ("memshare.bootstrap_cli", "fill a pool from a small seed set"),
     "eval": ("memshare.evaluation.cli", "run the paper's experiments and write their report"),
+    "examples": ("memshare.training.cli", "make training examples of labelled texts"),
     "generations": ("memshare.retrieval.cli", "list, verify, activate, unpin and push generations"),
     "slurm": ("memshare.slurm.cli", "render and submit jobs for a SLURM cluster"),
 }

@@ -1,0 +1,33 @@
+"""``memshare examples import``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``examples`` and its action."""
+    parser = subparsers.add_parser("examples", help="make training examples of labelled texts")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    action = actions.add_parser(
+        "import", help='from JSON lines {"query": ..., "pos": [...], "neg": [...]}'
+    )
+    action.add_argument("file", type=Path, metavar="FILE")
+    action.add_argument("folder", type=Path, metavar="DIR", help="for train/contrastive.py")
+    action.add_argument("--pool", default="imported", help="the data set's name")
+    action.set_defaults(func=_import)
+
+
+def _import(args: argparse.Namespace) -> int:
+    from memshare.training.examples import ExamplesError
+    from memshare.training.imported import import_examples
+
+    try:
+        count = import_examples(args.file, args.folder, args.pool)
+    except ExamplesError as error:
+        print(f"memshare: {error}", file=sys.stderr)
+        return 2
+    print(f"{count} examples in {args.folder}")
+    return 0

@@ -1,0 +1,103 @@
+"""Training examples from elsewhere: queries with texts that answer them and texts that do not.
+
+One JSON object a line, ``{"query": str, "pos": [str, ...], "neg": [str, ...]}``, the form in which
+FlagEmbedding and many published retrieval sets come; other keys are ignored. They become a folder
+of examples as mining writes it, with given labels: every ``pos`` is a positive, and every ``neg`` a
+hard negative, the first ones first. A text is what the encoder reads of a memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
+
+from memshare.pool.errors import TransferError
+from memshare.pool.readers import BadRow, read_jsonl
+from memshare.progress import track
+from memshare.records import Candidate, Example, answer_key
+from memshare.training.examples import MARKER, ExamplesError, shard_path, write_marker, write_shard
+
+SHARD = 10_000  # examples
+
+
+def _usable(text: str) -> str:
+    if not text.strip():
+        raise ValueError("an empty text")
+    text.encode()  # Parquet has UTF-8 alone; its error is a ValueError
+    return text
+
+
+Text = Annotated[str, AfterValidator(_usable)]
+
+
+class Row(BaseModel):
+    """One line of the file."""
+
+    query: Text
+    pos: Annotated[tuple[Text, ...], Field(min_length=1)]
+    neg: tuple[Text, ...] = ()
+
+
+def import_examples(path: Path, folder: Path, pool: str) -> int:
+    """Write the rows of ``path`` as a finished round of examples; returns how many there are.
+
+    ``pool`` is the data set's name: negatives within a batch come from one pool alone. Not more
+    than a shard is in memory. Raises `ExamplesError` naming the line that can't be used, or where
+    ``folder`` has examples already.
+    """
+    if (folder / MARKER).exists():
+        raise ExamplesError(f"{folder}: has examples already; give another folder")
+    examples = _examples(path, pool)
+    count = shards = 0
+    while shard := list(islice(examples, SHARD)):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_shard(shard_path(folder, shards), shard)
+        count, shards = count + len(shard), shards + 1
+    if not count:
+        raise ExamplesError(f"{path}: has no rows")
+    write_marker(folder, {"round": 1, "shards": shards, "examples": count, "labels": "given"})
+    return count
+
+
+def _examples(path: Path, pool: str) -> Iterator[Example]:
+    try:
+        for line, found in track(read_jsonl(path), f"importing {path.name}"):
+            if isinstance(found, BadRow):
+                raise ExamplesError(f"{path}:{line}: {found.reason}")
+            try:
+                yield _example(Row.model_validate(found), line, pool)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, first["loc"])) or "the row"
+                raise ExamplesError(f"{path}:{line}: {where}: {first['msg']}") from None
+    except TransferError as error:
+        raise ExamplesError(str(error)) from error
+
+
+def _example(row: Row, line: int, pool: str) -> Example:
+    labelled = [(text, 0.0) for text in row.pos] + [(text, -1.0) for text in row.neg]
+    return Example(
+        query_id=_id(pool, str(line), row.query, *row.pos),  # a query may come in several rows
+        query=row.query,
+        answer="",
+        pool=pool,
+        principal=None,
+        round=1,
+        seq=line,
+        scorer="given",
+        labels="given",
+        baseline_loglik=None,
+        candidates=tuple(
+            Candidate(_id(text), text, rank, label, answer_key(text))
+            for rank, (text, label) in enumerate(labelled)
+        ),
+    )
+
+
+def _id(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

@@ -1,0 +1,88 @@
+"""Labelled texts from elsewhere, as training examples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memshare.cli import main
+from memshare.config import TrainingConfig
+from memshare.training import imported
+from memshare.training.examples import ExamplesError, read_training, shard_path
+from memshare.training.imported import import_examples
+from memshare.training.select import Selected, select
+
+
+def written(path: Path, *rows: Any) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def selected(folder: Path, **settings: Any) -> list[Selected]:
+    return list(select(read_training([folder]), TrainingConfig(**settings)).items)
+
+
+ROWS = [
+    {"query": "how do I bake bread?", "pos": ["flour, water, heat", "a recipe"], "neg": ["iron"]},
+    {"query": "how do I bake bread?", "pos": ["sourdough"], "neg": ["rust", "iron"], "id": 7},
+    {"query": "wer dichtet?", "pos": ["春眠不觉晓"]},
+]
+
+
+def test_every_row_is_a_query_with_its_own_labels(tmp_path: Path) -> None:
+    assert import_examples(written(tmp_path / "f.jsonl", *ROWS), tmp_path / "made", "bread") == 3
+    first, second, third = selected(tmp_path / "made", positives=4, hard_negatives=1)
+    assert [p.text for p in first.positives] == ["flour, water, heat", "a recipe"]
+    assert [p.text for p in first.negatives] == ["iron"]
+    assert [p.text for p in second.negatives] == ["rust"]  # the first of its own is the hardest
+    assert (third.query, third.negatives, third.pool) == ("wer dichtet?", (), "bread")
+    assert first.prompt == second.prompt and first.query_id != second.query_id
+
+
+def test_shards_hold_all_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imported, "SHARD", 2)
+    rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": ["n"]} for i in range(5)]
+    made = tmp_path / "made"
+    assert main(["examples", "import", str(written(tmp_path / "f", *rows)), str(made)]) == 0
+    assert shard_path(made, 2).exists() and not shard_path(made, 3).exists()
+    assert [item.query for item in selected(made)] == [row["query"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"query": " ", "pos": ["p"]}, r"f\.jsonl:2: query: .*empty text"),
+        ({"query": "q", "pos": []}, r"f\.jsonl:2: pos: .*at least 1"),
+        ({"query": "q", "pos": "p"}, r"f\.jsonl:2: pos: .*tuple"),
+        ({"query": "q", "pos": ["p"], "neg": [None]}, r"f\.jsonl:2: neg\.0: .*string"),
+        ({"pos": ["p"]}, r"f\.jsonl:2: query: Field required"),
+        ({"query": "\ud800", "pos": ["p"]}, r"f\.jsonl:2: query: "),
+        (["q", "p"], r"f\.jsonl:2: the row: "),
+    ],
+)
+def test_a_bad_row_is_named_and_nothing_passes_for_whole(
+    tmp_path: Path, row: Any, told: str
+) -> None:
+    made = tmp_path / "made"
+    with pytest.raises(ExamplesError, match=told):
+        import_examples(written(tmp_path / "f.jsonl", ROWS[0], row), made, "p")
+    with pytest.raises(ExamplesError, match="no finished round"):
+        selected(made)
+    assert import_examples(written(tmp_path / "f.jsonl", ROWS[0]), made, "p") == 1  # and again
+
+
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, file = tmp_path / "made", written(tmp_path / "f", *ROWS)
+    with pytest.raises(ExamplesError, match="has no rows"):
+        import_examples(written(tmp_path / "empty"), made, "p")
+    (tmp_path / "torn").write_text('{"query": "q", "pos": ["p"')
+    with pytest.raises(ExamplesError, match="torn:1: bad JSON"):
+        import_examples(tmp_path / "torn", made, "p")
+    import_examples(file, made, "p")
+    assert main(["examples", "import", str(file), str(made)]) == 2
+    assert "has examples already" in capsys.readouterr().err
+    assert main(["examples", "import", str(tmp_path / "absent"), str(tmp_path / "other")]) == 2
+    assert "absent: can't be read" in capsys.readouterr().err
