@@ -24,7 +24,6 @@ from memshare.config import EncoderConfig
 from memshare.retrieval import encoder_folder, packing
 from memshare.retrieval.encoder_folder import resolve_encoder
 from memshare.retrieval.encoder_format import (
-    EncoderError,
     Pooling,
     Settings,
     Side,
@@ -32,6 +31,7 @@ from memshare.retrieval.encoder_format import (
     stored_settings,
     tower_folders,
 )
+from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.fingerprint import fingerprint
 from memshare.retrieval.text import memory_text
 

@@ -16,6 +16,7 @@ import torch
 
 from memshare.files import write_json
 from memshare.loading import using_transformers
+from memshare.retrieval.errors import EncoderError
 
 Pooling = Literal["mean", "cls"]
 Side = Literal["query", "memory"]
@@ -23,10 +24,6 @@ Side = Literal["query", "memory"]
 _ROUTES: dict[Side, str] = {"query": "query", "memory": "document"}  # a Router's names for them
 _MODULES = "sentence_transformers.models."
 _TOWER = {"0_Transformer": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
-
-
-class EncoderError(RuntimeError):
-    """An encoder that can't be found, read or used; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)

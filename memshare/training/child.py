@@ -7,6 +7,7 @@ leaves its child behind, and the next loop stops that one before it starts anyth
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -50,8 +51,6 @@ def accelerate_command(config: ContinualConfig, *, always: bool = True) -> list[
     """
     if not always and config.num_processes == 1 and config.accelerate_config is None:
         return [sys.executable]
-    import torch
-
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if config.accelerate_config is not None:
         return [*command, "--config_file", str(config.accelerate_config)]
@@ -60,10 +59,25 @@ def accelerate_command(config: ContinualConfig, *, always: bool = True) -> list[
     threads = max(1, len(os.sched_getaffinity(0)) // config.num_processes)
     command += ["--num_cpu_threads_per_process", str(threads)]
     if config.num_processes == 1:
-        return command if torch.cuda.is_available() else [*command, "--cpu"]
+        return command if _has_gpu() else [*command, "--cpu"]
     # With --cpu, accelerate would start one process, whatever their number; the programs find out
     # themselves that there is no GPU. Port 0: a free one, since others may train on this machine.
     return [*command, "--multi_gpu", "--main_process_port", "0"]
+
+
+def _has_gpu() -> bool:
+    """Whether torch finds a GPU; where no driver is, it is not loaded to be asked.
+
+    That takes seconds, and memory for as long as the loop runs.
+    """
+    try:
+        if not Path("/dev/kfd").exists():  # AMD's
+            ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def run_child(
