@@ -27,8 +27,7 @@ from memshare.pool.errors import PoolError, PoolUnavailable
 from memshare.pool.patience import when_available
 from memshare.pool.store import PoolStore
 from memshare.progress import log
-from memshare.pruning.policies import PruneError
-from memshare.pruning.prune import check_caps, hold_caps
+from memshare.pruning.prune import PruneError, check_caps, hold_caps
 from memshare.training.child import ChildFailed, Stopped
 from memshare.training.examples import ExamplesError
 from memshare.training.journal import Journal, JournalError

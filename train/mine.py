@@ -27,8 +27,8 @@ from memshare.llm.rubric import RubricError
 from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolError, PoolUnavailable
 from memshare.pool.store import PoolStore
 from memshare.progress import log
-from memshare.retrieval.encoder import EncoderError
-from memshare.retrieval.generation import GenerationError
+from memshare.retrieval.errors import EncoderError
+from memshare.retrieval.manifest import GenerationError
 from memshare.training.examples import ExamplesError, is_whole, read_marker, round_dir
 from memshare.training.journal import Span
 from memshare.training.labels import Share, merge_caches, open_labeller

@@ -32,9 +32,8 @@ def _prune(args: argparse.Namespace) -> int:
     # Here, since they load torch, and help needs none of it.
     from memshare.pool.errors import PoolError
     from memshare.pool.store import PoolStore
-    from memshare.pruning.policies import PruneError
-    from memshare.pruning.prune import prune
-    from memshare.retrieval.encoder import EncoderError
+    from memshare.pruning.prune import PruneError, prune
+    from memshare.retrieval.errors import EncoderError
     from memshare.retrieval.manifest import GenerationError
     from memshare.training.examples import ExamplesError
 

@@ -16,16 +16,13 @@ import numpy.typing as npt
 
 from memshare.pruning.evidence import Entry, Evidence
 from memshare.pruning.leave_one_out import by_leave_one_out
+from memshare.pruning.prune import PruneError
 from memshare.retrieval.index import FlatIndex
 
 Policy = Callable[[Evidence], Sequence[str]]
 GROUP = "memshare.pruning"
 _NEIGHBOURS = 8
 _QUERIES = 1024  # searched at a time
-
-
-class PruneError(RuntimeError):
-    """Pruning that can't be done as asked."""
 
 
 def by_score(evidence: Evidence) -> list[str]:

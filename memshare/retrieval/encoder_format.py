@@ -16,6 +16,7 @@ import torch
 
 from memshare.files import write_json
 from memshare.loading import using_transformers
+from memshare.retrieval.errors import EncoderError
 
 Pooling = Literal["mean", "cls", "lasttoken"]
 Side = Literal["query", "memory"]
@@ -29,10 +30,6 @@ _SWITCHES: dict[Pooling, str] = {
     "lasttoken": "lasttoken",
 }
 _TOWER = {"0_Transformer": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
-
-
-class EncoderError(RuntimeError):
-    """An encoder that can't be found, read or used; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)

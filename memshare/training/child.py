@@ -7,6 +7,7 @@ leaves its child behind, and the next loop stops that one before it starts anyth
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -50,22 +51,35 @@ def accelerate_command(config: ContinualConfig, *, always: bool = True) -> list[
     """
     if not always and config.num_processes == 1 and config.accelerate_config is None:
         return [sys.executable]
-    import torch
-
-    from memshare.training.precision import preferred
-
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if config.accelerate_config is not None:
         return [*command, "--config_file", str(config.accelerate_config)]
     command += ["--num_processes", str(config.num_processes), "--num_machines", "1"]
-    command += ["--mixed_precision", preferred(), "--dynamo_backend", "no"]
+    precision = gpu_precision()
+    command += ["--mixed_precision", precision or "no", "--dynamo_backend", "no"]
     threads = max(1, len(os.sched_getaffinity(0)) // config.num_processes)
     command += ["--num_cpu_threads_per_process", str(threads)]
     if config.num_processes == 1:
-        return command if torch.cuda.is_available() else [*command, "--cpu"]
+        return command if precision else [*command, "--cpu"]
     # With --cpu, accelerate would start one process, whatever their number; the programs find out
     # themselves that there is no GPU. Port 0: a free one, since others may train on this machine.
     return [*command, "--multi_gpu", "--main_process_port", "0"]
+
+
+def gpu_precision() -> str | None:
+    """For accelerate's ``--mixed_precision``, by this machine's GPU; None where torch finds none.
+
+    Torch is asked in a process of its own, and only where there is a driver: it takes seconds to
+    load, and might hold some of the GPU's memory for as long as the asker, this loop, lives.
+    """
+    try:
+        if not Path("/dev/kfd").exists():  # AMD's
+            ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    command = [sys.executable, "-m", "memshare.training.precision"]
+    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return told.strip() or None
 
 
 def run_child(

@@ -16,49 +16,65 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, List, Value
-from datasets.table import InMemoryTable
 
 from memshare.files import write_atomic, write_json
 from memshare.records import Candidate, Example
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 MARKER = "round.json"
 HELD_OUT = "held_out"
 
 _CANDIDATE = {
-    "id": Value("string"),
-    "text": Value("string"),
-    "bm25_rank": Value("int64"),
-    "loglik": Value("float64"),
-    "answer_key": Value("string"),
-    "dense_rank": Value("int64"),
-    "prompt_key": Value("string"),
-    "principal": Value("string"),
+    "id": "string",
+    "text": "string",
+    "bm25_rank": "int64",
+    "loglik": "float64",
+    "answer_key": "string",
+    "dense_rank": "int64",
+    "prompt_key": "string",
+    "principal": "string",
 }
-FEATURES = Features(
-    {
-        "query_id": Value("string"),
-        "query": Value("string"),
-        "answer": Value("string"),
-        "pool": Value("string"),
-        "principal": Value("string"),
-        "round": Value("int64"),
-        "seq": Value("int64"),
-        "scorer": Value("string"),
-        "labels": Value("string"),
-        "baseline_loglik": Value("float64"),
-        "candidates": List(_CANDIDATE),
+_QUERY = {
+    "query_id": "string",
+    "query": "string",
+    "answer": "string",
+    "pool": "string",
+    "principal": "string",
+    "round": "int64",
+    "seq": "int64",
+    "scorer": "string",
+    "labels": "string",
+    "baseline_loglik": "float64",
+}
+
+
+def _schema(candidate: Mapping[str, str]) -> pa.Schema:
+    """What ``Features.arrow_schema`` of `datasets` is, which takes seconds to import.
+
+    Every program of the loop reads or writes shards; none of them needs a data set.
+    """
+    types = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
+    values = {name: {"dtype": dtype, "_type": "Value"} for name, dtype in candidate.items()}
+    features = {
+        **{name: {"dtype": dtype, "_type": "Value"} for name, dtype in _QUERY.items()},
+        "candidates": {"feature": values, "_type": "List"},
     }
-)
+    struct = pa.struct([(name, types[dtype]) for name, dtype in candidate.items()])
+    fields = [(name, types[dtype]) for name, dtype in _QUERY.items()]
+    told = json.dumps({"info": {"features": features}})
+    return pa.schema([*fields, ("candidates", pa.list_(struct))], {"huggingface": told})
+
+
+SCHEMA = _schema(_CANDIDATE)
 # Shards of earlier versions have fewer columns; they are read with nulls in them.
 _ADDED = ("prompt_key", "principal")
-_EARLIER = Features(
-    {**FEATURES, "candidates": List({k: v for k, v in _CANDIDATE.items() if k not in _ADDED})}
-).arrow_schema
+_EARLIER = _schema({name: dtype for name, dtype in _CANDIDATE.items() if name not in _ADDED})
 
 
 class ExamplesError(RuntimeError):
@@ -89,7 +105,7 @@ def shard_path(folder: Path, index: int) -> Path:
 def write_shard(path: Path, examples: Iterable[Example]) -> None:
     """Write one shard, atomically; equal examples give equal bytes."""
     rows = [asdict(example) for example in examples]
-    _write_table(path, pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
+    _write_table(path, pa.Table.from_pylist(rows, schema=SCHEMA))
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
@@ -108,8 +124,8 @@ def _read_table(path: Path) -> pa.Table:
             f"--round {inside.name}"
         ) from error
     if table.schema.equals(_EARLIER):
-        return table.cast(FEATURES.arrow_schema)
-    if not table.schema.equals(FEATURES.arrow_schema):
+        return table.cast(SCHEMA)
+    if not table.schema.equals(SCHEMA):
         raise ExamplesError(f"{path}: not a shard of training examples (its columns differ)")
     return table
 
@@ -167,9 +183,12 @@ def load_examples(folders: Sequence[Path]) -> Dataset:
     Raises `ExamplesError` naming the folder that is unfinished or the shard that is damaged or
     missing.
     """
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
     tables = [_read_table(path) for folder in folders for path in _shards(folder)]
     if not tables:
-        tables = [FEATURES.arrow_schema.empty_table()]
+        tables = [SCHEMA.empty_table()]
     return Dataset(InMemoryTable(pa.concat_tables(tables)))
 
 

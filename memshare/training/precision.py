@@ -13,10 +13,14 @@ import torch
 Autocast = Callable[[], AbstractContextManager[object]]  # an `Accelerator.autocast`
 
 
-def preferred() -> str:
-    """For accelerate's ``--mixed_precision``: bf16 where there is a GPU that computes in it."""
-    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if gpu else "no"
+def preferred() -> str | None:
+    """For accelerate's ``--mixed_precision``: bf16 where the GPU computes in it; None without one.
+
+    ``python -m memshare.training.precision`` prints it.
+    """
+    if not torch.cuda.is_available():
+        return None
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def in_bf16(autocast: Autocast, kind: str) -> bool:
@@ -36,3 +40,7 @@ def described(bf16: bool, kind: str) -> str:
         "--mixed_precision bf16, or --config_file configs/accelerate/gpu.yaml, or ddp.yaml there "
         "for several GPUs)"
     )
+
+
+if __name__ == "__main__":
+    print(preferred() or "")

@@ -13,19 +13,19 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from memshare.config import Config
 from memshare.pool.feedback import Feedback
 from memshare.pool.store import PoolStore
 from memshare.records import Memory, normalise
 from memshare.retrieval.bm25 import BM25
-from memshare.retrieval.build import memory_vectors
-from memshare.retrieval.encoder import Encoder
-from memshare.retrieval.generation import Generation, load, load_current
-from memshare.retrieval.index import FlatIndex
-from memshare.retrieval.serving import FROZEN
 from memshare.retrieval.text import memory_text
 from memshare.training.split import Fate
+
+if TYPE_CHECKING:  # elsewhere where they are used: they load torch, and BM25 alone needs none
+    from memshare.retrieval.encoder import Encoder
+    from memshare.retrieval.generation import Generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,10 @@ def open_proposer(config: Config, name: int | str | None) -> Iterator[Proposer |
     if mining.dense_candidates == 0 or mining.labels == "none":
         yield None
         return
+    from memshare.retrieval.encoder import Encoder
+    from memshare.retrieval.generation import load, load_current
+    from memshare.retrieval.serving import FROZEN
+
     if isinstance(name, str):
         yield Proposer(Encoder.load(config.encoder.model_copy(update={"model": name})), None, name)
         return
@@ -118,6 +122,9 @@ class PoolProposals:
         self._bm25 = BM25(config.bm25).fit(self._ids, texts)
         self._encoder = None if proposer is None else proposer.encoder
         if proposer is not None:
+            from memshare.retrieval.build import memory_vectors
+            from memshare.retrieval.index import FlatIndex
+
             vectors = memory_vectors(proposer.encoder, memories, proposer.generation)
             self._index = FlatIndex.build(vectors)
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from memshare.config import Config
 from memshare.files import write_json
 from memshare.pool.store import PoolStore
-from memshare.retrieval.encoder import EncoderError
-from memshare.retrieval.generation import current
+from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.manifest import folder_name
+from memshare.retrieval.shelf import home_of, read_current
 from memshare.training.examples import ExamplesError, erase, read_marker, round_dir, round_dirs
 from memshare.training.journal import Journal, Round, Span, read_spans
 
@@ -134,10 +134,10 @@ def next_round(config: Config, store: PoolStore, journal: Journal) -> Round:
     numbers = [item.number for item in journal.rounds]
     number = max([*numbers, last_begun(config.examples_dir)]) + 1
     spans = open_spans(store, covered(config, journal), config.served_pools)
-    serving = current(config.generations_dir, config.retriever.name)
+    home = home_of(config.generations_dir, config.retriever.name)
+    serving, _ = read_current(home)
     encoder, source = config.encoder.model, None
     if serving is not None:
-        home = config.generations_dir / config.retriever.name
         encoder = str(home / folder_name(serving) / "encoder")
         source = journal.published_by(serving)
     warm = None

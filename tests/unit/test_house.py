@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,3 +52,15 @@ def test_config_and_records_import_nothing_heavy() -> None:
     room = ROOT / "memshare"
     for path in (*(room / "config").glob("*.py"), room / "records.py", room / "files.py"):
         assert not {name.split(".")[0] for name in imports(path)} & heavy
+
+
+@pytest.mark.parametrize("program", ["continual", "mine"])
+def test_what_loads_no_model_loads_no_torch(program: str) -> None:
+    """It takes ten seconds with all that comes with it, and the loop waits for days."""
+    heavy = ["torch", "faiss", "transformers", "accelerate", "datasets", "pandas", "scipy"]
+    run = f"import runpy, sys; runpy.run_path('train/{program}.py'); "
+    tell = f"print(sorted({{*sys.modules}} & {{*{heavy}}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", run + tell], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

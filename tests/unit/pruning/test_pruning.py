@@ -19,8 +19,7 @@ from memshare.pool.feedback import Feedback
 from memshare.pool.uses import UseCounts
 from memshare.pruning import policies
 from memshare.pruning.cli import SHIPPED
-from memshare.pruning.policies import PruneError
-from memshare.pruning.prune import check_caps, hold_caps, prune
+from memshare.pruning.prune import PruneError, check_caps, hold_caps, prune
 from memshare.records import Candidate, Example, NewMemory
 from memshare.retrieval.encoder import Encoder
 from memshare.training.examples import round_dir, shard_path, write_marker, write_shard

@@ -7,8 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-from memshare.training.child import ChildFailed, run_child
+from memshare.config import ContinualConfig
+from memshare.training.child import ChildFailed, accelerate_command, run_child
 
 SETTING = "--set=database_url=postgresql://ann:hunter2@db/memshare"
 
@@ -24,3 +26,8 @@ def test_what_a_child_was_started_with_is_told_without_secrets(tmp_path: Path) -
     for told in (written, str(failed.value)):
         assert "postgresql://ann:***@db/memshare" in told and "hunter2" not in told
     assert "ended with code 3" in str(failed.value) and not record.exists()
+
+
+def test_one_process_is_told_to_use_the_cpu_where_torch_finds_no_gpu() -> None:
+    command = accelerate_command(ContinualConfig())
+    assert ("--cpu" in command) == (not torch.cuda.is_available())

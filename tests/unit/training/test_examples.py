@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from memshare.records import Candidate, Example, answer_key
 from memshare.training.examples import (
-    FEATURES,
+    SCHEMA,
     ExamplesError,
     erase,
     held_out_dir,
@@ -61,8 +61,23 @@ def test_round_trip(tmp_path: Path) -> None:
     folder = finished(round_dir(tmp_path, 1), rows[:2], [], rows[2:])
     assert list(read_examples(folder)) == rows
     data = load_examples([folder, folder])
-    assert data.features == FEATURES
+    assert data.features == datasets.Features.from_arrow_schema(SCHEMA)
     assert [to_example(row) for row in data] == rows * 2
+
+
+def test_the_schema_is_what_datasets_makes_of_these_features() -> None:
+    features = datasets.Features.from_arrow_schema(SCHEMA)
+    text, number = datasets.Value("string"), datasets.Value("int64")
+    assert features == {
+        "query_id": text, "query": text, "answer": text, "pool": text, "principal": text,
+        "round": number, "seq": number, "scorer": text, "labels": text,
+        "baseline_loglik": datasets.Value("float64"),
+        "candidates": datasets.List({
+            "id": text, "text": text, "bm25_rank": number, "loglik": datasets.Value("float64"),
+            "answer_key": text, "dense_rank": number, "prompt_key": text, "principal": text,
+        }),
+    }  # fmt: skip
+    assert features.arrow_schema.equals(SCHEMA, check_metadata=True)
 
 
 def test_datasets_reads_the_shards(tmp_path: Path) -> None:
@@ -70,7 +85,7 @@ def test_datasets_reads_the_shards(tmp_path: Path) -> None:
     loaded = datasets.load_dataset(
         "parquet", data_files=str(shard_path(folder, 0)), cache_dir=str(tmp_path / "c")
     )
-    assert loaded["train"].features == FEATURES
+    assert loaded["train"].features == datasets.Features.from_arrow_schema(SCHEMA)
     assert to_example(loaded["train"][0]) == example("a")
 
 
@@ -96,14 +111,14 @@ def test_shards_of_earlier_versions_are_read(tmp_path: Path) -> None:
     kept = ("id", "text", "bm25_rank", "loglik", "answer_key", "dense_rank")
     for row in rows:
         row["candidates"] = [{name: item[name] for name in kept} for item in row["candidates"]]
-    types = {field.name: field.type for field in FEATURES.arrow_schema}
+    types = {field.name: field.type for field in SCHEMA}
     struct = types["candidates"].value_type
     types["candidates"] = pa.list_(pa.struct([struct.field(name) for name in kept]))
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(types.items()))), path)
     assert read_shard(path) == [now, example("b", ())]
     assert erase(tmp_path, ["c1"]) == 1  # written anew, with all columns
     assert [c.id for c in read_shard(path)[0].candidates] == ["c2"]
-    assert pq.read_schema(path).equals(FEATURES.arrow_schema)
+    assert pq.read_schema(path).equals(SCHEMA)
     write_marker(path.parent, {"shards": 2})
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(types.items()))),
                    shard_path(path.parent, 1))  # fmt: skip
@@ -118,7 +133,7 @@ def test_equal_examples_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_no_folders_is_an_empty_data_set() -> None:
     assert len(load_examples([])) == 0
-    assert load_examples([]).features == FEATURES
+    assert load_examples([]).features == datasets.Features.from_arrow_schema(SCHEMA)
 
 
 def test_unfinished_round_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 
 from memshare.config import ContinualConfig, load_config
 from memshare.retrieval import packing
-from memshare.training import precision
+from memshare.training import child, precision
 from memshare.training.child import accelerate_command
 
 ROOT = Path(__file__).parents[3]
@@ -39,16 +39,31 @@ def test_the_loop_trains_in_bf16(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("found", [None, "no", "bf16"])
+def test_without_a_configuration_the_loop_trains_in_what_the_gpu_is_made_for(
+    monkeypatch: pytest.MonkeyPatch, processes: int, found: str | None
+) -> None:
+    monkeypatch.setattr(child, "gpu_precision", lambda: found)
+    command = accelerate_command(ContinualConfig(num_processes=processes))
+    assert command[command.index("--mixed_precision") + 1] == (found or "no")
+    assert ("--cpu" in command) == (found is None and processes == 1)
+
+
 @pytest.mark.parametrize(("gpu", "bf16", "wanted"), [
-    (False, True, "no"), (True, False, "no"), (True, True, "bf16"),
+    (False, True, None), (True, False, "no"), (True, True, "bf16"),
 ])  # fmt: skip
-def test_without_a_configuration_the_loop_trains_in_bf16_where_a_gpu_has_it(
-    monkeypatch: pytest.MonkeyPatch, processes: int, gpu: bool, bf16: bool, wanted: str
+def test_bf16_is_preferred_where_a_gpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, bf16: bool, wanted: str | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    command = accelerate_command(ContinualConfig(num_processes=processes))
-    assert command[command.index("--mixed_precision") + 1] == wanted
+    assert precision.preferred() == wanted
+
+
+def test_the_loop_is_told_what_torch_prefers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert child.gpu_precision() == precision.preferred()
+    monkeypatch.setattr(child.ctypes, "CDLL", lambda name: None)  # as where there is a driver
+    assert child.gpu_precision() == precision.preferred()
 
 
 def test_float32_on_a_gpu_is_told_with_the_way_to_bf16() -> None:

@@ -9,7 +9,6 @@ import pytest
 from memshare.config import load_config
 from memshare.pool.store import PoolStore
 from memshare.records import Candidate, Example, NewMemory
-from memshare.training import rounds
 from memshare.training.examples import (
     held_out_dir,
     load_examples,
@@ -127,12 +126,14 @@ def test_changed_examples_start_training_afresh(tmp_path: Path) -> None:
 
 
 def test_a_warm_round_goes_on_from_the_training_of_what_serves(
-    store: PoolStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: PoolStore, tmp_path: Path
 ) -> None:
     """Not from the last iteration of its round, which may have had nothing to train on."""
-    monkeypatch.setattr(rounds, "current", lambda *_: 7)
     changes = ["training.warm_optimizer=true", "pools={one: {}, two: {}}"]
     config = load_config(None, [f"run.dir={tmp_path / 'run'}", *changes])
+    home = config.generations_dir / config.retriever.name
+    home.mkdir(parents=True)
+    (home / "CURRENT").write_text("7\n")
     published = {"generation": 7, "encoder": "run/training/000004/encoder"}
     before = Round(
         4, {}, "start", "done", "published", {"index": published}, iterations=2, iteration=2
