@@ -165,10 +165,26 @@ class GateConfig(Section):
 
 
 class ContinualConfig(Section):
-    """When a round starts. ``rounds`` None: until stopped."""
+    """When a round starts, and on how many processes it trains and encodes.
+
+    ``min_new``: memories that are new since the last round, over all pools, and start one;
+    ``poll_seconds``: between two looks for them; ``rounds``: after so many the loop ends (None: it
+    goes on until stopped). ``accelerate_config``: a file of ``accelerate config``'s or of
+    ``configs/accelerate``, seen from the folder where the loop starts (None: one machine, bf16
+    where a GPU has it); ``num_processes``: its number of processes, or another one than it says
+    (None: as many as it says, one without it).
+    """
 
     min_new: PositiveInt = 256
     poll_seconds: PositiveFloat = 2.0
     rounds: PositiveInt | None = None
-    num_processes: PositiveInt = 1
+    num_processes: PositiveInt | None = None
     accelerate_config: Path | None = None
+
+    @field_validator("accelerate_config")
+    @classmethod
+    def _there(cls, value: Path | None) -> Path | None:
+        # accelerate would say so hours later, when mining is done.
+        if value is not None and not value.is_file():
+            raise ValueError(f"no file {value}, seen from {Path.cwd()}")
+        return value

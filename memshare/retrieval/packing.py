@@ -26,8 +26,8 @@ _FAMILIES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def enable(models: Sequence[Any], device: torch.device, *, half: bool, dropout: bool) -> bool:
-    """Give transformers models attention that takes packed texts; False where not all can have it.
+def possible(models: Sequence[Any], device: torch.device, *, half: bool, dropout: bool) -> bool:
+    """Whether all of these transformers models can take packed texts.
 
     ``half``: they run in half precision, which is what the GPU's kernel is for. ``dropout``: what
     their configurations say of it is heeded; attention within texts has none.
@@ -36,7 +36,12 @@ def enable(models: Sequence[Any], device: torch.device, *, half: bool, dropout: 
         return False
     if dropout and any(model.config.attention_probs_dropout_prob for model in models):
         return False
-    if device.type == "cuda" and not half:
+    return device.type != "cuda" or half
+
+
+def enable(models: Sequence[Any], device: torch.device, *, half: bool, dropout: bool) -> bool:
+    """Give transformers models attention that takes packed texts; False where not `possible`."""
+    if not possible(models, device, half=half, dropout=dropout):
         return False
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

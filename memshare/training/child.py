@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import yaml
 
 from memshare.config import ContinualConfig, without_secrets
 from memshare.files import write_json
@@ -27,6 +28,9 @@ from memshare.files import write_json
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 30.0  # to save a checkpoint after SIGTERM
 _TAIL_LINES = 30
+# With --cpu, accelerate would start one process, whatever their number; the programs find out
+# themselves that there is no GPU. Port 0: a free one, since others may train on this machine.
+_SEVERAL = ("--multi_gpu", "--main_process_port", "0")
 
 
 class ChildFailed(RuntimeError):
@@ -49,21 +53,35 @@ def accelerate_command(config: ContinualConfig, *, always: bool = True) -> list[
 
     Without ``always``, one process that needs none of accelerate's settings is Python's alone.
     """
-    if not always and config.num_processes == 1 and config.accelerate_config is None:
+    processes = config.num_processes or 1
+    if not always and processes == 1 and config.accelerate_config is None:
         return [sys.executable]
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if config.accelerate_config is not None:
-        return [*command, "--config_file", str(config.accelerate_config)]
-    command += ["--num_processes", str(config.num_processes), "--num_machines", "1"]
+        command += ["--config_file", str(config.accelerate_config)]
+        if config.num_processes is None:
+            return command
+        command += ["--num_processes", str(processes)]
+        single = processes > 1 and _starts_one(config.accelerate_config)
+        return [*command, *_SEVERAL] if single else command
+    command += ["--num_processes", str(processes), "--num_machines", "1"]
     precision = gpu_precision()
     command += ["--mixed_precision", precision or "no", "--dynamo_backend", "no"]
-    threads = max(1, len(os.sched_getaffinity(0)) // config.num_processes)
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
     command += ["--num_cpu_threads_per_process", str(threads)]
-    if config.num_processes == 1:
+    if processes == 1:
         return command if precision else [*command, "--cpu"]
-    # With --cpu, accelerate would start one process, whatever their number; the programs find out
-    # themselves that there is no GPU. Port 0: a free one, since others may train on this machine.
-    return [*command, "--multi_gpu", "--main_process_port", "0"]
+    return [*command, *_SEVERAL]
+
+
+def _starts_one(path: Path) -> bool:
+    """Whether accelerate starts one process by this configuration, whatever their number.
+
+    Where it starts several already, `_SEVERAL` must not be given: that would undo FSDP.
+    """
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kind = settings.get("distributed_type") if isinstance(settings, dict) else None
+    return kind in (None, False, "NO", "MULTI_CPU")  # YAML's bare NO is False
 
 
 def gpu_precision() -> str | None:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import psutil
+import torch
+
 from memshare.config import TrainingConfig
+from memshare.retrieval import packing
 from memshare.retrieval.encoder import Encoder
-from memshare.training.batching import Batches
+from memshare.training import activations
+from memshare.training.activations import Activations
+from memshare.training.batching import Batches, cut, cut_packed, deal
 from memshare.training.gather import wants_fsdp
+from memshare.training.order import Ints
 from memshare.training.precision import Autocast, described, in_bf16
 from memshare.training.step import TILE_ROWS
 
 _FLOAT = 4  # bytes
 _LOGIT_COPIES = 6  # similarities, masked ones, softplus, and what their gradients keep
-_HIDDEN_COPIES = 24  # per layer: q, k, v, attention output, projections, norms, dropouts
-_INNER_COPIES = 5  # per layer: the feed-forward's input, activation and output
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Counts, and bytes on each process; the activations' part is a rule of thumb.
+    """Counts, and bytes on each process; the activations' part is a rule (`activations`).
 
     ``frozen_bytes``: the vectors of all docs, where the memories' tower does not learn.
-    ``precision``: in words.
+    ``precision``: in words. ``free_bytes``: what a process can have of its device's memory, its
+    weights included.
     """
 
     parameters: int
@@ -37,6 +44,13 @@ class Estimate:
     logits_bytes: int
     frozen_bytes: int
     precision: str
+    free_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        """All of it."""
+        sizes = (self.weights_bytes, self.optimizer_bytes, self.activation_bytes)
+        return sum(sizes) + self.logits_bytes + self.frozen_bytes
 
     def __str__(self) -> str:
         mib = 2**20
@@ -52,10 +66,19 @@ class Estimate:
                 f"model: {self.parameters:,} parameters, {self.trainable:,} trainable",
                 f"data: {self.examples:,} examples, {self.steps:,} steps of about "
                 f"{self.tokens_per_step:,} tokens over all processes",
-                f"memory per process: about {sum(parts.values()) // mib:,} MiB ({each})",
+                f"memory per process: about {self.needed_bytes // mib:,} MiB ({each})",
                 f"precision: {self.precision}",
+                *self._warnings(),
             )
         )
+
+    def _warnings(self) -> list[str]:
+        if self.needed_bytes <= self.free_bytes:
+            return []
+        return [
+            f"warning: that is more than the {self.free_bytes // 2**20:,} MiB that a process can "
+            "have here; lower training.graph_tokens, then training.batch_tokens"
+        ]
 
 
 def estimate(
@@ -63,7 +86,8 @@ def estimate(
     autocast: Autocast = nullcontext,
 ) -> Estimate:  # fmt: skip
     """Estimate a run's needs; the first batch stands for all."""
-    kind = encoder.device.type
+    device = torch.device(encoder.device)
+    half = in_bf16(autocast, device.type)
     parameters = [(p.numel(), p.requires_grad) for p in encoder.model.parameters()]
     everything = sum(count for count, _ in parameters)
     trainable = sum(count for count, trained in parameters if trained)
@@ -72,23 +96,51 @@ def estimate(
     copies = 1 + 4 / processes if processes > 1 and wants_fsdp() else 3
     frozen = config.towers == "query-only"
     learns = batch.texts[batch.docs :] if frozen else batch.texts
-    tokens = int(batches.table.lengths[learns].sum())
-    shape = encoder.tower("query").config
-    inner = getattr(shape, "intermediate_size", 4 * encoder.dim)
-    layers = getattr(shape, "num_hidden_layers", 12)
-    per_token = layers * (_HIDDEN_COPIES * encoder.dim + _INNER_COPIES * inner) * _FLOAT
-    held = min(tokens // processes, config.graph_tokens + config.batch_tokens)
+    lengths = batches.table.lengths[learns]
+    tower = encoder.tower("query")
+    packed = packing.possible([tower], device, half=half, dropout=config.dropout)
+    kept = activations.of(tower, device, half=half, packed=packed, dropout=config.dropout)
     rows = min(TILE_ROWS, -(-len(batch.rows) // processes))
+    weights = everything * _FLOAT
     return Estimate(
         parameters=everything,
         trainable=trainable,
         examples=len(batches.items),
         steps=steps,
-        tokens_per_step=tokens,
-        weights_bytes=everything * _FLOAT,
+        tokens_per_step=int(lengths.sum()),
+        weights_bytes=weights,
         optimizer_bytes=round(trainable * _FLOAT * copies),
-        activation_bytes=held * per_token,
+        activation_bytes=_most(lengths[deal(lengths, processes)[0]], kept, config),
         logits_bytes=rows * batch.docs * _FLOAT * _LOGIT_COPIES,
         frozen_bytes=len(batches.doc_rows) * encoder.dim * _FLOAT if frozen else 0,
-        precision=described(in_bf16(autocast, kind), kind),
+        precision=described(half, device.type),
+        free_bytes=_free(device) + weights,
     )
+
+
+def _most(lengths: Ints, kept: Activations, config: TrainingConfig) -> int:
+    """The most that is held of a step's activations, in bytes; ``lengths`` longest first.
+
+    The micro-batches of `ContrastiveStep`: as many as fit in ``graph_tokens`` are kept together,
+    the others come one by one, once those are gone; one is worked on all the time.
+    """
+    together = alone = working = padded = 0
+    for part in (cut_packed if kept.packed else cut)(lengths, config.batch_tokens):
+        texts, width = lengths[part], int(lengths[part].max())
+        tokens = int(texts.sum()) if kept.packed else len(texts) * width
+        padded += tokens
+        held = kept.kept(tokens, width)
+        if padded <= config.graph_tokens:
+            together += held
+        else:
+            alone = max(alone, held)
+        working = max(working, kept.working(tokens))
+    return max(together, alone) + working
+
+
+def _free(device: torch.device) -> int:
+    """What a process can have of its device's memory beyond what it has already, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of an `accelerate launch`
+    return int(psutil.virtual_memory().available) // beside

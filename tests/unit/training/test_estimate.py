@@ -1,0 +1,164 @@
+"""What a run is said to need, against the tensors that autograd keeps, and for shipped settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+from memshare.config import Config, load_config
+from memshare.retrieval import packing
+from memshare.retrieval.encoder import Encoder, pool_embeddings
+from memshare.training import activations
+from memshare.training import estimate as estimate_module
+from memshare.training.batching import Batches
+from memshare.training.estimate import Estimate, estimate
+from memshare.training.precision import Autocast
+from memshare.training.select import select
+from memshare.training.towers import prepare
+from tests.tiny import tiny_encoder
+from tests.training_data import examples
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+CPU = torch.device("cpu")
+GIB = 2**30
+BERT_BASE = BertConfig(add_pooling_layer=False)
+MINI_LM = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+# What each shipped configuration leaves of the memory that its comments name.
+LEFT = {
+    "h200.yaml": 141e9 * (1 - 0.3 - 0.2),
+    "cluster.yaml": 80e9,
+    "paper.yaml": 141e9 * (1 - 0.35 - 0.35),
+    "pocket.yaml": 2 * GIB,
+    "eval.yaml": 2 * GIB,
+    "eval-vllm.yaml": 2 * GIB,
+}
+
+
+def saved_bytes(model: BertModel, forward: Callable[[], Tensor]) -> int:
+    """Of all storages but the weights that autograd keeps of a forward pass."""
+    ours = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in ours)
+
+
+def bf16() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("packed", "dropout", "attention_dropout"),
+    [(True, False, 0.1), (True, True, 0.0), (False, False, 0.1), (False, True, 0.1)],
+    ids=["packed", "packed, dropout", "padded", "padded, dropout"],
+)
+@pytest.mark.parametrize(("width", "hidden", "layers"), [(16, 64, 2), (96, 256, 4)])
+def test_activations_are_what_autograd_keeps(
+    width: int, hidden: int, layers: int, packed: bool, dropout: bool, attention_dropout: float,
+    half: bool,
+) -> None:  # fmt: skip
+    config = BertConfig(
+        vocab_size=50, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=4 * hidden, attention_probs_dropout_prob=attention_dropout,
+    )  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False).train(dropout)
+    autocast: Autocast = bf16 if half else nullcontext
+    rows = [[7] * width] * 5 + [[7] * (width - 4)]
+    assert packing.enable([model], CPU, half=half, dropout=dropout) == (
+        packed or not (dropout and attention_dropout)
+    )
+
+    def forward() -> Tensor:
+        with autocast():
+            if packed:
+                parts = packing.collate(rows, CPU)
+                hidden = packing.forward(model, **parts)
+                return packing.pool(hidden, parts["lengths"], "mean")
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+            output = model(input_ids=ids, attention_mask=(ids > 0).long())
+            return pool_embeddings(output.last_hidden_state, (ids > 0).long(), "mean")
+
+    rule = activations.of(model, CPU, half=half, packed=packed, dropout=dropout)
+    told = rule.kept(sum(map(len, rows)) if packed else len(rows) * width, width)
+    assert told == pytest.approx(saved_bytes(model, forward), rel=0.1)
+
+
+def told_of(config: Config, shape: BertConfig, folder: Path, *, half: bool, kind: str) -> Estimate:
+    """An encoder of this shape, without weights, on texts all of which are as long as can be."""
+    encoder = Encoder.from_folder(tiny_encoder(folder), device="cpu")
+    prepare(encoder, config.training, seed=0)
+    items = select(examples(4 * config.training.batch_size), config.training).items
+    size = config.training.batch_size
+    data = Batches(items, encoder, global_batch=size, seed=0, settings=config.training)
+    data.table.lengths[:] = config.encoder.max_length
+    with torch.device("meta"):
+        encoder.model = BertModel(shape, add_pooling_layer=False)
+    encoder.dim, encoder.device = shape.hidden_size, torch.device(kind)
+    return estimate(encoder, data, 1, config.training, 1, bf16 if half else nullcontext)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_fits(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(path)
+    gpu = config.encoder.model == "BAAI/bge-base-en-v1.5"
+    monkeypatch.setattr(estimate_module, "_free", lambda device: 0)
+    # `memshare eval` trains in float32, the loop on a GPU in bf16 (test_gpu_configs).
+    half = gpu and path.name != "paper.yaml"
+    monkeypatch.setattr(estimate_module, "in_bf16", lambda autocast, kind: half)
+    shape, kind = (BERT_BASE, "cuda") if gpu else (MINI_LM, "cpu")
+    told = told_of(config, shape, tmp_path, half=half, kind=kind)
+    assert told.needed_bytes < LEFT[path.name], str(told)
+
+
+def test_more_than_there_is_free_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config()
+    for free, warned in ((64 * GIB, False), (0, True)):
+        monkeypatch.setattr(estimate_module, "_free", lambda device, free=free: free)
+        told = told_of(config, MINI_LM, tmp_path, half=False, kind="cpu")
+        assert told.free_bytes == free + told.weights_bytes
+        assert ("warning: that is more than the" in str(told)) == warned
+        assert ("training.graph_tokens" in str(told)) == warned
+
+
+def test_free_memory_is_shared_by_the_processes_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = type("Memory", (), {"available": 12 * GIB})
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    assert estimate_module._free(CPU) == 12 * GIB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert estimate_module._free(CPU) == 3 * GIB
+
+
+def test_only_what_is_kept_at_a_time_counts() -> None:
+    """Micro-batches that are encoded again come one by one, after those whose graphs were kept."""
+    rule = activations.of(
+        BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1,
+                             num_attention_heads=2, intermediate_size=8)),
+        CPU, half=False, packed=True, dropout=False,
+    )  # fmt: skip
+    config = load_config(None, ["training.batch_tokens=20"]).training
+    lengths = torch.full((10,), 10).numpy()
+    work = rule.working(20)
+
+    def most(graph_tokens: int) -> int:
+        changed = config.model_copy(update={"graph_tokens": graph_tokens})
+        return estimate_module._most(lengths, rule, changed)
+
+    assert most(0) == rule.kept(20, 10) + work
+    assert most(60) == most(79) == 3 * rule.kept(20, 10) + work
+    assert most(100) == most(10**6) == rule.kept(100, 10) + work
