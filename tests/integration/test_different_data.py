@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import tiny_encoder
 from tests.training_data import example, examples, write_round
-from tests.training_runs import PROGRAM, launch, options, result
+from tests.training_runs import PROGRAM, fork, options, result
 
 # The program with other arguments on process 1.
 WORKER = f"""
@@ -48,7 +48,7 @@ def test_processes_with_different_data_end_soon_and_say_so(
     output, worker = tmp_path / "out", tmp_path / "worker.py"
     worker.write_text(WORKER)
     arguments = [*options(tmp_path, output, *here(main), steps=4), "--only-on-1", *here(other)]
-    with launch(2, worker, arguments) as process:
+    with fork(2, worker, arguments) as process:
         try:
             _, errors = process.communicate(timeout=120)
         finally:
