@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -94,12 +95,10 @@ def run_child(
         output.flush()
         child = subprocess.Popen(
             command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=partial(_record_itself, record),
         )  # fmt: skip
     try:
-        write_json(
-            record, {"session": child.pid, "created": psutil.Process(child.pid).create_time()}
-        )
+        _write_record(record, child.pid)  # again: an error in the child would not say what it was
         while child.poll() is None and not stop.wait(_POLL_SECONDS):
             pass
     finally:
@@ -115,6 +114,16 @@ def run_child(
             + "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:]),
             child.returncode,
         )
+
+
+def _record_itself(record: Path) -> None:
+    """In the child, before its program starts: a loop killed just then leaves nobody unknown."""
+    with suppress(OSError):
+        _write_record(record, os.getpid())
+
+
+def _write_record(record: Path, session: int) -> None:
+    write_json(record, {"session": session, "created": psutil.Process(session).create_time()})
 
 
 def stop_orphan(record: Path) -> bool:
