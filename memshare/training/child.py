@@ -23,7 +23,6 @@ import psutil
 import yaml
 
 from memshare.config import ContinualConfig, without_secrets
-from memshare.files import write_json
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 30.0  # to save a checkpoint after SIGTERM
@@ -105,7 +104,8 @@ def run_child(
 ) -> None:
     """Run ``command`` to its end, its output appended to ``log_file``; ``record`` names it.
 
-    Raises `ChildFailed` for a non-zero exit code, `Stopped` once ``stop`` is set.
+    It is the child that writes the record, before it becomes the program (`recorded`). Raises
+    `ChildFailed` for a non-zero exit code, `Stopped` once ``stop`` is set.
     """
     told = without_secrets(" ".join(command))
     log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -113,13 +113,10 @@ def run_child(
         output.write(f"$ {told}\n".encode())
         output.flush()
         child = subprocess.Popen(
-            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            start_new_session=True,
+            [sys.executable, "-m", "memshare.training.recorded", str(record), *command],
+            cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
-        write_json(
-            record, {"session": child.pid, "created": psutil.Process(child.pid).create_time()}
-        )
         while child.poll() is None and not stop.wait(_POLL_SECONDS):
             pass
     finally:

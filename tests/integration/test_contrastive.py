@@ -151,20 +151,26 @@ def test_gradients_of_several_processes_are_those_of_one(
         assert "see other examples than process 0" in told
 
 
+@pytest.fixture(scope="module")
+def alone(base: Path, tmp_path_factory: pytest.TempPathFactory, program: ModuleType) -> Path:
+    """What one process trains, undisturbed."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    assert program.main(options(base, output, "--set=training.dropout=false", steps=40)) == 0
+    return output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "divided"), [(2, False), (2, True), (4, False)],
     ids=["2-ddp-then-fsdp", "2-fsdp-then-ddp", "4-ddp-then-fsdp"],
 )  # fmt: skip
 def test_several_processes_train_as_one_and_survive_a_killed_one(
-    base: Path, tmp_path: Path, program: ModuleType, processes: int, divided: bool
+    base: Path, alone: Path, tmp_path: Path, processes: int, divided: bool
 ) -> None:
     """A checkpoint says nothing of how the processes divide the work: the other way goes on."""
-    one, many = tmp_path / "one", tmp_path / "many"
-    same = ("--set=training.dropout=false",)
-    assert program.main(options(base, one, *same, steps=40)) == 0
+    many = tmp_path / "many"
     share = f"--set=training.batch_size={8 // processes}"
-    arguments = options(base, many, *same, share, steps=40)
+    arguments = options(base, many, "--set=training.dropout=false", share, steps=40)
     with launch(processes, PROGRAM, arguments, divided=divided) as process:
         wait_for(lambda: bool(steps_saved(many)), process)
         workers = [p for p in psutil.Process(process.pid).children() if str(PROGRAM) in p.cmdline()]
@@ -178,9 +184,9 @@ def test_several_processes_train_as_one_and_survive_a_killed_one(
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     assert "continuing from" in errors
-    for got, want in zip(logged(many), logged(one), strict=True):
+    for got, want in zip(logged(many), logged(alone), strict=True):
         assert got == pytest.approx(want, abs=1e-3)
-    ours, theirs = (load_file(f / "encoder" / "model.safetensors") for f in (many, one))
+    ours, theirs = (load_file(f / "encoder" / "model.safetensors") for f in (many, alone))
     assert max(float((ours[n] - theirs[n]).abs().max()) for n in theirs) < 1e-4
 
 

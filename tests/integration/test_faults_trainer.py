@@ -50,7 +50,7 @@ def test_killed_under_load(tmp_path: Path) -> None:
                 load.more(30)
                 for _ in range(2):
                     child = start(config, log)
-                    time.sleep(3 + 6 * rng.random())  # while starting, mining or training
+                    time.sleep(1 + 4 * rng.random())  # while starting, mining or training
                     child.kill()
                     child.wait()
                     load.more(5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from pathlib import Path
@@ -29,6 +30,20 @@ def test_what_a_child_was_started_with_is_told_without_secrets(tmp_path: Path) -
     for told in (written, str(failed.value)):
         assert "postgresql://ann:***@db/memshare" in told and "hunter2" not in told
     assert "ended with code 3" in str(failed.value) and not record.exists()
+
+
+def test_a_program_never_runs_unrecorded(tmp_path: Path) -> None:
+    """Or a loop killed between starting and recording it would leave an orphan nobody stops."""
+    record, seen = tmp_path / "child.json", tmp_path / "seen.json"
+    program = (
+        "import os, shutil, sys; shutil.copy(*sys.argv[1:]); assert os.getsid(0) == os.getpid();"
+        "print('session', os.getpid())"
+    )
+    command = [sys.executable, "-c", program, str(record), str(seen)]
+    run_child(command, tmp_path / "log", record, threading.Event(), tmp_path)
+    session = json.loads(seen.read_text())["session"]
+    assert f"session {session}" in (tmp_path / "log").read_text()
+    assert not record.exists()
 
 
 def test_one_process_is_told_to_use_the_cpu_where_torch_finds_no_gpu() -> None:
