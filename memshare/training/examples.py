@@ -25,6 +25,8 @@ from datasets.table import InMemoryTable
 
 from memshare.files import write_atomic, write_json
 from memshare.records import Candidate, Example
+from memshare.training.shard import ExamplesError as ExamplesError
+from memshare.training.shard import read_table
 
 MARKER = "round.json"
 HELD_OUT = "held_out"
@@ -54,15 +56,6 @@ FEATURES = Features(
         "candidates": List(_CANDIDATE),
     }
 )
-# Shards of earlier versions have fewer columns; they are read with nulls in them.
-_ADDED = ("prompt_key", "principal")
-_EARLIER = Features(
-    {**FEATURES, "candidates": List({k: v for k, v in _CANDIDATE.items() if k not in _ADDED})}
-).arrow_schema
-
-
-class ExamplesError(RuntimeError):
-    """A folder of examples is unfinished, damaged or not one; the message names the file."""
 
 
 def round_dir(examples_dir: Path, number: int, iteration: int = 1) -> Path:
@@ -99,19 +92,7 @@ def _write_table(path: Path, table: pa.Table) -> None:
 
 
 def _read_table(path: Path) -> pa.Table:
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        inside = next((folder for folder in path.parents if folder.name.isdecimal()), path.parent)
-        raise ExamplesError(
-            f"{path}: damaged or unreadable ({error}); delete it and run train/mine.py "
-            f"--round {inside.name}"
-        ) from error
-    if table.schema.equals(_EARLIER):
-        return table.cast(FEATURES.arrow_schema)
-    if not table.schema.equals(FEATURES.arrow_schema):
-        raise ExamplesError(f"{path}: not a shard of training examples (its columns differ)")
-    return table
+    return read_table(path, FEATURES.arrow_schema)
 
 
 def to_example(row: Mapping[str, Any]) -> Example:
