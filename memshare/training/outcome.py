@@ -95,7 +95,7 @@ def attempt(
     Only the process that ``writes`` takes the lock and looks for ``stop_file``: one asks the file
     system for all, and a step makes what it saw known to the others. Raises `RunLocked`.
     """
-    lock = run_lock(output, "training") if writes else nullcontext()
+    lock = run_lock(output, "training", setting="--output") if writes else nullcontext()
     with lock, told(output, errors, writes), stop_requests(stop_file if writes else None) as stop:
         yield stop
 

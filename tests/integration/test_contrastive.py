@@ -339,11 +339,12 @@ def test_weights_that_no_further_step_judges_are_judged_at_the_end(
         (["--set=training.lrr=1", "--set=training.epochs=no"], 2, ["training.lrr", "epochs"]),
         (["--encoder", "/no/such/folder"], 1, ["/no/such/folder"]),
         (["--examples", "/no/such/round"], 1, ["/no/such/round"]),
+        (["--output", f"{__file__}/out"], 1, [f"--output {__file__}/out", "Not a directory"]),
         (["--resume"], 1, ["no intact checkpoint"]),
         (["--set=training.matryoshka=[16, 32]"], 2, ["training.matryoshka: [32]", "less than 32"]),
         (["--set=training.matryoshka=[48]", "--dry-run"], 2, ["training.matryoshka: [48]"]),
     ],
-    ids=["config", "encoder", "examples", "resume", "width", "width-dry-run"],
+    ids=["config", "encoder", "examples", "output", "resume", "width", "width-dry-run"],
 )
 def test_bad_input(
     base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str],
@@ -360,5 +361,6 @@ def test_a_second_training_into_the_same_folder_is_refused(
     output = tmp_path / "out"
     with run_lock(output, "training"):
         assert program.main(options(base, output)) == 1
-    assert "another training is running" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "another training is running" in told and "its own --output" in told
     assert not (output / "result.json").exists()
