@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from memshare.config import ConfigError
-from memshare.files import disk_full, run_lock, write_json
+from memshare.files import disk_full, run_lock, write_atomic, write_json
 from memshare.progress import log
 
 Status = Literal["trained", "empty", "stopped", "failed"]
@@ -62,22 +62,31 @@ class DiskFull(RuntimeError):
     """Something could not be written for want of room, in a place that has no word of its own."""
 
 
+class Refused(RuntimeError):
+    """A run that was refused before it began: what an earlier one has left stays as it is."""
+
+
 @contextmanager
 def told(output: Path, errors: tuple[type[Exception], ...], writes: bool) -> Iterator[None]:
     """Forget how an earlier run into ``output`` ended; say so if this one ends by an error.
 
-    Only the process that ``writes`` touches ``result.json``. The error goes on; a full disk as
-    `DiskFull`.
+    `Refused` brings the earlier result back. Only the process that ``writes`` touches
+    ``result.json``. The error goes on; a full disk as `DiskFull`.
     """
-    if writes:
-        (output / "result.json").unlink(missing_ok=True)
+    path, earlier = output / "result.json", None
+    if writes and path.exists():
+        earlier = path.read_bytes()
+        path.unlink()
     try:
         yield
     except Exception as error:
         full = disk_full(error) and not isinstance(error, errors)
         if writes and (full or isinstance(error, errors)):
             with suppress(OSError):  # the error itself is told
-                write_result(output, "failed", error=str(error))
+                if earlier is not None and isinstance(error, Refused):
+                    write_atomic(path, earlier)
+                else:
+                    write_result(output, "failed", error=str(error))
         if full:
             raise DiskFull(
                 f"{error}, in {output} or in {gettempdir()}, where the examples are spooled; the "

@@ -19,6 +19,8 @@ import pytest
 from memshare.config import WandbConfig
 from memshare.files import RunLocked
 from memshare.training import outcome, tracking
+from memshare.training.checkpoint import CheckpointError
+from memshare.training.resume import ChangedSettings
 from memshare.training.tracking import Tracker, new_run_id
 from memshare.training.wandb_run import wandb_mode
 from tests.disks import fill_up, small_disk
@@ -255,6 +257,16 @@ def test_outcome_is_told_and_forgotten(tmp_path: Path) -> None:
     with pytest.raises(KeyError), outcome.told(tmp_path, (ValueError,), writes=True):
         raise KeyError("a bug")
     assert outcome.read_result(tmp_path) is None
+
+
+def test_a_run_that_is_refused_leaves_the_earlier_result(tmp_path: Path) -> None:
+    for earlier in (None, {"status": "trained", "steps": 7}):
+        if earlier:
+            outcome.write_result(tmp_path, "trained", steps=7)
+        with pytest.raises(ChangedSettings), outcome.told(tmp_path, (CheckpointError,), True):
+            raise ChangedSettings("lr")
+        left = outcome.read_result(tmp_path)
+        assert left == (earlier or {"status": "failed", "error": "lr"})
 
 
 def test_a_full_disk_is_told_wherever_it_shows(tmp_path: Path) -> None:
