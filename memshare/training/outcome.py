@@ -17,6 +17,7 @@ failed     1     the message says why; nothing of an earlier encoder was touched
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -34,6 +35,7 @@ EXIT_CODES: dict[Status, int] = {"trained": 0, "empty": 66, "stopped": 75, "fail
 EXIT_USAGE = 2
 # In the report of train/index.py, whose exit code accelerate hides: try again later.
 DATABASE_AWAY = "database away"
+_STOPPING = b"\nstopping after this step, to be continued; once more (Ctrl-C) ends at once\n"
 
 
 def write_result(output: Path, status: Status, **figures: Any) -> int:
@@ -125,16 +127,21 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(file: Path | None = None) -> Iterator[StopRequest]:
-    """Turn SIGTERM, SIGUSR1 (a scheduler's warning) and ``file`` into a request, for between steps.
+    """Turn SIGTERM, SIGINT, SIGUSR1 (a scheduler's warning) and ``file`` into a request.
 
-    A file, since launchers die of SIGUSR1 instead of passing it on.
+    It is for between steps; a second SIGINT ends the process at once. A file, since launchers die
+    of SIGUSR1 instead of passing it on.
     """
     request = StopRequest(file)
 
     def ask(number: int, frame: FrameType | None) -> None:
         request.signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.write(2, _STOPPING)  # nothing buffered: this may interrupt a line that is written
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield request
     finally:

@@ -93,6 +93,24 @@ def test_a_run_stopped_in_every_way_ends_as_the_uninterrupted_one(
     assert [line for line in logged(broken) if line["step"] % 5 == 0] == logged(whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_saves_where_it_stands(base: Path, tmp_path: Path, processes: int) -> None:
+    output = tmp_path / "out"
+    seldom = ("--set=training.checkpoint_every=100000", "--set=training.log_every=1")
+    arguments = options(base, output, *seldom, steps=100_000)
+    run = start(arguments) if processes == 1 else launch(processes, PROGRAM, arguments)
+    with run as process:
+        wait_for(lambda: (output / "log.jsonl").exists() and len(logged(output)) > 2, process)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    said = result(output)
+    assert said["status"] == "stopped" and [said["steps"]] == steps_saved(output)
+    assert told.count("stopping after this step") == processes
+    if processes == 1:  # a launcher has tracebacks and codes of its own
+        assert process.returncode == 75 and "Traceback" not in told
+
+
 @pytest.fixture(scope="module")
 def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process makes of all modes of gradient_worker.py."""

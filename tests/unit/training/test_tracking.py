@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -222,7 +224,7 @@ def test_a_wandb_that_stops_in_the_middle_is_not_waited_for_long(
     assert "wandb-core" not in [child.name() for child in psutil.Process().children()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_become_requests(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with outcome.stop_requests() as stop:
@@ -230,6 +232,25 @@ def test_signals_become_requests(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         assert stop.asked and stop.signal == number.name
     assert signal.getsignal(number) is before
+
+
+ASKED_TWICE = """
+import os, signal
+from memshare.training.outcome import stop_requests
+with stop_requests() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    print(stop.signal, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still there", flush=True)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    done = subprocess.run([sys.executable, "-c", ASKED_TWICE], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "SIGINT\n")
+    assert done.stderr.strip().splitlines() == [
+        "stopping after this step, to be continued; once more (Ctrl-C) ends at once"
+    ]
 
 
 def test_a_file_becomes_a_request_of_the_process_that_writes(tmp_path: Path) -> None:
