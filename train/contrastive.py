@@ -164,7 +164,7 @@ def train(
             lr = peak * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
             norm = update(optimizer, lr, settings.max_grad_norm)
             seconds = time.perf_counter() - began
-            gradient.check(norm, batch, step, last=result.stop or step + 1 == steps)
+            gradient.check(norm, batch, step, last=result.stop or validation.pauses(step + 1))
             state = state.after(result.loss, result.tokens, result.padded, seconds)
             state = validation.after(state)
             last = validation.finished(state) or result.stop

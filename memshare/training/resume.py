@@ -140,11 +140,14 @@ def without_ruined(root: Path, writes: bool) -> Iterator[None]:
 
     A checkpoint is written before its weights are used again, and only that tells whether they are
     any good: a run that went on from ruined ones would fail wherever it began. The process that
-    ``writes`` deletes.
+    ``writes`` deletes, and tells what is left.
     """
     try:
         yield
     except NonFinite as error:
         if writes:
             discard(root, after=error.done - 1)
+            left = checkpoints(root)
+            good = f"the last good weights are in {left[-1]}" if left else "no checkpoint is left"
+            error.args = (f"{error}; {good}",)
         raise

@@ -327,6 +327,7 @@ def test_divergence_names_the_batch_and_keeps_the_last_checkpoint(
     assert program.main(wild) == 1
     told = capsys.readouterr().err
     assert "is not finite; the batch's queries are main-" in told
+    assert told.endswith(f"; the last good weights are in {kept}\n")
     assert result(output)["status"] == "failed"
     assert checkpoint.latest_intact(output / "checkpoints") == kept
     assert (output / "encoder").exists()  # the earlier one
@@ -335,7 +336,7 @@ def test_divergence_names_the_batch_and_keeps_the_last_checkpoint(
     assert result(output)["steps"] == 8
 
 
-@pytest.mark.parametrize("end", ["last step", "stopped"])
+@pytest.mark.parametrize("end", ["last step", "stopped", "evaluated"])
 def test_weights_that_no_further_step_judges_are_judged_at_the_end(
     base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str], end: str
 ) -> None:
@@ -346,8 +347,12 @@ def test_weights_that_no_further_step_judges_are_judged_at_the_end(
     )  # fmt: skip
     if end == "stopped":
         stop.touch()
+    if end == "evaluated":
+        arguments += ["--set=training.eval_every=1", "--held-out", str(base / "round-2")]
     assert program.main(arguments) == 1
-    assert "step 1: what the encoder gives after it is not finite" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "step 1: what the encoder gives after it is not finite" in told
+    assert told.endswith("; no checkpoint is left\n")
     assert result(output)["status"] == "failed"
     assert not (output / "encoder").exists() and steps_saved(output) == []
 
