@@ -39,7 +39,7 @@ from memshare.training.select import select
 from memshare.training.sharding import spread
 from memshare.training.step import ContrastiveStep, NonFinite
 from memshare.training.towers import FrozenMemories, prepare
-from memshare.training.tracking import Tracker, new_run_id
+from memshare.training.tracking import Tracker, new_run_id, wandb_mode
 from memshare.training.validation import Validation
 from memshare.version import commit
 
@@ -70,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
     args = arguments().parse_args(argv)
     try:
-        config = load_config(args.config, args.overrides)
-        accelerator = launch()
+        config, accelerator = load_config(args.config, args.overrides), launch()
     except ConfigError as error:
         return outcome.tell(error)
     world = World(accelerator.device)
     writes = world.main and not args.dry_run
     try:
+        wandb_mode(config.wandb)  # what the environment says is checked before anything starts
         with (
             ExitStack() as at_end,  # W&B, whose end waits until everything else is written
             outcome.attempt(args.output, EXPECTED, writes, args.stop_file) as stop,

@@ -379,6 +379,26 @@ def test_bad_input(
     assert "error: " in told and all(word in told for word in words)
 
 
+def test_a_wrong_wandb_mode_is_told_before_anything_starts(
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("WANDB_MODE", "foo")
+    assert program.main([*options(base, tmp_path / "out"), "--set=wandb.mode=auto"]) == 2
+    [told] = capsys.readouterr().err.splitlines()
+    assert "error: WANDB_MODE is foo; W&B knows online" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", ["0", "-5", "x"])
+def test_rounds_count_from_one(
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str], number: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        program.main([*options(base, tmp_path / "out"), "--round", number])
+    assert "argument --round: " in capsys.readouterr().err
+
+
 def test_a_second_training_into_the_same_folder_is_refused(
     base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,11 +14,12 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Literal
 
 import psutil
 import pytest
 
-from memshare.config import WandbConfig
+from memshare.config import ConfigError, WandbConfig
 from memshare.files import RunLocked
 from memshare.training import outcome, tracking
 from memshare.training.checkpoint import CheckpointError
@@ -47,6 +48,13 @@ def test_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert wandb_mode(auto) == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_mode(auto) == "disabled"
+    monkeypatch.setenv("WANDB_MODE", " Offline")
+    assert wandb_mode(auto) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "")
+    assert wandb_mode(auto) == "online"
+    monkeypatch.setenv("WANDB_MODE", "foo")
+    with pytest.raises(ConfigError, match=r"^WANDB_MODE is foo; W&B knows online, offline, "):
+        wandb_mode(auto)
     assert wandb_mode(WandbConfig(mode="offline")) == "offline"
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.delenv("WANDB_MODE")
@@ -81,6 +89,18 @@ def test_an_offline_run_is_written(tmp_path: Path) -> None:
     while b"loss" not in written.read_bytes() and time.monotonic() < until:
         time.sleep(0.05)
     assert b"loss" in written.read_bytes()
+
+
+@pytest.mark.parametrize(("asked", "mode"), [("", "auto"), ("OFFLINE", "auto"), ("x", "offline")])
+def test_wandb_itself_is_spared_what_it_would_fail_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, mode: Literal["auto", "offline"]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", asked)
+    with Tracker(tmp_path, WandbConfig(mode=mode), run_id="a1", settings={}) as tracker:
+        tracker.log(1, {"loss": 0.5})
+        tracker._worth_waiting.wait(60.0)
+    assert tracker.wandb["mode"] == "offline"
+    assert list(Path(str(tracker.wandb["dir"])).glob("run-a1.wandb"))
 
 
 def test_a_slow_start_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
