@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator
 
-from memshare.config import Config, ConfigError, add_config_arguments, load_config, public
+from memshare.config import Config, ConfigError, add_config_arguments, load_config, positive, public
 from memshare.files import RunLocked
 from memshare.progress import log, track
 from memshare.retrieval.card import base_model
@@ -55,7 +55,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--encoder", help="folder or name to start from (default: the config's)")
     parser.add_argument("--warm", metavar="DIR", help="earlier --output: its optimizer")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--round", type=int, default=1, help="continual round: varies the order")
+    parser.add_argument("--round", type=positive, default=1, help="continual round: varies order")
     parser.add_argument(
         "--resume", choices=("auto", "must", "never"), nargs="?", const="must", default="auto",
         help="continue from a checkpoint where there is one (auto), or fail, or start afresh",
