@@ -27,6 +27,10 @@ class RunLocked(RuntimeError):
     """Another process holds this role on the run folder."""
 
 
+class NoRunFolder(RunLocked):
+    """The run folder can't be made or written, so that nobody can hold a role on it."""
+
+
 def fsync_dir(folder: Path) -> None:
     """Make a rename or a new entry in ``folder`` durable."""
     fd = os.open(folder, os.O_RDONLY)
@@ -80,16 +84,22 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def run_lock(run_dir: Path, role: str, wait: bool = False) -> Iterator[None]:
+def run_lock(
+    run_dir: Path, role: str, wait: bool = False, setting: str = "run.dir"
+) -> Iterator[None]:
     """Hold ``role`` (gateway, continual, ...) on a run folder; a second holder gets `RunLocked`.
 
-    Or it shall ``wait`` its turn.
+    Or it shall ``wait`` its turn. ``setting`` is what names the folder, for the messages. Raises
+    `NoRunFolder` where the folder can't be made or written.
 
     The kernel drops the lock with the process, so a crash leaves nothing to clean up.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / f"{role}.lock"
-    with open(path, "a+") as handle:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        opened = open(run_dir / f"{role}.lock", "a+")  # noqa: SIM115  # closed below
+    except OSError as error:
+        raise NoRunFolder(f"{setting} {run_dir}: no folder to write in ({error})") from error
+    with opened as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -97,7 +107,7 @@ def run_lock(run_dir: Path, role: str, wait: bool = False) -> Iterator[None]:
             owner = handle.read().strip() or "unknown"
             raise RunLocked(
                 f"{run_dir}: another {role} is running there (pid {owner}); "
-                "stop it first, or give this one its own run.dir"
+                f"stop it first, or give this one its own {setting}"
             ) from None
         handle.seek(0)
         handle.truncate()

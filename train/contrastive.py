@@ -4,8 +4,8 @@
 
 writes an ``encoder`` (a sentence-transformers folder), ``result.json`` (what ended it: `outcome`),
 ``log.jsonl`` and ``checkpoints``. With ``training.eval_every`` the encoder is the held-out
-examples' best. Run again, it goes on from the last intact checkpoint; on SIGTERM, SIGUSR1 or
-``--stop-file`` it ends a step, saves and ends.
+examples' best. Run again, it goes on from the last intact checkpoint; on SIGTERM, SIGINT, SIGUSR1
+or ``--stop-file`` it ends a step, saves and ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator
 
-from memshare.config import Config, ConfigError, add_config_arguments, load_config, public
+from memshare.config import Config, ConfigError, add_config_arguments, load_config, positive, public
 from memshare.files import RunLocked
 from memshare.progress import log, track
 from memshare.retrieval.card import base_model
@@ -40,7 +40,7 @@ from memshare.training.sharding import spread
 from memshare.training.step import ContrastiveStep
 from memshare.training.step_result import NonFinite
 from memshare.training.towers import FrozenMemories, prepare
-from memshare.training.tracking import Tracker, new_run_id
+from memshare.training.tracking import Tracker, new_run_id, wandb_mode
 from memshare.training.validation import Validation
 from memshare.version import commit
 
@@ -56,7 +56,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--encoder", help="folder or name to start from (default: the config's)")
     parser.add_argument("--warm", metavar="DIR", help="earlier --output: its optimizer")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--round", type=int, default=1, help="continual round: varies the order")
+    parser.add_argument("--round", type=positive, default=1, help="continual round: varies order")
     parser.add_argument(
         "--resume", choices=("auto", "must", "never"), nargs="?", const="must", default="auto",
         help="continue from a checkpoint where there is one (auto), or fail, or start afresh",
@@ -71,13 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
     args = arguments().parse_args(argv)
     try:
-        config = load_config(args.config, args.overrides)
-        accelerator = launch()
+        config, accelerator = load_config(args.config, args.overrides), launch()
     except ConfigError as error:
         return outcome.tell(error)
     world = World(accelerator.device)
     writes = world.main and not args.dry_run
     try:
+        wandb_mode(config.wandb)  # what the environment says is checked before anything starts
         with (
             ExitStack() as at_end,  # W&B, whose end waits until everything else is written
             outcome.attempt(args.output, EXPECTED, writes, args.stop_file) as stop,
@@ -164,7 +164,7 @@ def train(
             lr = peak * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
             norm = update(optimizer, lr, settings.max_grad_norm)
             seconds = time.perf_counter() - began
-            gradient.check(norm, batch, step, last=result.stop or step + 1 == steps)
+            gradient.check(norm, batch, step, last=result.stop or validation.pauses(step + 1))
             state = state.after(result.loss, result.tokens, result.padded, seconds)
             state = validation.after(state)
             last = validation.finished(state) or result.stop

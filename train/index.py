@@ -21,7 +21,7 @@ from typing import Any
 
 import torch  # noqa: F401  (before faiss)
 
-from memshare.config import Config, ConfigError, add_config_arguments, load_config
+from memshare.config import Config, ConfigError, add_config_arguments, load_config, positive
 from memshare.files import RunLocked, run_lock, write_json
 from memshare.llm.base import LLMError
 from memshare.llm.rubric import RubricError
@@ -58,7 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--encoder", help="folder, or `frozen` for the configured one (default: trained last)"
     )
-    parser.add_argument("--round", type=int, help="continual round, for the record")
+    parser.add_argument("--round", type=positive, help="continual round, for the record")
     parser.add_argument("--result", type=Path, metavar="FILE", help="write what became of it here")
     parser.add_argument("--no-gate", action="store_true", help="publish without comparing")
     return parser

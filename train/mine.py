@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from memshare.config import Config, ConfigError, add_config_arguments, load_config
+from memshare.config import Config, ConfigError, add_config_arguments, load_config, positive
 from memshare.files import RunLocked, run_lock
 from memshare.llm.base import LLMError
 from memshare.llm.rubric import RubricError
@@ -48,7 +48,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Mine training examples from new memories.")
     add_config_arguments(parser)
-    parser.add_argument("--round", type=int, help="default: the unfinished one, or the next")
+    parser.add_argument("--round", type=positive, help="default: the unfinished one, or the next")
     parser.add_argument("--iteration", type=int, default=1, help="of the round (default: 1)")
     parser.add_argument("--proposer", metavar="FOLDER", help="encoder (default: what serves)")
     parser.add_argument("--share", type=share_of, metavar="I/K", help="this part of a round")

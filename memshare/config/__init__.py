@@ -14,7 +14,7 @@ from memshare.config.learning import (
     TrainingConfig,
 )
 from memshare.config.llm import AgentConfig, LLMConfig, ScorerConfig, VLLMServerConfig
-from memshare.config.load import Config, ConfigError, add_config_arguments, load_config
+from memshare.config.load import Config, ConfigError, add_config_arguments, load_config, positive
 from memshare.config.public import public, without_secrets
 from memshare.config.sections import (
     BM25Config,
@@ -54,6 +54,7 @@ __all__ = [
     "WandbConfig",
     "add_config_arguments",
     "load_config",
+    "positive",
     "public",
     "without_secrets",
 ]

@@ -16,6 +16,9 @@ Standing = Annotated[float, Field(gt=-1.0, lt=0.0)]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values never change after loading."""
+    """Base of every section: unknown keys are errors, values never change after loading.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Numbers are finite, since they are kept as JSON, which has no others.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

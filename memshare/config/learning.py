@@ -111,7 +111,7 @@ class TrainingConfig(Section):
     warm_optimizer: bool = False
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     warmup_ratio: Fraction = 0.1
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat | None = 1.0  # None: no clipping
     temperature: PositiveFloat = 0.05
     distill_weight: Annotated[float, Field(ge=0.0)] = 0.0
     distill_temperature: PositiveFloat = 1.0

@@ -162,6 +162,14 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         ) from None
 
 
+def positive(text: str) -> int:
+    """``text`` as an integer of at least 1, for a parser's ``type``."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Give a program's parser ``--config FILE`` and ``--set key=value``."""
     parser.add_argument("--config", type=Path, help="YAML configuration (see configs/)")

@@ -126,7 +126,8 @@ class Batches:
 
     def __str__(self) -> str:
         cut, out = self.table.truncated, self._order.left_out()
-        told = [f"{self.steps_per_epoch} steps an epoch"]
+        many = "" if self.steps_per_epoch == 1 else "s"
+        told = [f"{self.steps_per_epoch} step{many} an epoch"]
         if cut:
             told.append(f"{cut} texts have too many tokens and are cut off")
         if out:

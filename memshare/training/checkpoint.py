@@ -154,8 +154,8 @@ def save(
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Checkpoint folders, oldest first; intact or not."""
-    return sorted(root.glob("step-*"))
+    """Checkpoint folders, oldest first; intact or not. Others, such as copies, are nobody's."""
+    return sorted(root.glob(f"step-{'[0-9]' * 8}"))
 
 
 def verify(folder: Path) -> None:
@@ -176,11 +176,13 @@ def verify(folder: Path) -> None:
 
 def latest_intact(root: Path) -> Path | None:
     """The newest checkpoint that verifies; damaged ones are named and passed over."""
-    for folder in reversed(checkpoints(root)):
+    found = checkpoints(root)
+    for folder in reversed(found):
         try:
             verify(folder)
         except CheckpointError as error:
-            log(f"{error}; using the one before")
+            before = "there is none before it" if folder == found[0] else "using the one before"
+            log(f"{error}; {before}")
             continue
         return folder
     return None
@@ -199,10 +201,16 @@ def discard(root: Path, after: int = -1) -> None:
 
 
 def read_state(folder: Path) -> TrainState:
-    """The state of a verified checkpoint."""
+    """The state of a verified checkpoint. Raises `CheckpointError` for another version's."""
     row = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     best = row.get("best")
-    return TrainState(**{**row, "best": best and Best(**best)})
+    try:
+        return TrainState(**{**row, "best": best and Best(**best)})
+    except TypeError as error:  # a field that is not known here, or that is not there
+        raise CheckpointError(
+            f"{folder}: of another version of memshare ({error}); continue with that one, or start "
+            "afresh with --resume never"
+        ) from error
 
 
 def best_weights(folder: Path, state: TrainState) -> dict[str, Tensor]:

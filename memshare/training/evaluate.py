@@ -75,9 +75,11 @@ class HeldOut:
         return bool(self.queries)
 
     def __str__(self) -> str:
+        nothing = "" if self else "; warning: nothing is evaluated, and the last step is exported"
         return (
             f"{len(self.queries)} held-out queries with {len(self.texts)} memories to rank "
             f"({self.without_relevant} without a relevant one, {self.trained} trained on: left out)"
+            + nothing
         )
 
     @property

@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 
 from memshare.files import write_atomic, write_json
 from memshare.records import Candidate, Example
+from memshare.training.shard import ExamplesError as ExamplesError
+from memshare.training.shard import read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,13 +74,6 @@ def _schema(candidate: Mapping[str, str]) -> pa.Schema:
 
 
 SCHEMA = _schema(_CANDIDATE)
-# Shards of earlier versions have fewer columns; they are read with nulls in them.
-_ADDED = ("prompt_key", "principal")
-_EARLIER = _schema({name: dtype for name, dtype in _CANDIDATE.items() if name not in _ADDED})
-
-
-class ExamplesError(RuntimeError):
-    """A folder of examples is unfinished, damaged or not one; the message names the file."""
 
 
 def round_dir(examples_dir: Path, number: int, iteration: int = 1) -> Path:
@@ -115,19 +110,7 @@ def _write_table(path: Path, table: pa.Table) -> None:
 
 
 def _read_table(path: Path) -> pa.Table:
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        inside = next((folder for folder in path.parents if folder.name.isdecimal()), path.parent)
-        raise ExamplesError(
-            f"{path}: damaged or unreadable ({error}); delete it and run train/mine.py "
-            f"--round {inside.name}"
-        ) from error
-    if table.schema.equals(_EARLIER):
-        return table.cast(SCHEMA)
-    if not table.schema.equals(SCHEMA):
-        raise ExamplesError(f"{path}: not a shard of training examples (its columns differ)")
-    return table
+    return read_table(path, SCHEMA)
 
 
 def to_example(row: Mapping[str, Any]) -> Example:

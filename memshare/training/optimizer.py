@@ -47,13 +47,14 @@ def lr_factor(
     return left if schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
-    """One optimizer step on gradients clipped to ``max_norm``; returns their norm before.
+def update(optimizer: torch.optim.Optimizer, lr: float, max_norm: float | None) -> float:
+    """One optimizer step on gradients clipped to ``max_norm``, if any; returns their norm before.
 
     Nothing is changed where the norm is not finite. The gradients are gone afterwards.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(whole(nn.utils.clip_grad_norm_(parameters, max_norm)))
+    most = math.inf if max_norm is None else max_norm
+    norm = float(whole(nn.utils.clip_grad_norm_(parameters, most)))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr

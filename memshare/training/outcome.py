@@ -17,6 +17,7 @@ failed     1     the message says why; nothing of an earlier encoder was touched
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -26,7 +27,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from memshare.config import ConfigError
-from memshare.files import disk_full, run_lock, write_json
+from memshare.files import disk_full, run_lock, write_atomic, write_json
 from memshare.progress import log
 
 Status = Literal["trained", "empty", "stopped", "failed"]
@@ -34,6 +35,7 @@ EXIT_CODES: dict[Status, int] = {"trained": 0, "empty": 66, "stopped": 75, "fail
 EXIT_USAGE = 2
 # In the report of train/index.py, whose exit code accelerate hides: try again later.
 DATABASE_AWAY = "database away"
+_STOPPING = b"\nstopping after this step, to be continued; once more (Ctrl-C) ends at once\n"
 
 
 def write_result(output: Path, status: Status, **figures: Any) -> int:
@@ -62,22 +64,31 @@ class DiskFull(RuntimeError):
     """Something could not be written for want of room, in a place that has no word of its own."""
 
 
+class Refused(RuntimeError):
+    """A run that was refused before it began: what an earlier one has left stays as it is."""
+
+
 @contextmanager
 def told(output: Path, errors: tuple[type[Exception], ...], writes: bool) -> Iterator[None]:
     """Forget how an earlier run into ``output`` ended; say so if this one ends by an error.
 
-    Only the process that ``writes`` touches ``result.json``. The error goes on; a full disk as
-    `DiskFull`.
+    `Refused` brings the earlier result back. Only the process that ``writes`` touches
+    ``result.json``. The error goes on; a full disk as `DiskFull`.
     """
-    if writes:
-        (output / "result.json").unlink(missing_ok=True)
+    path, earlier = output / "result.json", None
+    if writes and path.exists():
+        earlier = path.read_bytes()
+        path.unlink()
     try:
         yield
     except Exception as error:
         full = disk_full(error) and not isinstance(error, errors)
         if writes and (full or isinstance(error, errors)):
             with suppress(OSError):  # the error itself is told
-                write_result(output, "failed", error=str(error))
+                if earlier is not None and isinstance(error, Refused):
+                    write_atomic(path, earlier)
+                else:
+                    write_result(output, "failed", error=str(error))
         if full:
             raise DiskFull(
                 f"{error}, in {output} or in {gettempdir()}, where the examples are spooled; the "
@@ -95,7 +106,7 @@ def attempt(
     Only the process that ``writes`` takes the lock and looks for ``stop_file``: one asks the file
     system for all, and a step makes what it saw known to the others. Raises `RunLocked`.
     """
-    lock = run_lock(output, "training") if writes else nullcontext()
+    lock = run_lock(output, "training", setting="--output") if writes else nullcontext()
     with lock, told(output, errors, writes), stop_requests(stop_file if writes else None) as stop:
         yield stop
 
@@ -116,16 +127,21 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(file: Path | None = None) -> Iterator[StopRequest]:
-    """Turn SIGTERM, SIGUSR1 (a scheduler's warning) and ``file`` into a request, for between steps.
+    """Turn SIGTERM, SIGINT, SIGUSR1 (a scheduler's warning) and ``file`` into a request.
 
-    A file, since launchers die of SIGUSR1 instead of passing it on.
+    It is for between steps; a second SIGINT ends the process at once. A file, since launchers die
+    of SIGUSR1 instead of passing it on.
     """
     request = StopRequest(file)
 
     def ask(number: int, frame: FrameType | None) -> None:
         request.signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.write(2, _STOPPING)  # nothing buffered: this may interrupt a line that is written
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield request
     finally:

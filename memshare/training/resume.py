@@ -18,6 +18,7 @@ from memshare.training.checkpoint import (
     CheckpointError,
     TrainState,
     best_weights,
+    checkpoints,
     discard,
     latest_intact,
     read_state,
@@ -25,9 +26,14 @@ from memshare.training.checkpoint import (
 )
 from memshare.training.gather import World
 from memshare.training.optimizer import warm_start
+from memshare.training.outcome import Refused
 from memshare.training.step_result import NonFinite
 
 FREE = {"log_every", "checkpoint_every"}  # they do not change what is trained
+
+
+class ChangedSettings(CheckpointError, Refused):
+    """The run was begun with other settings; nothing of it was touched."""
 
 
 def fixed_settings(settings: TrainingConfig, **more: Any) -> dict[str, Any]:
@@ -37,13 +43,22 @@ def fixed_settings(settings: TrainingConfig, **more: Any) -> dict[str, Any]:
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``key: old -> new`` for every setting that differs."""
-    keys = sorted({*before, *now})
+    """``key: old -> new`` for every setting that differs.
+
+    One that ``before`` lacks had its default: the version that wrote it did not know it yet.
+    """
+    defaults = {k: v for k, v in fixed_settings(TrainingConfig()).items() if k in now}
+    known = {**defaults, **{key: _filled(before[key], defaults.get(key)) for key in before}}
     return [
-        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in keys
-        if before.get(key) != now.get(key)
+        f"{key}: {known.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted({*known, *now})
+        if known.get(key) != now.get(key)
     ]
+
+
+def _filled(value: Any, default: Any) -> Any:
+    """A section's values (`LoRAConfig`) with those that it lacks; others as they are."""
+    return {**default, **value} if isinstance(default, dict) else value
 
 
 def find(
@@ -52,7 +67,7 @@ def find(
     """The checkpoint to continue from, and its state with ``settings`` as they are now.
 
     None where there is none, unless it ``must`` be. Raises `CheckpointError` naming every setting
-    that changed since, unless told to ``allow_change``.
+    that changed since (`ChangedSettings`), unless told to ``allow_change``.
     """
     folder = latest_intact(root)
     if folder is None:
@@ -62,7 +77,7 @@ def find(
     state = read_state(folder)
     changed = changed_settings(state.settings, settings)
     if changed and not allow_change:
-        raise CheckpointError(
+        raise ChangedSettings(
             f"{folder} was made with other settings; --allow-config-change continues all the same, "
             "--resume never starts afresh:\n  " + "\n  ".join(changed)
         )
@@ -94,6 +109,8 @@ def resume(
     found, past = None, None
     if how != "never":
         found = find(root, start.settings, must=how == "must", allow_change=allow_change)
+        if world.main and found is None and checkpoints(root):
+            log(f"{root}: no intact checkpoint; starting from the beginning")
     if warm and not found:
         past = latest_intact(Path(warm) / "checkpoints")
     world.check_same(f"{found and found[0]} {past}", "checkpoints")
@@ -123,11 +140,14 @@ def without_ruined(root: Path, writes: bool) -> Iterator[None]:
 
     A checkpoint is written before its weights are used again, and only that tells whether they are
     any good: a run that went on from ruined ones would fail wherever it began. The process that
-    ``writes`` deletes.
+    ``writes`` deletes, and tells what is left.
     """
     try:
         yield
     except NonFinite as error:
         if writes:
             discard(root, after=error.done - 1)
+            left = checkpoints(root)
+            good = f"the last good weights are in {left[-1]}" if left else "no checkpoint is left"
+            error.args = (f"{error}; {good}",)
         raise

@@ -107,7 +107,8 @@ class Selection:
     """What `select` made of a set of examples; ``dropped`` counts by reason.
 
     ``items`` are read from disk one by one. ``pools``: how many there are of each; ``labels`` and
-    ``scorers``: what kinds of labels the usable ones have, and what measured them.
+    ``scorers``: what kinds of labels the usable ones have, and what measured them. ``idle``: that
+    `training.distill_weight` is set, and has nothing measured to distil.
     """
 
     items: Sequence[Selected]
@@ -116,6 +117,7 @@ class Selection:
     pools: dict[str, int]
     labels: tuple[str, ...]
     scorers: tuple[str, ...]
+    idle: bool = False
 
     def counts(self) -> dict[str, Any]:
         """For a report."""
@@ -130,9 +132,10 @@ class Selection:
 
     def __str__(self) -> str:
         reasons = "".join(f"; {count} dropped: {why}" for why, count in self.dropped.items())
+        idle = "; warning: training.distill_weight does nothing with labels: none"
         return (
             f"{len(self.items)} usable examples ({self.without_negatives} without hard "
-            f"negatives){reasons}"
+            f"negatives){reasons}{idle if self.idle else ''}"
         )
 
 
@@ -178,6 +181,7 @@ def select(examples: Iterable[Example], config: TrainingConfig) -> Selection:
         pools=dict(sorted(pools.items())),
         labels=tuple(sorted({kind.labels for kind in usable})),
         scorers=tuple(sorted({kind.scorer for kind in usable})),
+        idle=config.distill_weight > 0 and {kind.labels for kind in usable} == {"none"},
     )
 
 

@@ -20,9 +20,8 @@ class NonFinite(RuntimeError):
         some = ", ".join(batch.query_ids[:16])
         more = f" and {len(batch.query_ids) - 16} more" if len(batch.query_ids) > 16 else ""
         super().__init__(
-            f"step {step + 1}: {what} is not finite; the batch's queries are {some}{more}. The "
-            "last good weights are the last checkpoint's; lower training.lr or look at these "
-            "examples"
+            f"step {step + 1}: {what} is not finite; the batch's queries are {some}{more}. Lower "
+            "training.lr or look at these examples"
         )
 
 

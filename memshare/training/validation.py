@@ -59,10 +59,13 @@ class Validation:
         """Evaluate what the training starts from, unless the run's checkpoint knows it."""
         return self._look(state) if self._every and state.best is None else state
 
+    def pauses(self, step: int) -> bool:
+        """Whether training does not simply go on after ``step`` steps: to evaluate, or at all."""
+        return step == self._steps or (self._every is not None and step % self._every == 0)
+
     def after(self, state: TrainState) -> TrainState:
         """Evaluate after a step, if it is time to or the last one."""
-        due = self._every and (state.step % self._every == 0 or state.step == self._steps)
-        return self._look(state) if due else state
+        return self._look(state) if self._every and self.pauses(state.step) else state
 
     def enough(self, state: TrainState) -> bool:
         """Whether as many evaluations as `training.patience` has were in vain."""

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 
-from memshare.config import WandbConfig
+from memshare.config import ConfigError, WandbConfig
 from memshare.progress import log
 
 PROBE_SECONDS = 2.0
@@ -26,6 +26,7 @@ INIT_SECONDS = 30.0
 FINISH_SECONDS = 20.0  # for a service that answers
 _FLUSH_SECONDS = 1.0  # so much of an offline copy is lost at most when wandb-core is killed
 _CORE = "wandb-core"
+_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 _AWAY = (502, 503, 504)  # what proxies say of a service behind them
 
 
@@ -41,10 +42,20 @@ def has_key() -> bool:
 
 
 def wandb_mode(config: WandbConfig) -> str:
-    """online, offline or disabled; ``auto`` obeys ``WANDB_MODE``, then looks for a key."""
+    """online, offline or disabled; ``auto`` obeys ``WANDB_MODE``, then looks for a key.
+
+    Raises `ConfigError` where that says what W&B does not know.
+    """
     if config.mode != "auto":
         return config.mode
-    return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    asked = _asked_mode()
+    if asked and asked not in _MODES:
+        raise ConfigError(f"WANDB_MODE is {asked}; W&B knows {', '.join(_MODES)}")
+    return asked or ("online" if has_key() else "offline")
+
+
+def _asked_mode() -> str:
+    return os.environ.get("WANDB_MODE", "").strip().lower()
 
 
 def answers(url: str) -> bool:
@@ -73,6 +84,11 @@ def reached(mode: str) -> str:
     """The mode of a run that is to be opened: offline, with a word, if its service is away."""
     # wandb's reports about itself: at its end a program waits ten seconds for a mute server.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    # It reads this too, and fails of capitals and of nothing, whatever mode it is given.
+    if _asked_mode() in _MODES:
+        os.environ["WANDB_MODE"] = _asked_mode()
+    else:
+        os.environ.pop("WANDB_MODE", None)
     if mode != "online" or service_answers():
         return mode
     log("W&B can't be reached (it does not answer); its run is offline")

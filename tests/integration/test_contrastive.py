@@ -93,6 +93,24 @@ def test_a_run_stopped_in_every_way_ends_as_the_uninterrupted_one(
     assert [line for line in logged(broken) if line["step"] % 5 == 0] == logged(whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_saves_where_it_stands(base: Path, tmp_path: Path, processes: int) -> None:
+    output = tmp_path / "out"
+    seldom = ("--set=training.checkpoint_every=100000", "--set=training.log_every=1")
+    arguments = options(base, output, *seldom, steps=100_000)
+    run = start(arguments) if processes == 1 else launch(processes, PROGRAM, arguments)
+    with run as process:
+        wait_for(lambda: (output / "log.jsonl").exists() and len(logged(output)) > 2, process)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    said = result(output)
+    assert said["status"] == "stopped" and [said["steps"]] == steps_saved(output)
+    assert told.count("stopping after this step") == processes
+    if processes == 1:  # a launcher has tracebacks and codes of its own
+        assert process.returncode == 75 and "Traceback" not in told
+
+
 @pytest.fixture(scope="module")
 def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process makes of all modes of gradient_worker.py."""
@@ -264,13 +282,14 @@ def test_changed_configuration_is_refused_unless_told(
 ) -> None:
     output = tmp_path / "out"
     assert program.main(options(base, output, steps=3)) == 0
+    first = result(output)
     changed = [*options(base, output, steps=5), "--set=training.temperature=0.1"]
     changed.append("--set=training.log_every=1")  # changes nothing of the training: allowed
     assert program.main(changed) == 1
     told = capsys.readouterr().err
     assert "training.temperature: 0.05 -> 0.1" in told and "steps: 3 -> 5" in told
     assert "log_every" not in told
-    assert result(output)["status"] == "failed"
+    assert result(output) == first  # nothing of the finished run was touched
     assert program.main([*changed, "--allow-config-change"]) == 0
     assert result(output)["steps"] == 5
 
@@ -315,6 +334,7 @@ def test_divergence_names_the_batch_and_keeps_the_last_checkpoint(
     assert program.main(wild) == 1
     told = capsys.readouterr().err
     assert "is not finite; the batch's queries are main-" in told
+    assert told.endswith(f"; the last good weights are in {kept}\n")
     assert result(output)["status"] == "failed"
     assert checkpoint.latest_intact(output / "checkpoints") == kept
     assert (output / "encoder").exists()  # the earlier one
@@ -323,7 +343,7 @@ def test_divergence_names_the_batch_and_keeps_the_last_checkpoint(
     assert result(output)["steps"] == 8
 
 
-@pytest.mark.parametrize("end", ["last step", "stopped"])
+@pytest.mark.parametrize("end", ["last step", "stopped", "evaluated"])
 def test_weights_that_no_further_step_judges_are_judged_at_the_end(
     base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str], end: str
 ) -> None:
@@ -334,8 +354,12 @@ def test_weights_that_no_further_step_judges_are_judged_at_the_end(
     )  # fmt: skip
     if end == "stopped":
         stop.touch()
+    if end == "evaluated":
+        arguments += ["--set=training.eval_every=1", "--held-out", str(base / "round-2")]
     assert program.main(arguments) == 1
-    assert "step 1: what the encoder gives after it is not finite" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "step 1: what the encoder gives after it is not finite" in told
+    assert told.endswith("; no checkpoint is left\n")
     assert result(output)["status"] == "failed"
     assert not (output / "encoder").exists() and steps_saved(output) == []
 
@@ -346,11 +370,12 @@ def test_weights_that_no_further_step_judges_are_judged_at_the_end(
         (["--set=training.lrr=1", "--set=training.epochs=no"], 2, ["training.lrr", "epochs"]),
         (["--encoder", "/no/such/folder"], 1, ["/no/such/folder"]),
         (["--examples", "/no/such/round"], 1, ["/no/such/round"]),
+        (["--output", f"{__file__}/out"], 1, [f"--output {__file__}/out", "Not a directory"]),
         (["--resume"], 1, ["no intact checkpoint"]),
         (["--set=training.matryoshka=[16, 32]"], 2, ["training.matryoshka: [32]", "less than 32"]),
         (["--set=training.matryoshka=[48]", "--dry-run"], 2, ["training.matryoshka: [48]"]),
     ],
-    ids=["config", "encoder", "examples", "resume", "width", "width-dry-run"],
+    ids=["config", "encoder", "examples", "output", "resume", "width", "width-dry-run"],
 )
 def test_bad_input(
     base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str],
@@ -361,11 +386,32 @@ def test_bad_input(
     assert "error: " in told and all(word in told for word in words)
 
 
+def test_a_wrong_wandb_mode_is_told_before_anything_starts(
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("WANDB_MODE", "foo")
+    assert program.main([*options(base, tmp_path / "out"), "--set=wandb.mode=auto"]) == 2
+    [told] = capsys.readouterr().err.splitlines()
+    assert "error: WANDB_MODE is foo; W&B knows online" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", ["0", "-5", "x"])
+def test_rounds_count_from_one(
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str], number: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        program.main([*options(base, tmp_path / "out"), "--round", number])
+    assert "argument --round: " in capsys.readouterr().err
+
+
 def test_a_second_training_into_the_same_folder_is_refused(
     base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     with run_lock(output, "training"):
         assert program.main(options(base, output)) == 1
-    assert "another training is running" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "another training is running" in told and "its own --output" in told
     assert not (output / "result.json").exists()

@@ -56,6 +56,17 @@ def test_a_wrong_default_pool_and_retriever_pools_are_found(tmp_path: Path) -> N
         load_config(write(tmp_path, "pools: {}"))
 
 
+def test_infinity_is_no_setting() -> None:
+    """A checkpoint is JSON, which can't hold it: a run would end at its first one."""
+    keys = ("epochs", "lr", "max_grad_norm", "temperature", "weight_decay", "distill_weight",
+            "false_negative_margin", "pool_temperature")  # fmt: skip
+    for value in (".inf", ".nan", "1.0e+400"):
+        with pytest.raises(ConfigError) as caught:
+            load_config(None, [f"training.{key}={value}" for key in keys])
+        assert f"{len(keys)} problem" in str(caught.value)
+    assert load_config(None, ["training.max_grad_norm=null"]).training.max_grad_norm is None
+
+
 def test_patience_needs_evaluations() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, ["training.patience=2", "training.lr=no"])

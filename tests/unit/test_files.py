@@ -13,6 +13,7 @@ import pytest
 
 from memshare.files import (
     NETWORK_FILE_SYSTEMS,
+    NoRunFolder,
     RunLocked,
     file_system,
     run_lock,
@@ -43,7 +44,8 @@ def test_a_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> Non
     holder = child(HOLD, str(run), "gateway")
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        refused = pytest.raises(RunLocked, match=rf"another gateway .*pid {holder.pid}")
+        told = rf"another gateway .*pid {holder.pid}.* its own run\.dir$"
+        refused = pytest.raises(RunLocked, match=told)
         with refused, run_lock(run, "gateway"):
             pytest.fail("two holders")
         with run_lock(run, "continual"):
@@ -57,6 +59,16 @@ def test_a_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> Non
     finally:
         holder.kill()
         holder.communicate()
+
+
+@pytest.mark.parametrize("below", ["", "deep/er"])
+def test_a_folder_that_can_not_be_is_told_in_one_line(tmp_path: Path, below: str) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    told = rf"^--output {file / below}: no folder to write in \(.*(exists|Not a directory).*\)$"
+    refused = pytest.raises(NoRunFolder, match=told)
+    with refused, run_lock(file / below, "training", setting="--output"):
+        pytest.fail("held")
 
 
 def test_who_waits_gets_the_lock_when_the_holder_dies(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_what_is_told_of_the_batches(encoder: Encoder) -> None:
         for item, who in zip(select(made, TrainingConfig()).items, "aaaaabc", strict=True)
     ]
     plain = Batches(items, encoder, global_batch=7, seed=0)
-    assert str(plain) == "1 steps an epoch; 1 texts have too many tokens and are cut off"
+    assert str(plain) == "1 step an epoch; 1 texts have too many tokens and are cut off"
     settings = TrainingConfig(max_principal_share=0.34)
     capped = Batches(items, encoder, global_batch=7, seed=0, settings=settings)
     assert capped.counts() == {"truncated": 1, "left_out": 4}

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from memshare.config import TrainingConfig
+from memshare.files import write_json
 from memshare.training import checkpoint
 from memshare.training.checkpoint import CheckpointError, TrainState
+from memshare.training.gather import World
 from memshare.training.optimizer import make_optimizer, round_lr, state_tensors, warm_start
-from memshare.training.resume import find
+from memshare.training.resume import ChangedSettings, find, fixed_settings, resume
 from tests.disks import fill_up, small_disk
 
 STATE = TrainState(3, {"training.lr": 1e-3}, 7, "abcd1234", 0.5, 100, 120, 2.0)
@@ -164,6 +166,72 @@ def test_changed_settings_are_named(tmp_path: Path) -> None:
     assert found == (folder, replace(STATE, settings=now))
     found = find(tmp_path, STATE.settings, must=True, allow_change=False)
     assert found == (folder, STATE)
+
+
+def test_a_setting_that_came_later_and_has_its_default_is_no_change(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    now = fixed_settings(TrainingConfig(), processes=1)
+    lora = {key: value for key, value in now["training.lora"].items() if key != "dropout"}
+    earlier = {key: value for key, value in now.items() if key != "training.patience"}
+    state = replace(STATE, settings={**earlier, "training.lora": lora, "training.gone": 7})
+    folder = checkpoint.save(tmp_path, model, optimizer, state)
+    with pytest.raises(ChangedSettings) as refused:
+        find(tmp_path, {**now, "training.patience": 3}, must=False, allow_change=False)
+    told = str(refused.value).splitlines()[1:]
+    assert told == ["  training.gone: 7 -> None", "  training.patience: None -> 3"]
+    state = replace(state, settings={**earlier, "training.lora": lora})
+    shutil.rmtree(folder)
+    checkpoint.save(tmp_path, model, optimizer, state)
+    found = find(tmp_path, now, must=True, allow_change=False)
+    assert found == (folder, replace(state, settings=now))
+    dropped = {**now, "training.lora": {**now["training.lora"], "dropout": 0.5}}
+    with pytest.raises(ChangedSettings, match=r"'dropout': 0\.05.* -> .*'dropout': 0\.5"):
+        find(tmp_path, dropped, must=True, allow_change=False)
+
+
+def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    folder = checkpoint.save(tmp_path, model, optimizer, STATE)
+    row = json.loads((folder / "state.json").read_text())
+    for odd in ({**row, "new": 1}, {key: row[key] for key in row if key != "seed"}):
+        write_json(folder / "state.json", odd)
+        with pytest.raises(CheckpointError, match=rf"{folder}: of another version .*(new|seed)"):
+            checkpoint.read_state(folder)
+
+
+def test_copies_beside_the_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    kept = checkpoint.save(tmp_path, model, optimizer, STATE)
+    others = [tmp_path / name for name in (f"{kept.name}-keep", "step-best", "step-0000000a")]
+    for other in others:
+        shutil.copytree(kept, other)
+    assert checkpoint.latest_intact(tmp_path) == kept
+    for step in (4, 5, 6):
+        checkpoint.save(tmp_path, model, optimizer, replace(STATE, step=step))
+    checkpoint.discard(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_starting_afresh_for_want_of_an_intact_one_is_told(
+    tmp_path: Path, damaged: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, optimizer = trained()
+    for step in (5, 10) if damaged else ():
+        folder = checkpoint.save(tmp_path, model, optimizer, replace(STATE, step=step))
+        _cut(folder / "model.safetensors")
+    start = replace(STATE, step=0)
+    state, _ = resume(
+        tmp_path, start, model, optimizer, World(torch.device("cpu")),
+        how="auto", allow_change=False,
+    )  # fmt: skip
+    assert state == start
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == (3 if damaged else 0)
+    if damaged:
+        assert told[0].endswith("; using the one before")
+        assert told[1].endswith("; there is none before it")
+        assert told[2].endswith(f"{tmp_path}: no intact checkpoint; starting from the beginning")
 
 
 def test_nothing_to_continue_from(tmp_path: Path) -> None:

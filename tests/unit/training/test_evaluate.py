@@ -67,6 +67,14 @@ def test_hand_computed() -> None:
     )
 
 
+def test_an_evaluation_on_nothing_is_a_warning() -> None:
+    some = HeldOut.of(examples(2), 0.05)
+    assert str(some).endswith("(0 without a relevant one, 0 trained on: left out)")
+    none = HeldOut.of(examples(2), 99.0)
+    assert str(none).startswith("0 held-out queries") and "2 without a relevant one" in str(none)
+    assert "; warning: nothing is evaluated, " in str(none)
+
+
 def test_beyond_ten_is_not_recalled() -> None:
     row = [candidate(f"c{i:02}", str(i), -1.0 if i in (3, 11) else -9.0) for i in range(12)]
     metrics = measure(HeldOut.of([example(query="0", candidates=tuple(row))], 0.05))

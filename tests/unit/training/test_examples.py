@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import datasets
@@ -96,7 +97,7 @@ def test_any_text_and_number_survives(
 ) -> None:
     path = tmp_path_factory.mktemp("t") / "shard-00000.parquet"
     row = Example(
-        text, text, text, text, text, 1, 2, text, text, value,
+        text, text, text, text, text, 1, 2, text, "reward", value,
         (Candidate(text, text, -1, value, text),),
     )  # fmt: skip
     write_shard(path, [row])
@@ -143,11 +144,118 @@ def test_unfinished_round_is_refused(tmp_path: Path) -> None:
     assert round_dirs(tmp_path.parent) == []
 
 
-def test_missing_shard_is_named(tmp_path: Path) -> None:
-    folder = finished(tmp_path, [example("a")], [example("b")])
+@pytest.mark.parametrize(
+    ("name", "again"), [("000007", "run train/mine.py --round 000007"), ("mine", "write it again")]
+)
+def test_missing_shard_is_named(tmp_path: Path, name: str, again: str) -> None:
+    folder = finished(tmp_path / name, [example("a")], [example("b")])
     shard_path(folder, 1).unlink()
-    with pytest.raises(ExamplesError, match=r"shard-00001\.parquet"):
+    told = rf"shard-00001\.parquet: there is no such file; put it back or {again}$"
+    with pytest.raises(ExamplesError, match=told):
         load_examples([folder])
+
+
+def _polars(kind: pa.DataType) -> pa.DataType:
+    """What polars writes for the same values."""
+    if pa.types.is_string(kind):
+        return pa.large_string()
+    if pa.types.is_list(kind):
+        return pa.large_list(_polars(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _polars(field.type)) for field in kind])
+    return kind
+
+
+def test_columns_in_another_order_and_of_other_types_are_read(tmp_path: Path) -> None:
+    path, rows = tmp_path / "shard", [example("a"), example("b", ()), example("c")]
+    write_shard(path, rows)
+    table = pq.read_table(path)
+    table = pa.table({name: table[name].cast(_polars(table[name].type))
+                      for name in reversed(table.column_names)})  # fmt: skip
+    kind = table.schema.field("candidates").type.value_type
+    mixed = pa.large_list(pa.struct(list(reversed(list(kind)))))
+    table = table.set_column(0, "candidates", table["candidates"].cast(mixed))
+    pq.write_table(table, path, row_group_size=2)
+    assert read_shard(path) == rows
+    write_marker(finished(tmp_path, rows), {"shards": 1})
+    path.rename(shard_path(tmp_path, 0))
+    assert load_examples([tmp_path]).features == datasets.Features.from_arrow_schema(SCHEMA)
+
+
+def test_columns_that_differ_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    write_shard(path, [example("a")])
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["seq", "labels"]).append_column("x", [[1]]), path)
+    told = r"not a shard .*\(missing: labels, seq; not one of its columns: x\)$"
+    with pytest.raises(ExamplesError, match=told):
+        read_shard(path)
+    pq.write_table(table.set_column(6, "seq", [["seven"]]), path)
+    with pytest.raises(ExamplesError, match="column seq has type string instead of int64"):
+        read_shard(path)
+    rows = table.to_pylist()
+    del rows[0]["candidates"][0]["text"], rows[0]["candidates"][1]["text"]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(ExamplesError, match=r"\(missing: candidates\.text\)$"):
+        read_shard(path)
+
+
+@pytest.mark.parametrize("name", ["query_id", "query", "answer", "pool", "scorer", "labels",
+                                  "candidates", "round", "seq"])  # fmt: skip
+def test_null_is_told_where_it_is(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "shard"
+    write_shard(path, [example("a"), replace(example("b"), **{name: None})])  # type: ignore[arg-type]
+    with pytest.raises(ExamplesError, match=rf"{path}: row 2, column {name}: null$"):
+        read_shard(path)
+
+
+@pytest.mark.parametrize("name", ["id", "text", "answer_key"])
+def test_null_in_a_candidate_is_told_where_it_is(tmp_path: Path, name: str) -> None:
+    path, good = tmp_path / "shard", example("a")
+    first, second = good.candidates
+    bad = replace(good, candidates=(first, replace(second, **{name: None})))  # type: ignore[arg-type]
+    write_shard(path, [good, good, bad])
+    with pytest.raises(ExamplesError, match=rf"row 3, column candidates\.{name}: null$"):
+        read_shard(path)
+
+
+def test_a_candidate_that_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    rows = [{**asdict(example("a")), "candidates": [None]}]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    with pytest.raises(ExamplesError, match=r"row 1, column candidates: null$"):
+        read_shard(path)
+
+
+def test_labels_of_a_kind_that_there_is_not(tmp_path: Path) -> None:
+    write_shard(tmp_path / "shard", [example("a"), replace(example("b"), labels="wat")])
+    told = "row 2, column labels: 'wat' is none of none, given, likelihood, prompted, reward$"
+    with pytest.raises(ExamplesError, match=told):
+        read_shard(tmp_path / "shard")
+
+
+@pytest.mark.parametrize("column", ["query", "labels", "candidates.text"])
+def test_text_that_is_not_utf_8_is_told_where_it_is(tmp_path: Path, column: str) -> None:
+    path, good, labels = tmp_path / "shard", example("a"), "b@d" if column == "labels" else "given"
+    bad = replace(good.candidates[0], text="b@d")
+    write_shard(path, [good, replace(good, query="b@d", labels=labels, candidates=(bad,))])
+    table = pq.read_table(path)
+
+    def spoilt(values: pa.Array) -> pa.Array:
+        return pa.array([v.encode().replace(b"@", b"\xed\xa0") for v in values.to_pylist()],
+                        pa.binary()).view(pa.string())  # fmt: skip
+
+    outer, _, inner = column.partition(".")
+    place, old = table.column_names.index(outer), table[outer].combine_chunks()
+    if inner:
+        names = [field.name for field in old.type.value_type]
+        parts = [spoilt(old.values.field(n)) if n == inner else old.values.field(n) for n in names]
+        new = pa.ListArray.from_arrays(old.offsets, pa.StructArray.from_arrays(parts, names))
+    else:
+        new = spoilt(old)
+    pq.write_table(table.set_column(place, outer, new), path)
+    with pytest.raises(ExamplesError, match=rf"row 2, column {column}: text that is not UTF-8 "):
+        read_shard(path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign"])

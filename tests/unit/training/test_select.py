@@ -160,6 +160,19 @@ def test_labels_none_teaches_the_own_memory() -> None:
     assert chosen(select_one(replace(made, candidates=()), CONFIG)) == (["q"], [])
 
 
+@pytest.mark.parametrize(
+    ("labels", "weight", "idle"),
+    [("none", 1.0, True), ("none", 0.0, False), ("given", 1.0, False)],
+)
+def test_distilling_where_nothing_was_measured_is_a_warning(
+    labels: str, weight: float, idle: bool
+) -> None:
+    made = example(labels=labels, candidates=(candidate("a", "1", 0.0), candidate("b", "2", -1.0)))
+    told = str(select([made], TrainingConfig(distill_weight=weight)))
+    assert told.startswith("1 usable examples")
+    assert ("warning: training.distill_weight does nothing with labels: none" in told) == idle
+
+
 def test_labels_given_need_no_baseline() -> None:
     made = example(
         labels="given",

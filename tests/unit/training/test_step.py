@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -239,6 +240,16 @@ def test_clipping_and_decay_groups(encoder: Encoder) -> None:
     norm = torch.sqrt(sum((g**2).sum() for g in gradients(encoder).values()))  # type: ignore[arg-type]
     assert update(optimizer, 1e-3, 0.01) == pytest.approx(float(norm), rel=1e-5)
     assert not gradients(encoder)
+
+
+@pytest.mark.parametrize(("most", "kept"), [(None, 1.0), (10.0, 1.0), (1.0, 0.2)])
+def test_gradients_are_clipped_where_asked_to(most: float | None, kept: float) -> None:
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([param])
+    for grad, norm in (([3.0, 4.0], 5.0), ([math.inf, 0.0], math.inf)):
+        param.grad = torch.tensor(grad)
+        assert update(optimizer, 1.0, most) == norm
+        assert param.tolist() == pytest.approx([-3.0 * kept, -4.0 * kept], rel=1e-5)  # both times
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -6,19 +6,24 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Literal
 
 import psutil
 import pytest
 
-from memshare.config import WandbConfig
+from memshare.config import ConfigError, WandbConfig
 from memshare.files import RunLocked
 from memshare.training import outcome, tracking
+from memshare.training.checkpoint import CheckpointError
+from memshare.training.resume import ChangedSettings
 from memshare.training.tracking import Tracker, new_run_id
 from memshare.training.wandb_run import wandb_mode
 from tests.disks import fill_up, small_disk
@@ -43,6 +48,13 @@ def test_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert wandb_mode(auto) == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_mode(auto) == "disabled"
+    monkeypatch.setenv("WANDB_MODE", " Offline")
+    assert wandb_mode(auto) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "")
+    assert wandb_mode(auto) == "online"
+    monkeypatch.setenv("WANDB_MODE", "foo")
+    with pytest.raises(ConfigError, match=r"^WANDB_MODE is foo; W&B knows online, offline, "):
+        wandb_mode(auto)
     assert wandb_mode(WandbConfig(mode="offline")) == "offline"
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.delenv("WANDB_MODE")
@@ -77,6 +89,18 @@ def test_an_offline_run_is_written(tmp_path: Path) -> None:
     while b"loss" not in written.read_bytes() and time.monotonic() < until:
         time.sleep(0.05)
     assert b"loss" in written.read_bytes()
+
+
+@pytest.mark.parametrize(("asked", "mode"), [("", "auto"), ("OFFLINE", "auto"), ("x", "offline")])
+def test_wandb_itself_is_spared_what_it_would_fail_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, mode: Literal["auto", "offline"]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", asked)
+    with Tracker(tmp_path, WandbConfig(mode=mode), run_id="a1", settings={}) as tracker:
+        tracker.log(1, {"loss": 0.5})
+        tracker._worth_waiting.wait(60.0)
+    assert tracker.wandb["mode"] == "offline"
+    assert list(Path(str(tracker.wandb["dir"])).glob("run-a1.wandb"))
 
 
 def test_a_slow_start_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +244,7 @@ def test_a_wandb_that_stops_in_the_middle_is_not_waited_for_long(
     assert "wandb-core" not in [child.name() for child in psutil.Process().children()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_become_requests(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with outcome.stop_requests() as stop:
@@ -228,6 +252,25 @@ def test_signals_become_requests(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         assert stop.asked and stop.signal == number.name
     assert signal.getsignal(number) is before
+
+
+ASKED_TWICE = """
+import os, signal
+from memshare.training.outcome import stop_requests
+with stop_requests() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    print(stop.signal, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still there", flush=True)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    done = subprocess.run([sys.executable, "-c", ASKED_TWICE], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "SIGINT\n")
+    assert done.stderr.strip().splitlines() == [
+        "stopping after this step, to be continued; once more (Ctrl-C) ends at once"
+    ]
 
 
 def test_a_file_becomes_a_request_of_the_process_that_writes(tmp_path: Path) -> None:
@@ -255,6 +298,16 @@ def test_outcome_is_told_and_forgotten(tmp_path: Path) -> None:
     with pytest.raises(KeyError), outcome.told(tmp_path, (ValueError,), writes=True):
         raise KeyError("a bug")
     assert outcome.read_result(tmp_path) is None
+
+
+def test_a_run_that_is_refused_leaves_the_earlier_result(tmp_path: Path) -> None:
+    for earlier in (None, {"status": "trained", "steps": 7}):
+        if earlier:
+            outcome.write_result(tmp_path, "trained", steps=7)
+        with pytest.raises(ChangedSettings), outcome.told(tmp_path, (CheckpointError,), True):
+            raise ChangedSettings("lr")
+        left = outcome.read_result(tmp_path)
+        assert left == (earlier or {"status": "failed", "error": "lr"})
 
 
 def test_a_full_disk_is_told_wherever_it_shows(tmp_path: Path) -> None:
