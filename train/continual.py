@@ -29,14 +29,20 @@ from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.pruning.policies import PruneError
 from memshare.pruning.prune import check_caps, hold_caps
+from memshare.retrieval.encoder import EncoderError
+from memshare.training import outcome as outcomes
 from memshare.training.child import ChildFailed, Stopped
 from memshare.training.examples import ExamplesError
 from memshare.training.journal import Journal, JournalError
 from memshare.training.rounds import count_new, covered, erase_deleted, next_round
 from memshare.training.steps import Steps
+from memshare.training.towers import rehearse
 
 PROGRAMS = Path(__file__).resolve().parent
-EXPECTED = (ChildFailed, ExamplesError, JournalError, PoolError, PruneError, RunLocked)
+EXPECTED = (
+    ChildFailed, ConfigError, EncoderError, ExamplesError, JournalError, PoolError, PruneError,
+    RunLocked,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
     except ConfigError as error:
-        log(f"error: {error}")
-        return 2
+        return outcomes.tell(error)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -66,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PoolUnavailable:
         log("stopped while the database was away; the next start goes on from here")
     except EXPECTED as error:
-        log(f"error: {error}")
-        return 1
+        return outcomes.tell(error)
     return 0
 
 
@@ -77,6 +81,8 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
         log("the step that an earlier, killed loop had left running was stopped")
     path = config.run.dir / "continual.json"
     journal = Journal.load(path)
+    first = journal.open_round or when_available(stop, next_round, config, store, journal)
+    rehearse(config, first.encoder)
     while not stop.is_set():
         # 1. Between two rounds: wait until enough memories are new, then put a round on record.
         if journal.open_round is None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memshare.config import ConfigError, TrainingConfig
+from memshare.config import Config, ConfigError, TrainingConfig
 from memshare.retrieval.encoder import Encoder, EncoderError, Side
 from memshare.training.batching import Batches, cut, deal
 from memshare.training.gather import World
@@ -55,6 +55,16 @@ def prepare(encoder: Encoder, config: TrainingConfig, seed: int) -> None:
             add_adapters(encoder, side, config.lora, seed)
         if config.compile:
             compile_layers(encoder.tower(side))
+
+
+def rehearse(config: Config, model: str) -> None:
+    """Prepare the encoder ``model`` as a training would, on the CPU, and forget it.
+
+    For what `prepare` raises, and `EncoderError` where there is no such encoder: a loop should know
+    before it mines for hours what it then can't train.
+    """
+    settings = config.encoder.model_copy(update={"model": model, "device": "cpu"})
+    prepare(Encoder.load(settings), config.training, seed=0)
 
 
 def compile_layers(tower: nn.Module, **options: Any) -> None:
