@@ -28,6 +28,7 @@ from memshare.pool.patience import when_available
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.pruning.prune import PruneError, check_caps, hold_caps
+from memshare.training import outcome as outcomes
 from memshare.training.child import ChildFailed, Stopped
 from memshare.training.examples import ExamplesError
 from memshare.training.journal import Journal, JournalError
@@ -47,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
     except ConfigError as error:
-        log(f"error: {error}")
-        return 2
+        return outcomes.tell(error)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -65,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PoolUnavailable:
         log("stopped while the database was away; the next start goes on from here")
     except EXPECTED as error:
-        log(f"error: {error}")
-        return 1
+        return outcomes.tell(error)
     return 0
 
 
@@ -76,6 +75,8 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
         log("the step that an earlier, killed loop had left running was stopped")
     path = config.run.dir / "continual.json"
     journal = Journal.load(path)
+    if not journal.rounds:  # or hours of mining might be for a training that can't begin
+        steps.rehearse(when_available(stop, next_round, config, store, journal).encoder)
     while not stop.is_set():
         # 1. Between two rounds: wait until enough memories are new, then put a round on record.
         if journal.open_round is None:

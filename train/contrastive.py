@@ -122,7 +122,7 @@ def train(
     size = settings.batch_size * world.size
     batches = Batches(selection.items, encoder, global_batch=size, seed=seed, settings=settings)
     steps = batches.steps
-    say(str(batches))
+    say(f"processes x queries a step: {world.size} x {settings.batch_size} = {size}; {batches}")
     fixed = fixed_settings(
         settings, encoder=fingerprint, examples=batches.digest, warm=args.warm, steps=steps,
         held_out=held_out.digest, processes=world.size, mixed_precision=accelerator.mixed_precision,

@@ -27,7 +27,9 @@ class MiningConfig(Section):
     memory below -0.34. ``held_out_queries``: at most so many held-out memories are labelled a
     round, where ``training.eval_every`` asks for them. ``iterations``: how often a round mines and
     trains. The second time the encoder that the first has trained proposes, and training starts
-    once more from where the first started (LLM-R).
+    once more from where the first started (LLM-R). ``baseline``: what the answer is worth with no
+    example is labelled, too, for ``training.margin`` to compare with. ``shard_rows``: queries of a
+    shard, which is written when it is complete.
     """
 
     labels: Literal["none", "given", "likelihood", "prompted", "reward"] = "likelihood"
@@ -54,9 +56,11 @@ class MiningConfig(Section):
 
 
 class LoRAConfig(Section):
-    """Low-rank adapters through peft; merged into the weights on export.
+    """Low-rank adapters through peft, where ``enabled``; merged into the weights on export.
 
-    ``target_modules``: the linear layers that get adapters, all of them or those of these names.
+    ``r``: their rank; ``alpha``: what they add is scaled by ``alpha / r``; ``dropout``: share of
+    their inputs that is dropped; ``target_modules``: the linear layers that get one, all of them or
+    those of these names, or ends of names.
     """
 
     enabled: bool = False
@@ -69,6 +73,8 @@ class LoRAConfig(Section):
 class TrainingConfig(Section):
     """Step 6: InfoNCE over v positives, hard negatives and in-batch negatives.
 
+    ``positives``: at most so many (v) a query, its best candidates; ``hard_negatives``: so many of
+    its worst ones; ``temperature``: what cosines are divided by before the softmax.
     ``positives_per_step`` draws so many of the v positives afresh at each step (None: all of them),
     as EPR and LLM-R do: a small set is learned by heart later. ``margin``: nats per token by which
     a positive must beat the likelihood with no example, or the example is dropped.
@@ -88,9 +94,13 @@ class TrainingConfig(Section):
     principal may have; more is left out of the epoch (`memshare.training.principals`).
     ``eval_every``: steps between two evaluations on held-out memories (None: none at all), the best
     of which is exported; ``patience``: evaluations in a row without a better nDCG@10 that end the
-    training. ``round_lr_decay``: what each continual round multiplies the learning rate of the one
-    before by, down to a tenth of ``lr`` (1: all rounds alike); ``warm_optimizer``: a round starts
-    from the optimizer state with which the training of the encoder that serves has ended.
+    training. ``epochs``: passes over the examples; ``weight_decay``: AdamW's, of matrices alone;
+    ``warmup_ratio``: share of the steps in which the learning rate rises to ``lr``;
+    ``max_grad_norm``: a longer gradient (L2) is shortened to it; ``checkpoint_every`` and
+    ``log_every``: in steps, beside the last one. ``round_lr_decay``: what each continual round
+    multiplies the learning rate of the one before by, down to a tenth of ``lr`` (1: all rounds
+    alike); ``warm_optimizer``: a round starts from the optimizer state with which the training of
+    the encoder that serves has ended.
     """
 
     positives: PositiveInt = 1
@@ -142,7 +152,10 @@ class TrainingConfig(Section):
 
 
 class SplitConfig(Section):
-    """Held-out queries: split off by hash, near-duplicate clusters kept together."""
+    """Held-out queries: split off by hash, near-duplicate clusters kept together.
+
+    ``held_out``: share of the memories that judges and does not train.
+    """
 
     held_out: Fraction = 0.1
     near_duplicate: Fraction = 0.8  # Jaccard similarity of word 3-gram sets
@@ -151,6 +164,9 @@ class SplitConfig(Section):
 class GateConfig(Section):
     """Next passes if the paired bootstrap's lower bound of each metric difference is > -margin.
 
+    ``margin``: how much worse it may be, in a metric's own units, all from 0 to 1; ``confidence``:
+    of the interval (0.95: 95 %); ``resamples``: draws of the bootstrap. ``max_queries``: at most so
+    many held-out questions are asked, ``depth``: so many memories each are looked at.
     ``canaries``: a file of questions and the memories that must be found for them
     (`memshare.retrieval.canaries`), on which the mean difference must not be below -margin either.
     """

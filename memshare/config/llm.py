@@ -16,6 +16,10 @@ class VLLMServerConfig(Section):
 
     ``replicas``: so many equal servers, on as many ports from that of the url on. Each takes
     ``tensor_parallel_size`` of the GPUs, in the order of ``CUDA_VISIBLE_DEVICES``.
+    ``python``: of vLLM's environment. ``max_model_len`` (tokens of prompt and answer; None: the
+    model's), ``dtype``, ``gpu_memory_utilization`` (share of a card) and ``enable_prefix_caching``
+    are vLLM's own; ``env``: environment variables for it. ``start_timeout_seconds``: how long it
+    may take until it answers.
     """
 
     python: Path = Path(".venv-vllm/bin/python")
@@ -39,6 +43,12 @@ class LLMConfig(Section):
 
     ``openai``: any OpenAI-compatible endpoint, by its own name for the model; it gives no
     likelihoods, and ``context_length`` says how much fits, since it can't be asked.
+
+    ``backend``: ``transformers`` runs the model in this process, in texts of ``batch_size`` at a
+    time, on ``device`` (auto: a GPU where there is one) in ``dtype`` (auto: the model's own, on a
+    CPU float32). The others are asked: at most ``max_concurrency`` requests at one time, each up to
+    ``timeout_seconds`` and ``retries`` times more, with the key in the environment variable
+    ``api_key_env``.
     """
 
     backend: Literal["transformers", "vllm", "openai"] = "transformers"
@@ -80,7 +90,11 @@ class LLMConfig(Section):
 
 
 class AgentConfig(Section):
-    """How agents answer: instruction, number of shots, sampling."""
+    """How agents answer: the system message ``instruction`` (empty: none), shots, sampling.
+
+    ``shots``: memories that are shown as examples; ``max_tokens``: of an answer; ``temperature``: 0
+    takes the likeliest token each time.
+    """
 
     instruction: str = ""
     shots: Annotated[int, Field(ge=0, le=64)] = 3
@@ -89,13 +103,14 @@ class AgentConfig(Section):
 
 
 class ScorerConfig(Section):
-    """How a pair is graded 0-100.
+    """How a pair is graded 0-100, by its ``kind``.
 
     ``rubric``: the scorer LLM grades against the pool's rubric (``grading``: structured output, or
     the expected value over label tokens). ``likelihood``: 100 * exp(l / likelihood_scale) clipped,
     where l is the mean log-likelihood per token (nats) of the answer after the bare question.
     ``reference``: 100 * BERTScore F1 against the known answer in ``references`` (JSONL of
-    ``{"prompt", "answer"}`` or chat rows).
+    ``{"prompt", "answer"}`` or chat rows), by the encoder ``bertscore_model``.
+    ``likelihood_scale``: in nats; ``max_tokens``: of a grade that the scorer writes.
     """
 
     kind: Literal["rubric", "likelihood", "reference"] = "rubric"

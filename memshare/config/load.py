@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -42,7 +43,7 @@ class ConfigError(ValueError):
 
 
 class Config(BaseSettings):
-    """The whole tree; `load_config` makes one."""
+    """The whole tree; `load_config` makes one. ``pools``: by name."""
 
     model_config = SettingsConfigDict(
         extra="forbid", frozen=True, env_prefix="MEMSHARE_", env_nested_delimiter="__"
@@ -155,6 +156,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     except ValidationError as error:
         lines = [
             f"  {'.'.join(str(part) for part in item['loc']) or '(top)'}: {item['msg']}"
+            + (_nearest(item["loc"]) if item["type"] == "extra_forbidden" else "")
             for item in error.errors()
         ]
         raise ConfigError(
@@ -168,6 +170,19 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    """For the place of an unknown key: which known one beside it may have been meant, if any."""
+    *parents, key = location
+    keys: Any = Config
+    for parent in parents:
+        if get_origin(keys) is dict:
+            keys = get_args(keys)[1]
+        else:
+            keys = keys.model_fields[str(parent)].annotation
+    found = get_close_matches(str(key), keys.model_fields, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

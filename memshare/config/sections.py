@@ -21,7 +21,7 @@ from memshare.config.llm import LLMConfig
 
 
 class RunConfig(Section):
-    """Where a run keeps its files, and the seed of everything random in it.
+    """Where a run keeps its files, and the ``seed`` of everything random in it.
 
     ``generations``: a folder that several gateways, each with a ``dir`` of its own, may share with
     the trainer; None means within ``dir``.
@@ -35,8 +35,10 @@ class RunConfig(Section):
 class PoolSettings(Section):
     """One pool: a rubric (name of a shipped one, or a file) and the score that admits a memory.
 
+    ``rubric``: what the scorer grades by; ``threshold``: the least score, of 100.
     ``near_duplicate``: the cosine from which a written memory counts as one that is there already
-    (None: never). Then the new one is dropped, or they are merged: the better graded one stays.
+    (None: never). Then, by ``near_duplicate_action``, the new one is dropped, or they are merged:
+    the better graded one stays.
     ``max_memories``: a cap that the continual loop holds, pruning by the policy ``prune_by``.
     ``max_principal_share``: of the pool's memories, as many one principal may have; more are
     refused (None: any number). ``principal_floor``: so many each may have however small the pool
@@ -67,6 +69,9 @@ class EncoderConfig(Section):
     ``pooling`` makes a text's vector of its tokens': their mean, the first one (``cls``), or the
     last one, for decoders such as Qwen3-Embedding; a sentence-transformers folder says which.
     ``batch_tokens`` bounds padded tokens per forward pass; ``max_length`` is in tokens.
+    ``pooling``: a text's vector is the mean of its tokens' or the first one's (``cls``);
+    ``query_prefix`` and ``memory_prefix`` come before every text of their side; ``device``: as
+    torch names it, or ``auto``, a GPU where there is one.
     """
 
     model: str = "all-MiniLM-L6-v2"
@@ -79,7 +84,7 @@ class EncoderConfig(Section):
 
 
 class IndexConfig(Section):
-    """How vectors are kept and searched. ``flat`` is exact; the other kinds are for large pools.
+    """How vectors are kept and searched, by ``kind``: ``flat`` is exact, others for large pools.
 
     ``ivf``: the ``nprobe`` nearest of ``nlist`` lists (None: four times the root of the pool's
     size) are searched. ``hnsw``, on the CPU alone: a graph with ``links`` a memory, built and
@@ -103,6 +108,10 @@ class IndexConfig(Section):
 class RetrieverConfig(Section):
     """A named line of generations: which pools it serves and how many past ones are kept.
 
+    ``name``: of its folder; ``keep``: so many of the latest generations. ``gpu``: whether indexes
+    are on one (auto: where FAISS has it). ``max_batch``: so many searches at most are answered
+    together, the first of which waits ``batch_wait_seconds`` for others. ``poll_seconds``: between
+    two looks for a next generation.
     ``gpu_memory_gib``: what its generations may take of a GPU together, beside vLLM's share (None:
     whatever is free). Where two don't fit, the next one serves from the CPU until the old one is
     gone.
@@ -123,7 +132,11 @@ class RetrieverConfig(Section):
 
 
 class BM25Config(Section):
-    """BM25+ (Lv & Zhai 2011): the one variant whose scores agree in rank-bm25 and bm25s."""
+    """BM25+ (Lv & Zhai 2011): the one variant whose scores agree in rank-bm25 and bm25s.
+
+    ``backend``: which of them; ``k1``: how soon repeated terms add no more; ``b``: how much a
+    long text's length counts against it; ``delta``: what a term that occurs adds at least.
+    """
 
     backend: Literal["bm25s", "rank-bm25"] = "bm25s"
     k1: PositiveFloat = 1.5
@@ -134,6 +147,10 @@ class BM25Config(Section):
 class GatewayConfig(Section):
     """The HTTP service's limits and its default pool.
 
+    ``host`` and ``port``: where it listens; ``default_pool``: for requests that name none (None:
+    they must). ``max_text_chars``: characters of a text, ``max_k``: memories of a search, both of
+    one request. ``scoring_workers``: pairs graded at one time. ``visible_timeout_seconds``: how
+    long a write waits until it is searchable.
     ``keys``: callers need one, ``auto`` everywhere but on a loopback address.
     ``requests_per_minute`` (None: no limit) and ``max_body_bytes`` hold for each key that has no
     limit of its own. ``max_requests`` and ``max_chats`` bound what is answered at one time.
@@ -164,7 +181,12 @@ class GatewayConfig(Section):
 
 
 class BootstrapConfig(Section):
-    """Interactive learning: how many questions to write per round and what counts as trivial."""
+    """Interactive learning: how many questions to write per round and what counts as trivial.
+
+    ``questions``: so many in each of ``rounds``, sampled at ``temperature``. One of fewer than
+    ``min_chars`` characters is trivial, and one whose word 3-grams overlap with an earlier one's by
+    ``near_duplicate`` (Jaccard similarity).
+    """
 
     questions: PositiveInt = 64
     rounds: PositiveInt = 1
@@ -189,7 +211,7 @@ class EvaluationConfig(Section):
     agents of different models), so that what they add is no drop in the sea. ``labelled``:
     memories of one domain in the experiment about labels, most of whose labels cost an answer each.
     ``stream``: problems of the pocket world in the experiment about pruning (None: as in
-    ``world``).
+    ``world``). ``bertscore_model``: the encoder of BERTScore.
     """
 
     data: Path | None = None
@@ -207,8 +229,9 @@ class EvaluationConfig(Section):
 
 
 class WandbConfig(Section):
-    """Weights & Biases. ``auto``: online with a key, offline without one.
+    """Weights & Biases. ``mode`` ``auto``: online with a key, offline without one.
 
+    ``project``, ``entity`` (None: the key's own) and ``name`` (None: W&B makes one up) of the run.
     ``samples``: for so many held-out questions, what the generation before and the new one find is
     shown as a table. Their texts leave the pool for W&B, where deleting a memory does not reach
     them; so none are by default.

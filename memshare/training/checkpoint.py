@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -90,6 +90,24 @@ class TrainState:
         }
 
 
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, on the CPU, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens ``path``, for as long as this is there."""
+        self._file: Any = safe_open(path, framework="pt")
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """The weights that training changes, by name, on the CPU."""
     return {
@@ -114,7 +132,7 @@ def save(
     the optimizer's state may be divided over them; the main one ``writes``.
     """
     final = root / f"step-{state.step:08d}"
-    moments = state_tensors(optimizer)
+    moments = state_tensors(optimizer, keep=writes)
     if not writes:
         return final
     temporary = root / f".{final.name}.tmp"
@@ -122,7 +140,6 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(trainable(model), temporary / "model.safetensors")
-        moments = {key: value.cpu().contiguous() for key, value in moments.items()}
         save_file(moments, temporary / "optimizer.safetensors")
         if best:
             save_file(dict(best), temporary / _BEST)
@@ -235,4 +252,4 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         put_weights(model, load_file(folder / "model.safetensors"))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}; start afresh") from error
-    load_state_tensors(optimizer, load_file(folder / "optimizer.safetensors"))
+    load_state_tensors(optimizer, Stored(folder / "optimizer.safetensors").items())

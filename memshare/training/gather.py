@@ -43,6 +43,7 @@ def launch() -> Accelerator:
     Raises `ConfigError` for what accelerate offers and this trainer does not do.
     """
     wants_fsdp()  # for what it refuses; `spread` asks whether
+    _refuse_unused()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -73,6 +74,17 @@ def wants_fsdp() -> bool:
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError("accelerate: fsdp_config.fsdp_version must be 2")
     return True
+
+
+def _refuse_unused() -> None:
+    """Raise `ConfigError` for what accelerate's launcher was told and nothing here would heed."""
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in {"", "1"}:
+        raise ConfigError(
+            "accelerate: gradient accumulation is not used; set training.batch_size to the whole "
+            "batch of a process: whatever exceeds training.graph_tokens is encoded twice"
+        )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() not in {"", "NO"}:
+        raise ConfigError("accelerate: dynamo_backend is not used; set training.compile instead")
 
 
 class World:

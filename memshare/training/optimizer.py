@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -63,38 +64,46 @@ def update(optimizer: torch.optim.Optimizer, lr: float, max_norm: float | None) 
     return norm
 
 
-def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as ``parameter name/entry`` -> tensor; all of AdamW's are tensors.
+def state_tensors(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
+    """The optimizer's state as ``parameter name/entry`` -> tensor on the CPU; AdamW's are tensors.
 
-    Where it is divided over processes, all of them must ask, and each gets all of it.
+    Where it is divided over processes, all of them must ask, and each has one whole tensor at a
+    time; who does not ``keep`` them gets none.
     """
-    return {
-        f"{name}/{entry}": whole(value.detach())
-        for name, param in _named(optimizer).items()
-        for entry, value in optimizer.state.get(param, {}).items()
-    }
+    found: dict[str, Tensor] = {}
+    for name, param in _named(optimizer).items():
+        for entry, value in optimizer.state.get(param, {}).items():
+            tensor = whole(value.detach())
+            if keep:
+                found[f"{name}/{entry}"] = tensor.cpu().contiguous()
+            del tensor  # before the next one is gathered
+    return found
 
 
-def warm_start(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> int:
+def warm_start(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> int:
     """Take over what `state_tensors` gave of an earlier run, for parameters that are the same.
 
     The same are those of equal name and shape; all others start without a past. Returns how many
     there were.
     """
     shapes = {name: param.shape for name, param in _named(optimizer).items()}
-    moments = {
-        key.removesuffix(_MOMENT): t.shape for key, t in tensors.items() if key.endswith(_MOMENT)
-    }
-    same = {name for name, shape in moments.items() if shapes.get(name) == shape}
-    kept = {key: value for key, value in tensors.items() if key.rpartition("/")[0] in same}
-    load_state_tensors(optimizer, kept)
+    moments = [key for key in tensors if key.endswith(_MOMENT)]
+    named = {key.removesuffix(_MOMENT): tensors[key].shape for key in moments}
+    same = {name for name, shape in named.items() if shapes.get(name) == shape}
+    kept = (key for key in tensors if key.rpartition("/")[0] in same)
+    load_state_tensors(optimizer, ((key, tensors[key]) for key in kept))
     return len(same)
 
 
-def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `state_tensors` gave. Raises `KeyError` for a parameter that is not there."""
+def load_state_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Put back what `state_tensors` gave, one after the other.
+
+    Raises `KeyError` for a parameter that is not there.
+    """
     params = _named(optimizer)
-    for key, value in tensors.items():
+    for key, value in tensors:
         name, _, entry = key.rpartition("/")
         param = params[name]
         optimizer.state[param][entry] = like(value, param) if value.ndim else value.to(param.device)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from memshare.config import TrainingConfig
 from memshare.progress import log
 from memshare.training.checkpoint import (
     CheckpointError,
+    Stored,
     TrainState,
     best_weights,
     checkpoints,
@@ -120,7 +120,7 @@ def resume(
         restore(folder, model, optimizer)
         best = best_weights(folder, state) if world.main else {}
     elif past:
-        known = warm_start(optimizer, load_file(past / "optimizer.safetensors"))
+        known = warm_start(optimizer, Stored(past / "optimizer.safetensors"))
         if world.main:
             log(f"the optimizer goes on from {past}, with the state of {known} parameters")
     elif warm and world.main:

@@ -50,6 +50,12 @@ class Steps:
         """Stop the program that a killed loop left running; whether there was one."""
         return stop_orphan(self._record)
 
+    def rehearse(self, encoder: str) -> None:
+        """Raises `ChildFailed` where no training could begin with ``encoder``."""
+        command = [sys.executable, "-m", "memshare.training.rehearsal", *self._settings]
+        log_file = self._config.run.dir / "logs" / "rehearsal.log"
+        run_child([*command, "--encoder", encoder], log_file, self._record, self._stop, Path.cwd())
+
     def mine(self, now: Round) -> Done:
         """Step 5: examples from the new memories, and from a sample of the earlier ones.
 

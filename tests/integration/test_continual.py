@@ -301,13 +301,30 @@ def test_stops_cleanly_and_refuses_a_second_loop(make_run: Any) -> None:
 
 
 def test_a_failing_step_is_told_with_its_log(make_run: Any) -> None:
-    run = make_run(encoder={"model": "/no/such/encoder"}, mining={"dense_candidates": 0})
+    run = make_run(training={"lr": 1e30}, mining={"dense_candidates": 0})
     run.store.append(banking(0, 8))
     child = run.start("--once")
     errors = child.communicate(timeout=100)[1]
     assert child.returncode == 1
-    assert "contrastive.py" in errors and "/no/such/encoder" in errors
+    assert "contrastive.py" in errors and "is not finite" in errors
     assert run.rounds()[-1]["step"] == "train"
+
+
+@pytest.mark.parametrize(("sections", "told"), [
+    ({"encoder": {"model": "/no/such/encoder"}}, "/no/such/encoder"),
+    ({"training": {"matryoshka": [8, 500]}}, "training.matryoshka: [500] must be less than 32"),
+    ({"training": {"lora": {"enabled": True, "target_modules": ["nothing"]}}},
+     "training.lora.target_modules ('nothing',) fits no module"),
+])  # fmt: skip
+def test_what_cannot_be_trained_is_told_before_anything_is_mined(
+    make_run: Any, sections: dict[str, Any], told: str
+) -> None:
+    run = make_run(**sections)
+    run.store.append(banking(0, 8))
+    child = run.start("--once")
+    errors = child.communicate(timeout=60)[1]
+    assert child.returncode == 1 and f"error: {told}" in errors, errors
+    assert not run.rounds() and not (run.folder / "examples").exists()
 
 
 def test_rejected_and_empty_rounds_are_on_record(make_run: Any) -> None:

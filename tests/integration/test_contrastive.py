@@ -202,6 +202,7 @@ def test_several_processes_train_as_one_and_survive_a_killed_one(
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     assert "continuing from" in errors
+    assert f"processes x queries a step: {processes} x {8 // processes} = 8;" in errors
     for got, want in zip(logged(many), logged(alone), strict=True):
         assert got == pytest.approx(want, abs=1e-3)
     ours, theirs = (load_file(f / "encoder" / "model.safetensors") for f in (many, alone))
@@ -316,7 +317,8 @@ def test_dry_run_tells_and_writes_nothing(
 ) -> None:
     output = tmp_path / "out"
     assert program.main([*options(base, output), "--dry-run"]) == 0
-    told = capsys.readouterr().out
+    told, logged = capsys.readouterr()
+    assert "processes x queries a step: 1 x 8 = 8; 8 steps an epoch" in logged
     assert "max_steps: 60" in told and "60 examples, 60 steps" in told
     assert "parameters" in told and "memory per process" in told
     assert told.splitlines()[-1] == "precision: float32"

@@ -1,11 +1,16 @@
 """One tree of settings: every mistake at once, and who wins over whom."""
 
+import inspect
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from memshare.config import Config, ConfigError, load_config, public
+from memshare.config.base import Section
 
 ROOT = Path(__file__).parents[2]
 
@@ -192,3 +197,36 @@ def test_a_url_without_a_secret_is_shown_as_it_is(url: str) -> None:
 def test_an_accelerate_configuration_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"continual\.accelerate_config: .*no file .*nope\.yaml"):
         load_config(None, [f"continual.accelerate_config={tmp_path}/nope.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("training.epoch=3", "training.epoch: .*; did you mean epochs\\?"),
+        ("trainnig.lr=1", "trainnig: .*; did you mean training\\?"),
+        ("agent_llm.server.replica=2", "agent_llm.server.replica: .*; did you mean replicas\\?"),
+        ("pools.a.treshold=2", "pools.a.treshold: .*; did you mean threshold\\?"),
+        ("gate.colour=red", "gate.colour: [^;]*$"),
+    ],
+)
+def test_an_unknown_key_is_told_with_its_neighbour(setting: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_config(None, [setting])
+
+
+def sections(base: type[BaseModel] = Section) -> Iterator[type[BaseModel]]:
+    for section in base.__subclasses__():
+        yield section
+        yield from sections(section)
+
+
+@pytest.mark.parametrize("section", [Config, *sections()], ids=lambda section: section.__name__)
+def test_every_setting_is_documented(section: type[BaseModel]) -> None:
+    """As ``key`` in its class's docstring, or in a comment behind it; a section has its own."""
+    source = inspect.getsource(section)
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            continue
+        named = re.search(rf"``{name}\b", section.__doc__ or "")
+        assert named or re.search(rf"^    {name}: .*\S  # \S", source, re.MULTILINE), name

@@ -33,3 +33,15 @@ def test_fsdp_is_asked_for_in_its_second_version(monkeypatch: pytest.MonkeyPatch
         launch()
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert wants_fsdp()
+
+
+@pytest.mark.parametrize(("name", "value", "instead"), [
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", r"set training\.batch_size"),
+    ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", r"set training\.compile"),
+])  # fmt: skip
+def test_what_the_launcher_offers_and_nothing_heeds_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, instead: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"^accelerate: .* is not used; {instead}"):
+        launch()
