@@ -33,12 +33,13 @@ from memshare.config import TrainingConfig
 from memshare.progress import log
 from memshare.retrieval import packing
 from memshare.retrieval.encoder import SIDES, Encoder, Side
-from memshare.training.batching import StepBatch, cut, cut_packed, deal
+from memshare.training.batching import cut, cut_packed, deal
 from memshare.training.flops import ModelCost, bf16_peak
 from memshare.training.gather import World
 from memshare.training.loss import objective_rows
 from memshare.training.order import Ints
 from memshare.training.precision import Autocast, described, in_bf16
+from memshare.training.step_batch import StepBatch
 from memshare.training.step_result import NonFinite, StepResult
 from memshare.training.token_table import TokenTable
 from memshare.training.towers import FrozenMemories

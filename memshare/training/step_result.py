@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from memshare.training.batching import StepBatch
+from memshare.training.step_batch import StepBatch
 
 
 class NonFinite(RuntimeError):
