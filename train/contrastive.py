@@ -154,12 +154,12 @@ def train(
         frozen=FrozenMemories.of(encoder, batches, world, settings, accelerator.autocast),
     )  # fmt: skip
     validation = Validation(held_out, encoder, world, tracker, settings, steps=steps, weights=best)
-    with without_ruined(root, world.main):
+    with without_ruined(root, world.main), batches.ahead() as batch_of:
         state = validation.first(state)
         todo = range(state.step, state.step if validation.finished(state) else steps)
         for step in track(todo, "training") if world.main else todo:
             began = time.perf_counter()
-            batch = batches.batch(step)
+            batch = batch_of(step)
             result = gradient.backward(batch, step, stop=stop.asked)
             lr = peak * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
             norm = update(optimizer, lr, settings.max_grad_norm)

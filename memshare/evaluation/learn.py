@@ -155,13 +155,14 @@ def train_encoder(config: Config, items: Sequence[Selected]) -> tuple[Encoder, d
         )  # fmt: skip
         optimizer = make_optimizer(encoder.model, settings)
         steps = batches.steps
-        for step in track(range(steps), "training"):
-            batch = batches.batch(step)
-            report["loss"] = gradient.backward(batch, step).loss
-            factor = lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
-            norm = update(optimizer, settings.lr * factor, settings.max_grad_norm)
-            gradient.check(norm, batch, step, last=step + 1 == steps)
-            report["steps"] = step + 1
+        with batches.ahead() as batch_of:
+            for step in track(range(steps), "training"):
+                batch = batch_of(step)
+                report["loss"] = gradient.backward(batch, step).loss
+                factor = lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
+                norm = update(optimizer, settings.lr * factor, settings.max_grad_norm)
+                gradient.check(norm, batch, step, last=step + 1 == steps)
+                report["steps"] = step + 1
     merge_adapters(encoder)
     encoder.model.eval()
     return encoder, report

@@ -19,6 +19,7 @@ from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.item_table import ItemTable
 from memshare.training.order import Ints, Order
+from memshare.training.prefetch import Prefetch
 from memshare.training.select import Selected
 from memshare.training.step_batch import StepBatch, assemble
 from memshare.training.token_table import TokenTable
@@ -120,6 +121,10 @@ class Batches:
         rng = np.random.default_rng([self._seed, step, len(places)])
         drawn = [self._draw(positives, rng) for positives in self._numbers.positives(places)]
         return assemble(self._numbers, places, drawn)
+
+    def ahead(self) -> Prefetch[StepBatch]:
+        """`batch`, with the next step's made in a thread meanwhile; to be used as a context."""
+        return Prefetch(self.batch, self.steps)
 
     def _draw(self, positives: Sequence[int], rng: np.random.Generator) -> Sequence[int]:
         """The positives that a query is trained on at this step."""
