@@ -56,6 +56,7 @@ class Batches:
         self._prefixes = (encoder.query_prefix, encoder.memory_prefix)
         self._seed = seed
         self._drawn = settings.positives_per_step
+        self._distils = settings.distill_weight > 0
         shares = {
             "pool_temperature": settings.pool_temperature,
             "max_principal_share": settings.max_principal_share,
@@ -120,7 +121,11 @@ class Batches:
         # A stream of its own: the order's must not depend on what is drawn here.
         rng = np.random.default_rng([self._seed, step, len(places)])
         drawn = [self._draw(positives, rng) for positives in self._numbers.positives(places)]
-        return assemble(self._numbers, places, drawn)
+        return assemble(self._numbers, places, drawn, distils=self._distils)
+
+    def learnable(self) -> bool:
+        """Whether any step's batch has something to teach; the first one, as a rule, has."""
+        return any(self.batch(step).teaches for step in range(self.steps))
 
     def ahead(self) -> Prefetch[StepBatch]:
         """`batch`, with the next step's made in a thread meanwhile; to be used as a context."""

@@ -29,6 +29,9 @@ class StepBatch:
     vector. ``prompts`` (g,) numbers them. ``masked`` (k, 2) are pairs of prompt and doc. With
     numbers for the answers, too, ``doc_answers`` (m,) has each doc's, and ``answers`` (a, 2) are
     pairs of prompt and answer: whatever doc gives that answer is no negative either.
+
+    ``idle``: the share of queries that teach nothing, since they have no negative and, where a
+    LM's scores are learned from, not two of those either. Their loss is 0 whatever the vectors.
     """
 
     query_ids: tuple[str, ...]
@@ -41,6 +44,12 @@ class StepBatch:
     logliks: npt.NDArray[np.float64]
     answers: Ints
     doc_answers: Ints
+    idle: float
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the loss has a gradient at all."""
+        return self.idle < 1.0
 
     def masks(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Positive and valid masks (stop - start, m) of some queries, as `info_nce_rows` wants."""
@@ -61,10 +70,13 @@ class StepBatch:
         return table.to(device)
 
 
-def assemble(table: ItemTable, places: Ints, drawn: Sequence[Sequence[int]]) -> StepBatch:
+def assemble(
+    table: ItemTable, places: Ints, drawn: Sequence[Sequence[int]], *, distils: bool = False
+) -> StepBatch:
     """The batch of the items at ``places``.
 
     ``drawn``: of each, where in ``table.passages`` the positives are that it is trained on.
+    ``distils``: an LM's scores are learned from, too.
     """
     items = table.items(places)
     at, whose, ours = _passages(table, places, drawn)
@@ -76,17 +88,24 @@ def assemble(table: ItemTable, places: Ints, drawn: Sequence[Sequence[int]]) -> 
     first_answer, doc_answers = _numbered(found["answer"][first])
     known = ~np.isnan(found["loglik"])
     measured = (whose[known], columns[known], found["loglik"][known])
+    positives = np.stack([whose[ours], columns[ours]], axis=1)
+    masked = _masked(table, places, found, columns, items["prompt"][first_prompt], prompts)
+    answers = _answers(table, places, prompts, found["answer"][first][first_answer])
+    idle = _negatives(prompts, positives, masked, answers, doc_answers) == 0
+    if distils:
+        idle &= np.bincount(whose[known], minlength=len(places)) < 2
     return StepBatch(
         query_ids=table.query_ids(places),
         texts=np.concatenate([found["row"][first], items["row"][first_query]]),
         docs=docs,
         rows=queries + docs,
         prompts=prompts,
-        positives=np.stack([whose[ours], columns[ours]], axis=1),
-        masked=_masked(table, places, found, columns, items["prompt"][first_prompt], prompts),
+        positives=positives,
+        masked=masked,
         logliks=np.stack([part.astype(np.float64) for part in measured], axis=1),
-        answers=_answers(table, places, prompts, found["answer"][first][first_answer]),
+        answers=answers,
         doc_answers=doc_answers,
+        idle=float(idle.mean()),
     )
 
 
@@ -132,6 +151,23 @@ def _answers(table: ItemTable, places: Ints, prompts: Ints, given: Records) -> I
     names = np.concatenate([items["answer"], table.passages["answer"][at]])
     place, number = _matches(names, given)
     return _distinct(np.concatenate([prompts, prompts[whose]])[place], number, len(given))
+
+
+def _negatives(
+    prompts: Ints, positives: Ints, masked: Ints, answers: Ints, doc_answers: Ints
+) -> Ints:
+    """How many negatives each query has (g,); arguments as `StepBatch` has them."""
+    docs, given = len(doc_answers), np.bincount(doc_answers)  # how many docs give each answer
+    known, gone = answers @ (len(given), 1), masked @ (docs, 1)
+    lost = np.zeros(len(prompts), dtype=np.int64)  # by prompt
+    np.add.at(lost, answers[:, 0], given[answers[:, 1]])
+    more = ~np.isin(masked[:, 0] * len(given) + doc_answers[masked[:, 1]], known)
+    np.add.at(lost, masked[more, 0], 1)
+    # Of a query's own positives those that are no negatives for these reasons already don't count.
+    query, column = positives.T
+    own = ~np.isin(prompts[query] * len(given) + doc_answers[column], known)
+    own &= ~np.isin(prompts[query] * docs + column, gone)
+    return docs - lost[prompts] - np.bincount(query[own], minlength=len(prompts))
 
 
 def _numbered(values: npt.NDArray[Any]) -> tuple[Ints, Ints]:

@@ -60,6 +60,13 @@ def test_a_batch_is_what_its_definition_says(
     positive, valid = batch.masks(0, len(items), torch.device("cpu"))
     logliks = batch.measured(0, len(items), torch.device("cpu"))
     assert batch.docs == len(docs)
+    bare = ~(valid & ~positive).any(dim=1)
+    assert batch.idle == pytest.approx(float(bare.float().mean()))
+    assert batch.teaches == (not bare.all())
+    distils = TrainingConfig(positives=positives, hard_negatives=2, distill_weight=0.5)
+    other = Batches(chosen, encoder, global_batch=len(chosen), seed=0, settings=distils).batch(0)
+    bare &= (~logliks.isnan()).sum(dim=1) < 2  # the others have a KL divergence
+    assert other.idle == pytest.approx(float(bare.float().mean()))
     for row, item in enumerate(items):
         equal = [other for other in items if other.prompt == item.prompt]
         never = set().union(*(other.never_negative for other in equal))
