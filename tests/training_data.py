@@ -68,6 +68,17 @@ def examples(count: int, seed: int = 0, pool: str = "main", start: int = 0) -> l
     return made
 
 
+def unlearnable(count: int) -> list[Example]:
+    """Usable examples without a single negative: all of their memories give one answer."""
+    return [
+        example(
+            f"same-{i}", answer="yes",
+            candidates=(candidate(f"yes-{i}", memory_text(f"question {i}", "yes"), -0.5, "yes"),),
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
 def write_round(folder: Path, made: list[Example]) -> Path:
     """A finished round of one shard."""
     folder.mkdir(parents=True)

@@ -99,6 +99,7 @@ def train(
     settings, peak = config.training, round_lr(config.training, args.round)
     seed = (config.run.seed + 1_000_003 * args.round) % 2**62
     say = log if world.main else lambda message: None
+    empty = outcome.Empty(args.output, tells=world.main, writes=not args.dry_run)
 
     # 1. The encoder to start from, and which parts of it learn.
     model = args.encoder or config.encoder.model
@@ -112,10 +113,7 @@ def train(
     say(str(selection))
     world.check_same(repr(selection.counts()), "examples")  # all of them go on, or none does
     if not selection.items:
-        say("error: no usable example, nothing to train on; the encoder stays as it is")
-        if world.main and not args.dry_run:
-            outcome.write_result(args.output, "empty", **selection.counts())
-        return outcome.EXIT_CODES["empty"]
+        return empty("no usable example, nothing to train on", selection.counts())
     held_out = read_held_out(config, args.held_out, args.examples, selection.items)
     if settings.eval_every:
         say(f"evaluation: {held_out}")
@@ -128,6 +126,8 @@ def train(
         held_out=held_out.digest, processes=world.size, mixed_precision=accelerator.mixed_precision,
     )  # fmt: skip
     world.check_same(repr(fixed), "examples, encoder or settings")
+    if not batches.learnable():
+        return empty("no query has a negative in its batch, nothing to learn", selection.counts())
     if args.dry_run:
         if world.main:
             print(yaml.safe_dump(public(config), sort_keys=False))
@@ -154,18 +154,18 @@ def train(
         frozen=FrozenMemories.of(encoder, batches, world, settings, accelerator.autocast),
     )  # fmt: skip
     validation = Validation(held_out, encoder, world, tracker, settings, steps=steps, weights=best)
-    with without_ruined(root, world.main):
+    with without_ruined(root, world.main), batches.ahead() as batch_of:
         state = validation.first(state)
         todo = range(state.step, state.step if validation.finished(state) else steps)
         for step in track(todo, "training") if world.main else todo:
             began = time.perf_counter()
-            batch = batches.batch(step)
+            batch = batch_of(step)
             result = gradient.backward(batch, step, stop=stop.asked)
             lr = peak * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
             norm = update(optimizer, lr, settings.max_grad_norm)
             seconds = time.perf_counter() - began
             gradient.check(norm, batch, step, last=result.stop or validation.pauses(step + 1))
-            state = state.after(result.loss, result.tokens, result.padded, seconds)
+            state = state.after(result.loss, result.tokens, result.padded, seconds, batch.idle)
             state = validation.after(state)
             last = validation.finished(state) or result.stop
             if last or state.step % settings.log_every == 0:

@@ -137,12 +137,13 @@ def _train(config: Config, examples: Path, output: Path) -> dict[str, Any]:
 def train_encoder(config: Config, items: Sequence[Selected]) -> tuple[Encoder, dict[str, Any]]:
     """`config.encoder`, trained by the steps of train/contrastive.py on one process.
 
-    Also returns what became of it: steps done, and the last one's loss if there was one. Without
-    ``items`` the encoder is as it came. Raises `NonFinite` where training diverges.
+    Also returns what became of it: steps done, those of them that had nothing to teach, and the
+    last one's loss if there was one. Without ``items`` the encoder is as it came. Raises
+    `NonFinite` where training diverges.
     """
     settings, seed = config.training, config.run.seed
     encoder = Encoder.load(config.encoder)
-    report: dict[str, Any] = {"steps": 0}
+    report: dict[str, Any] = {"steps": 0, "skipped_steps": 0}
     if items:
         world = World(torch.device(encoder.device))
         prepare(encoder, settings, seed)
@@ -155,13 +156,15 @@ def train_encoder(config: Config, items: Sequence[Selected]) -> tuple[Encoder, d
         )  # fmt: skip
         optimizer = make_optimizer(encoder.model, settings)
         steps = batches.steps
-        for step in track(range(steps), "training"):
-            batch = batches.batch(step)
-            report["loss"] = gradient.backward(batch, step).loss
-            factor = lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
-            norm = update(optimizer, settings.lr * factor, settings.max_grad_norm)
-            gradient.check(norm, batch, step, last=step + 1 == steps)
-            report["steps"] = step + 1
+        with batches.ahead() as batch_of:
+            for step in track(range(steps), "training"):
+                batch = batch_of(step)
+                report["loss"] = gradient.backward(batch, step).loss
+                factor = lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
+                norm = update(optimizer, settings.lr * factor, settings.max_grad_norm)
+                gradient.check(norm, batch, step, last=step + 1 == steps)
+                report["steps"] = step + 1
+                report["skipped_steps"] += not batch.teaches
     merge_adapters(encoder)
     encoder.model.eval()
     return encoder, report

@@ -54,7 +54,8 @@ class TrainState:
 
     ``settings`` are those that must not change on resume; ``tokens`` and ``padded`` count what was
     encoded so far; ``seconds`` is the time spent in steps; ``loss`` is the last step's; ``best`` is
-    None where nothing was evaluated.
+    None where nothing was evaluated. ``idle`` adds up the steps' shares of queries that taught
+    nothing (`StepBatch`), and ``skipped`` counts the steps that had only such.
     """
 
     step: int
@@ -66,8 +67,12 @@ class TrainState:
     padded: int = 0
     seconds: float = 0.0
     best: Best | None = None
+    idle: float = 0.0
+    skipped: int = 0
 
-    def after(self, loss: float, tokens: int, padded: int, seconds: float) -> TrainState:
+    def after(
+        self, loss: float, tokens: int, padded: int, seconds: float, idle: float = 0.0
+    ) -> TrainState:
         """The state one step later."""
         return replace(
             self,
@@ -76,6 +81,8 @@ class TrainState:
             tokens=self.tokens + tokens,
             padded=self.padded + padded,
             seconds=self.seconds + seconds,
+            idle=self.idle + idle,
+            skipped=self.skipped + (idle == 1.0),
         )
 
     def figures(self) -> dict[str, float]:
@@ -86,7 +93,9 @@ class TrainState:
             "seconds": self.seconds,
             "tokens": self.tokens,
             "tokens_per_second": self.tokens / self.seconds,
-            "real_token_share": self.tokens / self.padded,
+            "real_token_share": self.tokens / max(1, self.padded),
+            "skipped_steps": self.skipped,
+            "share_without_negatives": self.idle / self.step,
         }
 
 

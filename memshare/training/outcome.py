@@ -7,7 +7,7 @@
 status     code  meaning
 =========  ====  ================================================================
 trained    0     ``DIR/encoder`` is there
-empty      66    no usable example: nothing to train on, the round has no encoder
+empty      66    nothing to train on, or nothing to learn: the round has no encoder
 stopped    75    it was asked to stop; run the same command again to continue
 failed     1     the message says why; nothing of an earlier encoder was touched
 (none)     2     the command line or the configuration is wrong
@@ -19,8 +19,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
 from types import FrameType
@@ -42,6 +43,26 @@ def write_result(output: Path, status: Status, **figures: Any) -> int:
     """Write ``output/result.json`` and return the exit code that goes with ``status``."""
     write_json(output / "result.json", {"status": status, **figures})
     return EXIT_CODES[status]
+
+
+@dataclass(frozen=True)
+class Empty:
+    """Ends a training into ``output`` that has nothing to learn, without an encoder.
+
+    The process that ``tells`` logs why, and ``writes`` the result if it may.
+    """
+
+    output: Path
+    tells: bool
+    writes: bool
+
+    def __call__(self, why: str, figures: Mapping[str, Any]) -> int:
+        """Returns the exit code."""
+        if self.tells:
+            log(f"error: {why}; the encoder stays as it is")
+            if self.writes:
+                write_result(self.output, "empty", why=why, **figures)
+        return EXIT_CODES["empty"]
 
 
 def tell(error: Exception) -> int:

@@ -2,7 +2,8 @@
 
 Rows are lines of JSON in a file without a name, in ``TMPDIR``: it is gone with the process, so
 nothing in it outlives the deletion of a memory. Memory holds eight bytes a row. Reading a row of a
-few kilobytes takes some tens of microseconds, which a training step does not notice.
+few kilobytes takes some tens of microseconds: little before a training starts, too much in each of
+its steps, which read numbers instead (`item_table`).
 """
 
 from __future__ import annotations

@@ -33,12 +33,13 @@ from memshare.config import TrainingConfig
 from memshare.progress import log
 from memshare.retrieval import packing
 from memshare.retrieval.encoder import SIDES, Encoder, Side
-from memshare.training.batching import StepBatch, cut, cut_packed, deal
+from memshare.training.batching import cut, cut_packed, deal
 from memshare.training.flops import ModelCost, bf16_peak
 from memshare.training.gather import World
 from memshare.training.loss import objective_rows
 from memshare.training.order import Ints
 from memshare.training.precision import Autocast, described, in_bf16
+from memshare.training.step_batch import StepBatch
 from memshare.training.step_result import NonFinite, StepResult
 from memshare.training.token_table import TokenTable
 from memshare.training.towers import FrozenMemories
@@ -86,8 +87,12 @@ class ContrastiveStep:
     def backward(self, batch: StepBatch, step: int, stop: bool = False) -> StepResult:
         """Leave the global loss's gradient in ``.grad``; equal on all processes.
 
-        ``step`` counts from 0. Raises `NonFinite` on every process, with the gradients unusable.
+        A batch that has nothing to teach leaves none, not even zeros, so that the optimizer, weight
+        decay included, changes nothing. ``step`` counts from 0. Raises `NonFinite` on every
+        process, with the gradients unusable.
         """
+        if not batch.teaches:
+            return self._skip(stop)
         world, table = self._world, self._table
         # Docs come first; those of a frozen tower are known.
         known = 0 if self._frozen is None else batch.docs
@@ -141,6 +146,18 @@ class ContrastiveStep:
             stop=stopped > 0,
             flops=self._cost.step(encoded),
             peak=None if self._peak is None else self._peak * world.size,
+        )
+
+    def _skip(self, stop: bool) -> StepResult:
+        """What comes of a step without a gradient, for which nothing is encoded."""
+        stopped = self._world.sum(torch.tensor(float(stop), device=self._world.device))
+        return StepResult(
+            loss=0.0,
+            parts={"info_nce": 0.0, "kl": 0.0} if self._distils else {},
+            tokens=0,
+            padded=0,
+            stop=bool(stopped > 0),
+            flops=0.0,
         )
 
     def check(self, norm: float, batch: StepBatch, step: int, *, last: bool) -> None:

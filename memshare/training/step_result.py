@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from memshare.training.batching import StepBatch
+from memshare.training.step_batch import StepBatch
 
 
 class NonFinite(RuntimeError):
@@ -56,7 +56,7 @@ class StepResult:
         known = {} if self.peak is None else {"mfu": self.flops / seconds / self.peak}
         return {
             "tokens_per_second": self.tokens / seconds,
-            "real_token_share": self.tokens / self.padded,
+            "real_token_share": self.tokens / max(1, self.padded),
             "model_tflops_per_second": self.flops / seconds / 1e12,
             **known,
         }

@@ -26,7 +26,7 @@ class TokenTable:
 
     ``lengths`` (rows,) are in tokens. ``truncated`` counts the texts that were longer than the
     encoder's ``max_length``. The file has no name and is gone with the process; of a text only a
-    hash stays in memory.
+    hash stays in memory, and that until `forget_texts`.
     """
 
     def __init__(self, texts: Iterable[tuple[str, str]], encoder: Encoder) -> None:
@@ -59,6 +59,10 @@ class TokenTable:
         """The row of a text that the table was made of."""
         base, index = self._index[prefix]
         return base + index[_text_hash(text)]
+
+    def forget_texts(self) -> None:
+        """Let go of the hashes, some 200 bytes a text: `row` finds nothing from now on."""
+        self._index = {}
 
     def rows(self, which: Ints) -> list[list[int]]:
         """The token ids of some rows, as `Encoder.collate` takes them."""

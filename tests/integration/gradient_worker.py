@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from torch import Tensor
 from memshare.config import LoRAConfig, TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.batching import Batches
+from memshare.training.checkpoint import trainable
 from memshare.training.gather import DifferentData, World, launch, leave
-from memshare.training.optimizer import make_optimizer, whole
+from memshare.training.optimizer import make_optimizer, update, whole
 from memshare.training.select import select
 from memshare.training.sharding import spread
 from memshare.training.step import ContrastiveStep
 from memshare.training.towers import FrozenMemories, prepare
-from tests.training_data import candidate, example, examples
+from tests.training_data import candidate, example, examples, unlearnable
 
 LORA = LoRAConfig(enabled=True, r=4, alpha=8, dropout=0.0)
 # In these the gradient is the same however many processes there are.
@@ -90,6 +92,28 @@ def step(
     return result.loss, {n: whole(p.grad) for n, p in named if p.grad is not None}
 
 
+def nothing(encoder_folder: Path, world: World) -> None:
+    """A batch without negatives changes no weight on any process, and all hear who should stop."""
+    encoder = Encoder.from_folder(encoder_folder, device="cpu")
+    config = TrainingConfig(weight_decay=0.1, dropout=False)
+    world.divided = None
+    spread(encoder, world)
+    optimizer = make_optimizer(encoder.model, config)
+    if world.divided is not None:
+        world.divided.follow(optimizer)
+    mixed = [*examples(8), *(replace(one, pool="bare") for one in unlearnable(8))]
+    data = Batches(select(mixed, config).items, encoder, global_batch=8, seed=0)
+    engine = ContrastiveStep(encoder, data.table, config, world, seed=0)
+    for step in sorted(range(4), key=lambda step: not data.batch(step).teaches):
+        batch, before = data.batch(step), trainable(encoder.model)
+        before = {name: value.clone() for name, value in before.items()}
+        result = engine.backward(batch, step, stop=world.rank == world.size - 1)
+        assert result.stop, "one process was asked to stop, and this one does not know"
+        norm = update(optimizer, 1e-3, 1.0)
+        same = all(v.equal(before[n]) for n, v in trainable(encoder.model).items())
+        assert same == (norm == 0) == (not batch.teaches), (step, norm)
+
+
 def main(encoder_folder: Path, output: Path) -> None:
     accelerator = launch()
     world = World(accelerator.device)
@@ -104,6 +128,7 @@ def main(encoder_folder: Path, output: Path) -> None:
             settings = {**MODES[plain], **more, "graph_tokens": tokens}
             _, gradients = step(encoder_folder, world, BATCHES["thirteen"], settings, autocast)
             save_file(gradients, output / f"{name}-{mode}-{world.rank}.safetensors")
+    nothing(encoder_folder, world)
     world.check_same("equal", "data")
     try:
         world.check_same(str(world.rank), "examples")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -14,11 +15,12 @@ import pytest
 from safetensors.torch import load_file
 
 from memshare.files import run_lock
+from memshare.records import Example
 from memshare.retrieval.encoder import Encoder
 from memshare.training import checkpoint
 from memshare.training.optimizer import lr_factor
 from tests.tiny import tiny_encoder
-from tests.training_data import candidate, example, examples, write_round
+from tests.training_data import candidate, example, examples, unlearnable, write_round
 from tests.training_runs import (
     PROGRAM,
     launch,
@@ -306,10 +308,70 @@ def test_an_empty_round_has_its_own_exit_code(
     assert result(output) == {
         "status": "empty", "examples": 0, "without_hard_negatives": 0,
         "dropped": {"no candidates": 1, "no positive beats the baseline": 1},
-        "pools": {}, "labels": [], "scorers": [],
+        "pools": {}, "labels": [], "scorers": [], "why": "no usable example, nothing to train on",
     }  # fmt: skip
     assert "no usable example" in capsys.readouterr().err
     assert not (output / "encoder").exists()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        unlearnable(1),
+        unlearnable(20),
+        [example("a", candidates=(candidate("c", "c", -0.5),))],  # the only memory
+    ],
+    ids=["one-example", "one-answer", "one-memory"],
+)
+def test_what_has_no_negatives_is_an_empty_round(
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str],
+    made: list[Example],
+) -> None:  # fmt: skip
+    write_round(tmp_path / "round", made)
+    output = tmp_path / "out"
+    arguments = [*options(base, output), "--examples", str(tmp_path / "round")]
+    assert program.main([*arguments, "--dry-run"]) == 66 and not output.exists()
+    assert program.main(arguments) == 66
+    said = result(output)
+    assert (said["status"], said["examples"]) == ("empty", len(made))
+    assert "no query has a negative" in str(said["why"])
+    assert capsys.readouterr().err.count("error: no query has a negative in its batch") == 2
+    assert not (output / "encoder").exists() and not (output / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_several_processes_end_an_empty_round_together(base: Path, tmp_path: Path) -> None:
+    write_round(tmp_path / "round", unlearnable(20))
+    output = tmp_path / "out"
+    arguments = [*options(base, output), "--examples", str(tmp_path / "round")]
+    with launch(2, PROGRAM, arguments) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0  # accelerate's, for 66
+    assert errors.count("error: no query has a negative") == 1, errors
+    assert result(output)["status"] == "empty" and not (output / "encoder").exists()
+
+
+def test_steps_without_negatives_are_skipped_and_counted_also_over_a_resume(
+    base: Path, tmp_path: Path, program: ModuleType
+) -> None:
+    """Two pools, one of which has nothing to teach: its batches change nothing."""
+    bare = [replace(one, pool="bare") for one in unlearnable(8)]
+    write_round(tmp_path / "round", [*examples(8), *bare])
+    more = ["--examples", str(tmp_path / "round"), "--set=training.log_every=1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert program.main([*options(base, whole, steps=12), *more]) == 0
+    said = result(whole)
+    assert (said["status"], said["steps"]) == ("trained", 12)
+    assert (said["skipped_steps"], said["share_without_negatives"]) == (6, 0.5)
+    still = [line for line in logged(whole) if line["grad_norm"] == 0]
+    assert len(still) == 6 and all(line["loss"] == 0 for line in still)
+    shutil.copytree(whole, broken)
+    checkpoint.discard(broken / "checkpoints", after=10)
+    assert steps_saved(broken) == [10]
+    assert program.main([*options(base, broken, steps=12), *more, "--resume"]) == 0
+    assert result(broken)["skipped_steps"] == 6
+    ours, theirs = (load_file(f / "encoder" / "model.safetensors") for f in (broken, whole))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
 def test_dry_run_tells_and_writes_nothing(

@@ -13,7 +13,7 @@ from memshare.retrieval.encoder import Encoder
 from memshare.training.select import select
 from memshare.training.step_result import NonFinite
 from tests.tiny import tiny_encoder
-from tests.training_data import examples
+from tests.training_data import examples, unlearnable
 
 
 def test_an_encoder_learns(tmp_path: Path) -> None:
@@ -24,6 +24,16 @@ def test_an_encoder_learns(tmp_path: Path) -> None:
     assert report["steps"] == 3 and report["loss"] > 0
     queries = [encoder.encode_queries(["a question"]) for encoder in (before, after)]
     assert np.abs(queries[0] - queries[1]).max() > 1e-3
+
+
+def test_what_teaches_nothing_leaves_the_encoder_as_it_came(tmp_path: Path) -> None:
+    before = Encoder.from_folder(tiny_encoder(tmp_path / "encoder"), "cpu").model.state_dict()
+    settings = ["training.max_steps=3", "training.lr=1e-3", f"encoder.model={tmp_path}/encoder"]
+    config = load_config(None, settings)
+    encoder, report = train_encoder(config, select(unlearnable(5), config.training).items)
+    assert report == {"steps": 3, "skipped_steps": 3, "loss": 0.0}
+    after = encoder.model.state_dict()
+    assert all(after[name].equal(value) for name, value in before.items())
 
 
 @pytest.mark.parametrize(("steps", "failed"), [(1, "step 1: what the encoder gives"), (3, "step")])

@@ -12,8 +12,10 @@ import torch
 from memshare.config import EncoderConfig, TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.text import memory_text
-from memshare.training.batching import Batches, StepBatch, cut, cut_packed, deal
+from memshare.training.batching import Batches, cut, cut_packed, deal
 from memshare.training.select import select
+from memshare.training.step_batch import StepBatch
+from memshare.training.token_table import TokenTable
 from tests.tiny import tiny_encoder
 from tests.training_data import candidate, example, examples
 
@@ -119,10 +121,13 @@ def test_each_distinct_text_stands_once(encoder: Encoder) -> None:
     assert batch.docs == 6 and len(set(batch.rows.tolist())) == 1
 
 
-def docs_of(data: Batches, batch: StepBatch) -> list[str]:
+def docs_of(encoder: Encoder, data: Batches, batch: StepBatch) -> list[str]:
     """The text in each column of the batch's masks."""
-    texts = {p.text for item in data.items for p in (*item.positives, *item.negatives)}
-    names = {data.table.row("m: ", text): text for text in texts}
+    texts = [p.text for item in data.items for p in (*item.positives, *item.negatives)]
+    queries = [("q: ", item.query) for item in data.items]
+    table = TokenTable([*queries, *(("m: ", text) for text in texts)], encoder)  # the same again
+    assert np.array_equal(table.lengths, data.table.lengths)
+    names = {table.row("m: ", text): text for text in texts}
     return [names[row] for row in batch.texts[: batch.docs].tolist()]
 
 
@@ -145,7 +150,7 @@ def test_masks(encoder: Encoder) -> None:
     ]  # fmt: skip
     data = batches(encoder, made)
     batch = data.batch(0)
-    columns = docs_of(data, batch)
+    columns = docs_of(encoder, data, batch)
     row = batch.query_ids.index("a")
     positive, valid = batch.masks(row, row + 1, CPU)
     assert [c for c, on in zip(columns, positive[0], strict=True) if on] == ["positive of a"]
@@ -190,7 +195,7 @@ def test_copies_of_a_query_are_no_negatives_and_it_shares_what_its_copies_know(
     ]  # fmt: skip
     data = batches(encoder, made)
     batch = data.batch(0)
-    columns = docs_of(data, batch)
+    columns = docs_of(encoder, data, batch)
     positive, valid = batch.masks(0, len(batch.rows), CPU)
     negatives = {
         name: {c for c, on in zip(columns, row, strict=True) if on}
@@ -230,11 +235,10 @@ def test_texts_longer_than_the_model_are_cut_and_counted(encoder: Encoder) -> No
             candidates=(candidate("p", "fine", -0.5),),
         ),
     ]
-    table = batches(encoder, made).table
-    assert table.truncated == 1
+    named = [*(("q: ", item.query) for item in made), ("m: ", "fine")]
+    table = TokenTable(named * 2, encoder)
+    assert batches(encoder, made).table.truncated == table.truncated == 1
     assert table.lengths.max() == encoder.max_length
-    named = {("q: ", item.query) for item in made}
-    named.add(("m: ", "fine"))
     assert (
         sorted(table.row(*text) for text in named) == [0, 1, 2] == list(range(len(table.lengths)))
     )

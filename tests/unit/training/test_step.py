@@ -22,13 +22,13 @@ from memshare.training.flops import ModelCost
 from memshare.training.gather import World
 from memshare.training.lora import add_adapters
 from memshare.training.loss import objective_rows
-from memshare.training.optimizer import lr_factor, make_optimizer, update
+from memshare.training.optimizer import lr_factor, make_optimizer, state_tensors, update
 from memshare.training.select import select
 from memshare.training.step import ContrastiveStep
 from memshare.training.step_result import NonFinite
 from memshare.training.towers import FrozenMemories, prepare
 from tests.tiny import tiny_encoder
-from tests.training_data import examples
+from tests.training_data import candidate, example, examples, unlearnable
 
 CPU = torch.device("cpu")
 ONE = World(CPU)
@@ -222,6 +222,44 @@ def test_nan_is_named_and_nothing_is_updated(encoder: Encoder) -> None:
     next(iter(encoder.model.parameters())).grad.fill_(float("inf"))
     assert update(optimizer, 1.0, 1.0) == float("inf")
     assert all(torch.equal(v, before[k]) for k, v in encoder.model.state_dict().items())
+
+
+def test_a_batch_without_negatives_changes_nothing(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No weight decays, no moment fades, nothing is encoded; a request to stop is heard."""
+    data, config = make(encoder, weight_decay=0.1)
+    engine = ContrastiveStep(encoder, data.table, config, ONE, seed=0)
+    optimizer = make_optimizer(encoder.model, config)
+    engine.backward(data.batch(0), 0)
+    assert update(optimizer, 1e-3, 1.0) > 0
+    before = copy.deepcopy((encoder.model.state_dict(), state_tensors(optimizer)))
+    items = select(unlearnable(6), config).items
+    bare = Batches(items, encoder, global_batch=6, seed=0)
+    assert not bare.learnable() and data.learnable()
+    monkeypatch.setattr(encoder, "embed", None)
+    engine = ContrastiveStep(encoder, bare.table, config, ONE, seed=0)
+    result = engine.backward(bare.batch(0), 1, stop=True)
+    assert (result.loss, result.tokens, result.stop) == (0.0, 0, True)
+    assert not engine.backward(bare.batch(1), 2).stop
+    assert result.figures(0.5)["tokens_per_second"] == 0
+    assert update(optimizer, 1e-3, 1.0) == 0
+    after = (encoder.model.state_dict(), state_tensors(optimizer))
+    for now, then in zip(after, before, strict=True):
+        assert now.keys() == then.keys()
+        assert all(torch.equal(now[name], then[name]) for name in now)
+
+
+def test_what_an_lm_measured_teaches_without_negatives(encoder: Encoder) -> None:
+    """Two positives of one query, alone in its batch: there is a KL divergence to learn from."""
+    found = (candidate("a", "one", -0.5, "yes"), candidate("b", "other", -1.0, "yes", 1))
+    made = [example(answer="yes", candidates=found)]
+    for weight, teaches in ((0.0, False), (0.5, True)):
+        config = TrainingConfig(positives=2, distill_weight=weight, dropout=False)
+        items = select(made, config).items
+        data = Batches(items, encoder, global_batch=1, seed=0, settings=config)
+        assert data.learnable() == teaches
+        assert bool(engine_gradients(encoder, data, config)[1]) == teaches
 
 
 def test_clipping_and_decay_groups(encoder: Encoder) -> None:

@@ -1,0 +1,202 @@
+"""One step's global batch, assembled from numbers: its texts, and what is no negative of what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from memshare.training.item_table import ItemTable, Records, spans
+from memshare.training.order import Ints
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One step's global batch: g queries, m distinct docs, n = m + distinct queries texts.
+
+    ``texts`` (n,) are rows of the token table, docs first. ``rows`` (g,) says where in ``texts``
+    each query stands. ``positives`` (p, 2) are pairs of query and doc, ordered by query;
+    ``logliks`` (l, 3) are query, doc and the score that an LM gave to the pair, ordered likewise.
+
+    What is no negative depends on the prompt alone: queries with equal ones pull and push the same
+    vector. ``prompts`` (g,) numbers them. ``masked`` (k, 2) are pairs of prompt and doc. With
+    numbers for the answers, too, ``doc_answers`` (m,) has each doc's, and ``answers`` (a, 2) are
+    pairs of prompt and answer: whatever doc gives that answer is no negative either.
+
+    ``idle``: the share of queries that teach nothing, since they have no negative and, where a
+    LM's scores are learned from, not two of those either. Their loss is 0 whatever the vectors.
+    """
+
+    query_ids: tuple[str, ...]
+    texts: Ints
+    docs: int
+    rows: Ints
+    prompts: Ints
+    positives: Ints
+    masked: Ints
+    logliks: npt.NDArray[np.float64]
+    answers: Ints
+    doc_answers: Ints
+    idle: float
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the loss has a gradient at all."""
+        return self.idle < 1.0
+
+    def masks(self, start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Positive and valid masks (stop - start, m) of some queries, as `info_nce_rows` wants."""
+        positive = _paired(np.arange(start, stop), self.positives, self.docs, device)
+        asked, row = np.unique(self.prompts[start:stop], return_inverse=True)
+        known = _paired(asked, self.answers, int(self.doc_answers.max()) + 1, device)
+        given = torch.from_numpy(self.doc_answers).to(device)
+        masked = known.gather(1, given.expand(len(asked), -1))
+        masked |= _paired(asked, self.masked, self.docs, device)
+        return positive, positive | ~masked.index_select(0, torch.from_numpy(row).to(device))
+
+    def measured(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Log-likelihoods (stop - start, m) of some queries, as `distillation_rows` wants them."""
+        table = torch.full((stop - start, self.docs), math.nan)
+        low, high = np.searchsorted(self.logliks[:, 0], (start, stop))
+        found = torch.from_numpy(self.logliks[low:high])
+        table[found[:, 0].long() - start, found[:, 1].long()] = found[:, 2].float()
+        return table.to(device)
+
+
+def assemble(
+    table: ItemTable, places: Ints, drawn: Sequence[Sequence[int]], *, distils: bool = False
+) -> StepBatch:
+    """The batch of the items at ``places``.
+
+    ``drawn``: of each, where in ``table.passages`` the positives are that it is trained on.
+    ``distils``: an LM's scores are learned from, too.
+    """
+    items = table.items(places)
+    at, whose, ours = _passages(table, places, drawn)
+    found = table.passages[at]
+    first, columns = _numbered(found["row"])
+    first_query, queries = _numbered(items["row"])
+    first_prompt, prompts = _numbered(items["prompt"])
+    docs = len(first)
+    first_answer, doc_answers = _numbered(found["answer"][first])
+    known = ~np.isnan(found["loglik"])
+    measured = (whose[known], columns[known], found["loglik"][known])
+    positives = np.stack([whose[ours], columns[ours]], axis=1)
+    masked = _masked(table, places, found, columns, items["prompt"][first_prompt], prompts)
+    answers = _answers(table, places, prompts, found["answer"][first][first_answer])
+    idle = _negatives(prompts, positives, masked, answers, doc_answers) == 0
+    if distils:
+        idle &= np.bincount(whose[known], minlength=len(places)) < 2
+    return StepBatch(
+        query_ids=table.query_ids(places),
+        texts=np.concatenate([found["row"][first], items["row"][first_query]]),
+        docs=docs,
+        rows=queries + docs,
+        prompts=prompts,
+        positives=positives,
+        masked=masked,
+        logliks=np.stack([part.astype(np.float64) for part in measured], axis=1),
+        answers=answers,
+        doc_answers=doc_answers,
+        idle=float(idle.mean()),
+    )
+
+
+def _passages(
+    table: ItemTable, places: Ints, drawn: Sequence[Sequence[int]]
+) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
+    """Where in ``table.passages`` each item's are, its ``drawn`` ones first; whose; which drawn."""
+    ours = np.fromiter(chain.from_iterable(drawn), dtype=np.int64)
+    owners = np.repeat(np.arange(len(places)), [len(one) for one in drawn])
+    theirs, others = table.negatives(places)
+    order = np.argsort(np.concatenate([owners, others]), kind="stable")
+    at, whose = np.concatenate([ours, theirs])[order], np.concatenate([owners, others])[order]
+    return at, whose, order < len(ours)
+
+
+def _masked(
+    table: ItemTable, places: Ints, found: Records, columns: Ints, asked: Records, prompts: Ints
+) -> Ints:
+    """Pairs of prompt and doc: it has that prompt, or a query with it never has it for a negative.
+
+    ``found``: the batch's passages, of the docs ``columns``. ``asked``: the prompts' names.
+    """
+    number, place = _matches(asked, found["prompt"])
+    pairs = [(number, columns[place])]
+    unwanted, whose = table.never(places)
+    names, name = np.unique(unwanted, return_inverse=True)
+    never, number = _distinct(name, prompts[whose], len(asked)).T
+    name, place = _matches(names, np.concatenate([found["key"], found["id"]]))
+    known, column = _distinct(name, np.tile(columns, 2)[place], len(columns)).T
+    place, other = _matches(never, known)
+    pairs.append((number[place], column[other]))
+    first, second = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    return _distinct(first, second, len(columns))
+
+
+def _answers(table: ItemTable, places: Ints, prompts: Ints, given: Records) -> Ints:
+    """Pairs of prompt and number of an answer among the docs' (names ``given``) that it knows.
+
+    It knows its queries' own answers, and those of all their positives, drawn or not.
+    """
+    items = table.items(places)
+    at, whose = spans(items["passages"], items["passages"] + items["positives"])
+    names = np.concatenate([items["answer"], table.passages["answer"][at]])
+    place, number = _matches(names, given)
+    return _distinct(np.concatenate([prompts, prompts[whose]])[place], number, len(given))
+
+
+def _negatives(
+    prompts: Ints, positives: Ints, masked: Ints, answers: Ints, doc_answers: Ints
+) -> Ints:
+    """How many negatives each query has (g,); arguments as `StepBatch` has them."""
+    docs, given = len(doc_answers), np.bincount(doc_answers)  # how many docs give each answer
+    known, gone = answers @ (len(given), 1), masked @ (docs, 1)
+    lost = np.zeros(len(prompts), dtype=np.int64)  # by prompt
+    np.add.at(lost, answers[:, 0], given[answers[:, 1]])
+    more = ~np.isin(masked[:, 0] * len(given) + doc_answers[masked[:, 1]], known)
+    np.add.at(lost, masked[more, 0], 1)
+    # Of a query's own positives those that are no negatives for these reasons already don't count.
+    query, column = positives.T
+    own = ~np.isin(prompts[query] * len(given) + doc_answers[column], known)
+    own &= ~np.isin(prompts[query] * docs + column, gone)
+    return docs - lost[prompts] - np.bincount(query[own], minlength=len(prompts))
+
+
+def _numbered(values: npt.NDArray[Any]) -> tuple[Ints, Ints]:
+    """Distinct ``values`` by their first places, in order, and the number of each (k,) in that."""
+    _, first, number = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return first[order], place[number]
+
+
+def _matches(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> tuple[Ints, Ints]:
+    """All pairs of a place in ``left`` and one in ``right`` whose values are equal."""
+    order = np.argsort(right, kind="stable")
+    low, high = (np.searchsorted(right[order], left, side) for side in ("left", "right"))
+    at, place = spans(low, high)
+    return place, order[at]
+
+
+def _distinct(first: Ints, second: Ints, seconds: int) -> Ints:
+    """Pairs (k, 2), each once and in order; ``second`` is below ``seconds``."""
+    codes = np.unique(first * seconds + second)
+    return np.stack(np.divmod(codes, seconds), axis=1)
+
+
+def _paired(firsts: Ints, pairs: Ints, columns: int, device: torch.device) -> Tensor:
+    """A mask (f, columns) of what ``pairs`` (k, 2) pair each of the sorted ``firsts`` (f,) with."""
+    first, second = pairs[np.isin(pairs[:, 0], firsts)].T
+    at = np.stack([np.searchsorted(firsts, first), second])
+    mask = torch.zeros(len(firsts), columns, dtype=torch.bool, device=device)
+    mask[tuple(torch.from_numpy(at).to(device))] = True
+    return mask
