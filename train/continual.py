@@ -29,7 +29,7 @@ from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.pruning.prune import PruneError, check_caps, hold_caps
 from memshare.training import outcome as outcomes
-from memshare.training.child import ChildFailed, Stopped
+from memshare.training.child import ChildFailed, Stopped, check_launch
 from memshare.training.examples import ExamplesError
 from memshare.training.journal import Journal, JournalError
 from memshare.training.rounds import count_new, covered, erase_deleted, next_round
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         config = load_config(args.config, args.overrides)
+        check_launch(config.continual)
     except ConfigError as error:
         return outcomes.tell(error)
     stop = threading.Event()

@@ -196,11 +196,3 @@ class ContinualConfig(Section):
     rounds: PositiveInt | None = None
     num_processes: PositiveInt | None = None
     accelerate_config: Path | None = None
-
-    @field_validator("accelerate_config")
-    @classmethod
-    def _there(cls, value: Path | None) -> Path | None:
-        # accelerate would say so hours later, when mining is done.
-        if value is not None and not value.is_file():
-            raise ValueError(f"no file {value}, seen from {Path.cwd()}")
-        return value

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from memshare.config import ContinualConfig, without_secrets
+from memshare.config import ConfigError, ContinualConfig, without_secrets
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 30.0  # to save a checkpoint after SIGTERM
@@ -45,6 +45,16 @@ class ChildFailed(RuntimeError):
 
 class Stopped(RuntimeError):
     """A signal asked the loop to stop while a child ran; the child was stopped first."""
+
+
+def check_launch(config: ContinualConfig) -> None:
+    """Raise `ConfigError` where accelerate would find no configuration, hours later.
+
+    Here and not with the other settings, which programs read that train nothing, and elsewhere.
+    """
+    path = config.accelerate_config
+    if path is not None and not path.is_file():
+        raise ConfigError(f"continual.accelerate_config: no file {path}, seen from {Path.cwd()}")
 
 
 def accelerate_command(config: ContinualConfig, *, always: bool = True) -> list[str]:

@@ -310,6 +310,14 @@ def test_a_failing_step_is_told_with_its_log(make_run: Any) -> None:
     assert run.rounds()[-1]["step"] == "train"
 
 
+def test_a_launch_that_cannot_be_is_told_at_once(make_run: Any) -> None:
+    run = make_run()
+    child = run.start("--once", "--set", "continual.accelerate_config=nope.yaml")
+    errors = child.communicate(timeout=60)[1]
+    assert child.returncode == 2
+    assert "continual.accelerate_config: no file nope.yaml, seen from" in errors
+
+
 @pytest.mark.parametrize(("sections", "told"), [
     ({"encoder": {"model": "/no/such/encoder"}}, "/no/such/encoder"),
     ({"training": {"matryoshka": [8, 500]}}, "training.matryoshka: [500] must be less than 32"),

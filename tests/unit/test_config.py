@@ -194,11 +194,6 @@ def test_a_url_without_a_secret_is_shown_as_it_is(url: str) -> None:
     assert public(load_config(None, [f"database_url={url}"]))["database_url"] == url
 
 
-def test_an_accelerate_configuration_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"continual\.accelerate_config: .*no file .*nope\.yaml"):
-        load_config(None, [f"continual.accelerate_config={tmp_path}/nope.yaml"])
-
-
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
