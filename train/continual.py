@@ -76,8 +76,6 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
         log("the step that an earlier, killed loop had left running was stopped")
     path = config.run.dir / "continual.json"
     journal = Journal.load(path)
-    if not journal.rounds:  # or hours of mining might be for a training that can't begin
-        steps.rehearse(when_available(stop, next_round, config, store, journal).encoder)
     while not stop.is_set():
         # 1. Between two rounds: wait until enough memories are new, then put a round on record.
         if journal.open_round is None:
@@ -89,7 +87,10 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
             if not when_available(stop, due, config, store, journal):
                 stop.wait(config.continual.poll_seconds)
                 continue
-            journal = journal.begin(when_available(stop, next_round, config, store, journal))
+            opened = when_available(stop, next_round, config, store, journal)
+            if not journal.rounds:  # or hours of mining might be for a training that can't begin
+                steps.rehearse(opened.encoder)
+            journal = journal.begin(opened)
             journal.save(path)
 
         # 2. Within one: mine, train, index, as often as it has iterations, each step to its end.

@@ -332,7 +332,7 @@ def test_what_cannot_be_trained_is_told_before_anything_is_mined(
     child = run.start("--once")
     errors = child.communicate(timeout=60)[1]
     assert child.returncode == 1 and f"error: {told}" in errors, errors
-    assert not run.rounds() and not (run.folder / "examples").exists()
+    assert not run.rounds() and not [*(run.folder / "examples").rglob("*.parquet")]
 
 
 def test_rejected_and_empty_rounds_are_on_record(make_run: Any) -> None:

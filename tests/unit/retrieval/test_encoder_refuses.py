@@ -88,7 +88,7 @@ def test_foreign_modules_and_pooling_are_refused(folder: Path) -> None:
     for bad in (
         {"word_embedding_dimension": 32, "pooling_mode_max_tokens": True},
         {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
-        {"embedding_dimension": 32, "pooling_mode": "lasttoken"},
+        {"embedding_dimension": 32, "pooling_mode": "weightedmean"},
         {"embedding_dimension": 32, "pooling_mode": "mean", "include_prompt": False},
     ):
         pooling.write_text(json.dumps(bad))
