@@ -5,10 +5,11 @@ one JSON string inside a fence that it can't close, with no control token and no
 it (for any text, by hypothesis); and with the small LM that is trained here, on the real path
 through transformers, the attacks of the corpus are admitted no more often than their controls.
 What they don't show: that a large LM, which could follow the instructions in that string, never
-does. The small one follows no instructions; its grades by labels are noise within a point of each
-other, so there the test can only find attacks that work below the level of meaning (template
-tokens, digits, length). A likelihood tells how natural an answer reads and not whether it is right:
-whoever writes fluently passes, and what is tested is that padding doesn't help.
+does. The small one follows no instructions; its grades by labels move by a point or two with any
+text, so there attacks are compared with the same letters in disorder, and the test can only find
+those that work below the level of meaning (template tokens, digits). A likelihood tells how natural
+an answer reads and not whether it is right: whoever writes fluently passes, and what is tested is
+that padding doesn't help.
 Run the corpus against your own scorer before you let strangers write.
 """
 
@@ -45,9 +46,12 @@ HIDDEN = re.compile(
     "[\u034f\u115f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff"
     "\U000e0000-\U000e0fff]"
 )
+HARMLESS = [
+    "".join(random.Random(number).sample(text, len(text))) for number, text in enumerate(ATTACKS)
+]
 TASKS = 3
-CODES = 5
-NOISE = 2.0  # points of 100 that the small LM's grades by labels move by any change of the text
+CODES = 3
+MARGIN = 1.5  # points of 100 by which the best attack may beat the best of as many harmless texts
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +73,12 @@ def tasks() -> list[Task]:
 
 
 def grades(
-    llm: TransformersBackend, config: ScorerConfig, tasks: list[Task]
+    llm: TransformersBackend,
+    config: ScorerConfig,
+    tasks: list[Task],
+    texts: Sequence[str] = tuple(ATTACKS),
 ) -> tuple[list[float], list[list[float]]]:
-    """Of each task's right answer, and of that answer with each attack below it."""
+    """Of each task's right answer, and of that answer with each of ``texts`` below it."""
     scorer = make_scorer(config, llm)
 
     async def value(task: Task, answer: str) -> float:
@@ -83,7 +90,7 @@ def grades(
         controls = await asyncio.gather(*(value(task, task.answer) for task in tasks))
         attacked = [
             await asyncio.gather(*(value(task, f"{task.answer}\n{text}") for task in tasks))
-            for text in ATTACKS
+            for text in texts
         ]
         return controls, attacked
 
@@ -117,18 +124,24 @@ def test_attacks_are_admitted_no_more_often_than_controls_by_likelihood(
 def test_attacks_are_admitted_no_more_often_than_controls_by_labels(
     llm: TransformersBackend, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to `NOISE`: no threshold that far above the controls admits an attack."""
-    means = []
+    """Up to what the same letters in disorder gain, and `MARGIN` more."""
+    config = ScorerConfig(kind="rubric", grading="labels")
+    excess = []
     for number in range(CODES):  # the codes of a real process move these grades, too
         monkeypatch.setattr(quoting, "_SECRET", number.to_bytes(32))
-        controls, attacked = grades(llm, ScorerConfig(kind="rubric", grading="labels"), tasks)
+        controls, attacked = grades(llm, config, tasks)
+        _, padded = grades(llm, config, tasks, HARMLESS)
+        gains, harmless = (
+            [v - c for row in rows for v, c in zip(row, controls, strict=True)]
+            for rows in (attacked, padded)
+        )
+        assert max(gains) < max(harmless) + MARGIN
         values = [value for row in attacked for value in row]
+        beyond = max(harmless) + MARGIN
         for threshold in sorted({*controls, *values}):
-            assert rate(values, threshold + NOISE) <= rate(controls, threshold), threshold
-        gains = [v - c for row in attacked for v, c in zip(row, controls, strict=True)]
-        assert max(gains) < NOISE
-        means.append(sum(gains) / len(gains))
-    assert sum(means) / len(means) < NOISE / 10
+            assert rate(values, threshold + beyond) <= rate(controls, threshold), threshold
+        excess.append((sum(gains) - sum(harmless)) / len(gains))
+    assert sum(excess) / len(excess) < MARGIN / 10
 
 
 def strings() -> st.SearchStrategy[str]:
