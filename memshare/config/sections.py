@@ -69,7 +69,6 @@ class EncoderConfig(Section):
     ``pooling`` makes a text's vector of its tokens': their mean, the first one (``cls``), or the
     last one, for decoders such as Qwen3-Embedding; a sentence-transformers folder says which.
     ``batch_tokens`` bounds padded tokens per forward pass; ``max_length`` is in tokens.
-    ``pooling``: a text's vector is the mean of its tokens' or the first one's (``cls``);
     ``query_prefix`` and ``memory_prefix`` come before every text of their side; ``device``: as
     torch names it, or ``auto``, a GPU where there is one.
     """

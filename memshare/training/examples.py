@@ -56,24 +56,24 @@ _QUERY = {
 }
 
 
-def _schema(candidate: Mapping[str, str]) -> pa.Schema:
+def _schema() -> pa.Schema:
     """What ``Features.arrow_schema`` of `datasets` is, which takes seconds to import.
 
     Every program of the loop reads or writes shards; none of them needs a data set.
     """
     types = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
-    values = {name: {"dtype": dtype, "_type": "Value"} for name, dtype in candidate.items()}
+    values = {name: {"dtype": dtype, "_type": "Value"} for name, dtype in _CANDIDATE.items()}
     features = {
         **{name: {"dtype": dtype, "_type": "Value"} for name, dtype in _QUERY.items()},
         "candidates": {"feature": values, "_type": "List"},
     }
-    struct = pa.struct([(name, types[dtype]) for name, dtype in candidate.items()])
+    struct = pa.struct([(name, types[dtype]) for name, dtype in _CANDIDATE.items()])
     fields = [(name, types[dtype]) for name, dtype in _QUERY.items()]
     told = json.dumps({"info": {"features": features}})
     return pa.schema([*fields, ("candidates", pa.list_(struct))], {"huggingface": told})
 
 
-SCHEMA = _schema(_CANDIDATE)
+SCHEMA = _schema()
 
 
 def round_dir(examples_dir: Path, number: int, iteration: int = 1) -> Path:
@@ -109,10 +109,6 @@ def _write_table(path: Path, table: pa.Table) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def _read_table(path: Path) -> pa.Table:
-    return read_table(path, SCHEMA)
-
-
 def to_example(row: Mapping[str, Any]) -> Example:
     """One row of `load_examples` as a record."""
     candidates = tuple(Candidate(**candidate) for candidate in row["candidates"])
@@ -121,7 +117,7 @@ def to_example(row: Mapping[str, Any]) -> Example:
 
 def read_shard(path: Path) -> list[Example]:
     """The examples of one shard. Raises `ExamplesError` naming a damaged file."""
-    return [to_example(row) for row in _read_table(path).to_pylist()]
+    return [to_example(row) for row in read_table(path, SCHEMA).to_pylist()]
 
 
 def write_marker(folder: Path, marker: Mapping[str, Any]) -> None:
@@ -169,7 +165,7 @@ def load_examples(folders: Sequence[Path]) -> Dataset:
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
-    tables = [_read_table(path) for folder in folders for path in _shards(folder)]
+    tables = [read_table(path, SCHEMA) for folder in folders for path in _shards(folder)]
     if not tables:
         tables = [SCHEMA.empty_table()]
     return Dataset(InMemoryTable(pa.concat_tables(tables)))

@@ -93,8 +93,7 @@ def _example(row: Row, line: int, pool: str) -> Example:
         labels="given",
         baseline_loglik=None,
         candidates=tuple(
-            Candidate(_id(text), text, rank, label, answer_key(text))
-            for rank, (text, label) in enumerate(labelled)
+            Candidate(_id(text), text, None, label, answer_key(text)) for text, label in labelled
         ),
     )
 
