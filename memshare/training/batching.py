@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.item_table import ItemTable
 from memshare.training.order import Ints, Order
-from memshare.training.prefetch import Prefetch
+from memshare.training.prefetch import prefetched
 from memshare.training.select import Selected
 from memshare.training.step_batch import StepBatch, assemble
 from memshare.training.token_table import TokenTable
@@ -128,9 +129,9 @@ class Batches:
         """Whether any step's batch has something to teach; the first one, as a rule, has."""
         return any(self.batch(step).teaches for step in range(self.steps))
 
-    def ahead(self) -> Prefetch[StepBatch]:
+    def ahead(self) -> AbstractContextManager[Callable[[int], StepBatch]]:
         """`batch`, with the next step's made in a thread meanwhile; to be used as a context."""
-        return Prefetch(self.batch, self.steps)
+        return prefetched(self.batch, self.steps)
 
     def _draw(self, positives: Sequence[int], rng: np.random.Generator) -> Sequence[int]:
         """The positives that a query is trained on at this step."""

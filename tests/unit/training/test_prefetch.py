@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from memshare.training.prefetch import Prefetch
+from memshare.training.prefetch import prefetched
 
 
 def test_the_next_one_is_made_meanwhile_in_order_and_none_too_many() -> None:
@@ -18,7 +18,7 @@ def test_the_next_one_is_made_meanwhile_in_order_and_none_too_many() -> None:
         begun[step].set()
         return step * step
 
-    with Prefetch(make, stop=6) as batch:
+    with prefetched(make, stop=6) as batch:
         assert made == []
         for step in range(3, 6):
             assert batch(step) == step * step
@@ -37,7 +37,7 @@ def test_an_error_is_raised_for_its_own_step_and_the_thread_ends() -> None:
         return step
 
     before = threading.active_count()
-    with pytest.raises(OSError, match="no room"), Prefetch(make, stop=9) as batch:
+    with pytest.raises(OSError, match="no room"), prefetched(make, stop=9) as batch:
         assert batch(0) == 0
         assert failed.wait(10)  # and the step that is under way knows nothing of it
         assert threading.active_count() == before + 1
@@ -46,5 +46,5 @@ def test_an_error_is_raised_for_its_own_step_and_the_thread_ends() -> None:
 
 
 def test_a_step_out_of_order_is_made_all_the_same() -> None:
-    with Prefetch(str, stop=100) as batch:
+    with prefetched(str, stop=100) as batch:
         assert [batch(step) for step in (5, 7, 7, 2)] == ["5", "7", "7", "2"]
