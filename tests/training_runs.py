@@ -85,3 +85,10 @@ def load_program(path: Path = PROGRAM) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def logged(output: Path) -> list[dict[str, float]]:
+    """What a training logged of its steps, without their times."""
+    keys = ("step", "loss", "lr", "grad_norm")
+    lines = (output / "log.jsonl").read_text().splitlines()
+    return [{key: json.loads(line)[key] for key in keys} for line in lines]

@@ -1,4 +1,4 @@
-"""Real vLLM, started by ``serve/llm.py`` as a user would; one server for the whole session."""
+"""Real vLLM, started by ``serve/llm.py`` as a user would; and what trainer's tests start from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -20,7 +21,10 @@ from memshare.config import LLMConfig
 from memshare.llm.base import LLMError
 from memshare.llm.factory import resolve_model
 from tests.postgres import free_port
+from tests.tiny import tiny_encoder
 from tests.tiny_lm import tiny_lm
+from tests.training_data import examples, write_round
+from tests.training_runs import load_program
 
 ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -125,3 +129,19 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny encoder and two rounds of examples."""
+    folder = tmp_path_factory.mktemp("contrastive")
+    tiny_encoder(folder / "encoder")
+    write_round(folder / "round-1", examples(60))
+    write_round(folder / "round-2", examples(40, start=60))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    """train/contrastive.py, in this process."""
+    return load_program()

@@ -1,4 +1,4 @@
-"""Launched by test_contrastive.py in several processes: each saves its gradients of single steps.
+"""Launched by test_contrastive_processes.py in several processes: gradients of single steps.
 
 gradient_worker.py ENCODER OUTPUT
 """
