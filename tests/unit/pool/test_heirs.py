@@ -76,10 +76,7 @@ def test_uses_counted_meanwhile_are_added_up(
     def leave() -> None:
         assert one.delete(old, heir)
 
-    if heir_first:
-        overlap(one, leave, count)
-    else:
-        overlap(other, count, leave)
+    overlap(*(one, leave, count) if heir_first else (other, count, leave))
     # What is counted of a memory that is gone by then is nobody's.
     assert UseCounts(one.database).of_pool("main") == {heir: 10 if heir_first else 14}
 
@@ -98,8 +95,5 @@ def test_an_opinion_given_meanwhile_is_the_principals_one(
     def leave() -> None:
         assert one.delete(old, heir)
 
-    if heir_first:
-        overlap(one, leave, vote)
-    else:
-        overlap(other, vote, leave)
+    overlap(*(one, leave, vote) if heir_first else (other, vote, leave))
     assert Feedback(one.database).of_pool("main") == {heir: Standing(1 / 3, 1)}
