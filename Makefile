@@ -33,7 +33,8 @@ lint: setup
 
 # Real servers: vLLM on the pocket LM, PostgreSQL, SLURM.
 integration: setup vllm servers
-	$(SHARED) $(BIN)/python -m pytest tests -m server
+	$(SHARED) $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder \
+		--durations=15 -m server
 
 vllm: $(VLLM_VENV)/.ready
 

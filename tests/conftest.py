@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from tests.postgres import PostgresServer
 
 DATABASES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.server)]
+ONE_VLLM = ("test_vllm.py", "test_vllm_gateway.py")
+
+
+class _ByServer(LoadFileScheduling):
+    """A file's tests share what they have started; two files share the one vLLM server."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        return "vLLM" if file.endswith(ONE_VLLM) else file
+
+
+@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is switched off there is no such hook
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return _ByServer(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,6 @@ def train(
     settings, peak = config.training, round_lr(config.training, args.round)
     seed = (config.run.seed + 1_000_003 * args.round) % 2**62
     say = log if world.main else lambda message: None
-    empty = outcome.Empty(args.output, tells=world.main, writes=not args.dry_run)
 
     # 1. The encoder to start from, and which parts of it learn.
     model = args.encoder or config.encoder.model
@@ -112,8 +111,9 @@ def train(
     selection = select(read_training(args.examples), settings)
     say(str(selection))
     world.check_same(repr(selection.counts()), "examples")  # all of them go on, or none does
+    so = args.output, selection.counts(), say, world.main and not args.dry_run
     if not selection.items:
-        return empty("no usable example, nothing to train on", selection.counts())
+        return outcome.empty("no usable example, nothing to train on", *so)
     held_out = read_held_out(config, args.held_out, args.examples, selection.items)
     if settings.eval_every:
         say(f"evaluation: {held_out}")
@@ -127,7 +127,7 @@ def train(
     )  # fmt: skip
     world.check_same(repr(fixed), "examples, encoder or settings")
     if not batches.learnable():
-        return empty("no query has a negative in its batch, nothing to learn", selection.counts())
+        return outcome.empty("no query has a negative in its batch, nothing to learn", *so)
     if args.dry_run:
         if world.main:
             print(yaml.safe_dump(public(config), sort_keys=False))

@@ -19,9 +19,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
 from types import FrameType
@@ -45,24 +44,17 @@ def write_result(output: Path, status: Status, **figures: Any) -> int:
     return EXIT_CODES[status]
 
 
-@dataclass(frozen=True)
-class Empty:
-    """Ends a training into ``output`` that has nothing to learn, without an encoder.
+def empty(
+    why: str, output: Path, figures: Mapping[str, Any], say: Callable[[str], None], writes: bool
+) -> int:
+    """End a training into ``output`` that has nothing to learn, without an encoder.
 
-    The process that ``tells`` logs why, and ``writes`` the result if it may.
+    Says ``why``, writes the result if this process ``writes``, and returns the exit code.
     """
-
-    output: Path
-    tells: bool
-    writes: bool
-
-    def __call__(self, why: str, figures: Mapping[str, Any]) -> int:
-        """Returns the exit code."""
-        if self.tells:
-            log(f"error: {why}; the encoder stays as it is")
-            if self.writes:
-                write_result(self.output, "empty", why=why, **figures)
-        return EXIT_CODES["empty"]
+    say(f"error: {why}; the encoder stays as it is")
+    if writes:
+        write_result(output, "empty", why=why, **figures)
+    return EXIT_CODES["empty"]
 
 
 def tell(error: Exception) -> int:
