@@ -50,10 +50,11 @@ def start(arguments: list[str], more: Mapping[str, str] = {}) -> subprocess.Pope
 def launch(
     processes: int, program: Path, arguments: list[str], *, divided: bool = False
 ) -> subprocess.Popen[str]:
-    """Several processes; ``divided`` by FSDP."""
+    """One process or several; ``divided`` by FSDP."""
     fsdp = ["--config_file", str(ROOT / "configs/accelerate/fsdp.yaml")]
+    how = fsdp if divided else ["--multi_gpu"] if processes > 1 else ["--cpu"]
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", *(fsdp if divided else ["--multi_gpu"]),
+        sys.executable, "-m", "accelerate.commands.launch", *how,
         "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
         "--dynamo_backend", "no", "--main_process_port", "0", str(program), *arguments,
     ]  # fmt: skip

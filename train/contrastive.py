@@ -5,7 +5,7 @@
 writes an ``encoder`` (a sentence-transformers folder), ``result.json`` (what ended it: `outcome`),
 ``log.jsonl`` and ``checkpoints``. With ``training.eval_every`` the encoder is the held-out
 examples' best. Run again, it goes on from the last intact checkpoint; on SIGTERM, SIGINT, SIGUSR1
-or ``--stop-file`` it ends a step, saves and ends.
+or ``--stop-file`` it ends a step, saves and ends; so it does when its launcher is gone.
 """
 
 from __future__ import annotations

@@ -125,17 +125,26 @@ def attempt(
 
 
 class StopRequest:
-    """Whether this process was asked to stop: by a signal, or by a file that somebody left."""
+    """Whether this process was asked to stop: by a signal, a file, or the end of its launcher.
+
+    `accelerate launch` of one process dies of SIGTERM without passing it on.
+    """
 
     def __init__(self, file: Path | None = None) -> None:
         """Nobody has, yet."""
         self.signal: str | None = None
         self.file = file
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # set by it, whatever it is told
+        self._launcher = os.getppid() if launched else None
 
     @property
     def asked(self) -> bool:
-        """Looks for the file anew each time."""
-        return self.signal is not None or (self.file is not None and self.file.exists())
+        """Looks for file and launcher anew each time."""
+        return (
+            self.signal is not None
+            or (self.file is not None and self.file.exists())
+            or (self._launcher is not None and os.getppid() != self._launcher)
+        )
 
 
 @contextmanager
@@ -143,7 +152,7 @@ def stop_requests(file: Path | None = None) -> Iterator[StopRequest]:
     """Turn SIGTERM, SIGINT, SIGUSR1 (a scheduler's warning) and ``file`` into a request.
 
     It is for between steps; a second SIGINT ends the process at once. A file, since launchers die
-    of SIGUSR1 instead of passing it on.
+    of SIGUSR1 instead of passing it on, and end their processes first where they have several.
     """
     request = StopRequest(file)
 

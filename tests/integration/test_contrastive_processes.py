@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from types import ModuleType
 
@@ -118,6 +119,24 @@ def test_several_processes_train_as_one_and_survive_a_killed_one(
         assert got == pytest.approx(want, abs=1e-3)
     ours, theirs = (load_file(f / "encoder" / "model.safetensors") for f in (many, alone))
     assert max(float((ours[n] - theirs[n]).abs().max()) for n in theirs) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_training_whose_launcher_is_gone_saves_and_ends(
+    base: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Nothing would end it otherwise, and nobody would wait for it."""
+    output = tmp_path / "out"
+    with launch(1, PROGRAM, options(base, output, steps=100_000)) as process:
+        wait_for(lambda: bool(steps_saved(output)), process)
+        [training] = psutil.Process(process.pid).children()
+        process.send_signal(number)
+        assert process.wait(60) == -number
+        training.wait(60)
+        assert "steps done; stopped as asked" in process.communicate()[1]
+    told = result(output)
+    assert told["status"] == "stopped" and steps_saved(output)[-1] == told["steps"]
 
 
 @pytest.mark.slow

@@ -195,6 +195,21 @@ def test_an_interrupted_job_ends_as_an_uninterrupted_one(
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
+def test_one_process_preempted_with_a_grace_time_stops_at_a_step(
+    slurm: Cluster, base: Path
+) -> None:
+    """Its launcher dies of the signal, and SLURM waits for what the step has left."""
+    output = base / "alone"
+    job = train(slurm, base, output, "--nodes=1", "--sbatch=--exclusive")
+    with paused(output, 1):
+        words = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+        slurm.call("sbatch", *words, "--wrap=true")
+        await_attempt(slurm, base, job, 1)
+    slurm.call("scancel", job)
+    log = log_of(base, job, 0)
+    assert "training with: stopped" in log and "requeued" in log and "by SLURM" not in log
+
+
 def test_a_killed_rank_ends_the_job_with_its_reason(slurm: Cluster, base: Path) -> None:
     output = base / "killed"
     job = train(slurm, base, output, "--nodes=2")
