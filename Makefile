@@ -40,7 +40,7 @@ vllm: $(VLLM_VENV)/.ready
 
 $(VLLM_VENV)/.ready: constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	if command -v nvidia-smi >/dev/null; then \
+	if [ $(EXTRA) = gpu ]; then \
 		$(VLLM_VENV)/bin/pip install --quiet 'vllm>=0.20'; \
 	else \
 		$(VLLM_VENV)/bin/pip install --quiet -c constraints-vllm.txt torch && \

@@ -69,8 +69,9 @@ class EncoderConfig(Section):
     ``pooling`` makes a text's vector of its tokens': their mean, the first one (``cls``), or the
     last one, for decoders such as Qwen3-Embedding; a sentence-transformers folder says which.
     ``batch_tokens`` bounds padded tokens per forward pass; ``max_length`` is in tokens.
-    ``query_prefix`` and ``memory_prefix`` come before every text of their side; ``device``: as
-    torch names it, or ``auto``, a GPU where there is one.
+    ``query_prefix`` and ``memory_prefix`` come before every text of their side. What is set of
+    these wins; what is not is as a sentence-transformers folder has it. ``device``: as torch names
+    it, or ``auto``, a GPU where there is one.
     """
 
     model: str = "all-MiniLM-L6-v2"
