@@ -1,4 +1,4 @@
-"""A tiny random encoder for tests: a real BERT with a real tokenizer, in a few kilobytes."""
+"""Tiny random encoders for tests: a real BERT, a real T5, with a real tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from memshare.retrieval.encoder import Encoder, Pooling, Settings
 
@@ -78,4 +84,17 @@ def tiny_encoder(
         max_length=max_length,
     )
     Encoder(model, tokenizer, settings, device="cpu").save(folder)
+    return folder
+
+
+def tiny_t5(folder: Path) -> Path:
+    """Write the encoder half of a two-layer T5, whose layers are lists of modules themselves."""
+    tokenizer = _tokenizer()
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = T5EncoderModel(config)
+    Encoder(model, tokenizer, Settings(max_length=64), device="cpu").save(folder)
     return folder

@@ -241,7 +241,10 @@ def read_state(folder: Path) -> TrainState:
 
 def best_weights(folder: Path, state: TrainState) -> dict[str, Tensor]:
     """The best step's weights in a verified checkpoint; empty where ``state`` names no best."""
-    return load_file(folder / _BEST) if state.best is not None else {}
+    if state.best is None:
+        return {}
+    # Copied: what was loaded is the file, mapped, which NFS could not delete while it is in use.
+    return {name: value.clone() for name, value in load_file(folder / _BEST).items()}
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -100,13 +100,15 @@ def load_state_tensors(
 ) -> None:
     """Put back what `state_tensors` gave, one after the other.
 
-    Raises `KeyError` for a parameter that is not there.
+    Copies them: they may be a file, mapped, which is deleted one day. Raises `KeyError` for a
+    parameter that is not there.
     """
     params = _named(optimizer)
     for key, value in tensors:
         name, _, entry = key.rpartition("/")
         param = params[name]
-        optimizer.state[param][entry] = like(value, param) if value.ndim else value.to(param.device)
+        value = value.to(param.device, copy=True)
+        optimizer.state[param][entry] = like(value, param) if value.ndim else value
 
 
 def like(value: Tensor, param: Tensor) -> Tensor:

@@ -85,8 +85,8 @@ class Refused(RuntimeError):
 def told(output: Path, errors: tuple[type[Exception], ...], writes: bool) -> Iterator[None]:
     """Forget how an earlier run into ``output`` ended; say so if this one ends by an error.
 
-    `Refused` brings the earlier result back. Only the process that ``writes`` touches
-    ``result.json``. The error goes on; a full disk as `DiskFull`.
+    `Refused` and `ConfigError` bring the earlier result back. Only the process that ``writes``
+    touches ``result.json``. The error goes on; a full disk as `DiskFull`.
     """
     path, earlier = output / "result.json", None
     if writes and path.exists():
@@ -96,12 +96,11 @@ def told(output: Path, errors: tuple[type[Exception], ...], writes: bool) -> Ite
         yield
     except Exception as error:
         full = disk_full(error) and not isinstance(error, errors)
-        if writes and (full or isinstance(error, errors)):
-            with suppress(OSError):  # the error itself is told
-                if earlier is not None and isinstance(error, Refused):
-                    write_atomic(path, earlier)
-                else:
-                    write_result(output, "failed", error=str(error))
+        with suppress(OSError):  # the error itself is told
+            if earlier is not None and isinstance(error, (Refused, ConfigError)):
+                write_atomic(path, earlier)
+            elif writes and (full or isinstance(error, errors)):
+                write_result(output, "failed", error=str(error))
         if full:
             raise DiskFull(
                 f"{error}, in {output} or in {gettempdir()}, where the examples are spooled; the "

@@ -49,7 +49,8 @@ class Divided:
             if any(p.requires_grad for p in encoder.tower(side).parameters())
         }
         for tower in self._towers.values():
-            for layers in [item for item in tower.modules() if isinstance(item, nn.ModuleList)]:
+            stacks = [item for item in tower.modules() if isinstance(item, nn.ModuleList)]
+            for layers in reversed(stacks):  # the inner ones first: a layer of T5's is a stack, too
                 for layer in layers:
                     fully_shard(layer, mesh=mesh, reshard_after_forward=False)
             fully_shard(tower, mesh=mesh, reshard_after_forward=False)

@@ -134,8 +134,7 @@ class ContrastiveStep:
             kept = graphs.pop(index, None)
             vectors = self._encode(mine[places], side, step, index) if kept is None else kept
             torch.autograd.backward(vectors, gradient[places])
-        for weight in (embedding.weight for embedding in self._tables):
-            weight.grad = None if weight.grad is None else weight.grad.to_dense()
+            _fill(self._tables)
         world.sum_gradients(p for p in self._encoder.model.parameters() if p.requires_grad)
         encoded = table.lengths[batch.texts[known:]]
         return StepResult(
@@ -250,7 +249,7 @@ def _row_gradients(tables: Sequence[nn.Embedding]) -> Iterator[None]:
     """What ``tables`` look up here gives gradients of the rows looked up, as sparse tensors.
 
     A dense gradient is as large as the vocabulary, and each micro-batch would fill one and add it
-    up: on a CPU that is a tenth of a step.
+    up: on a CPU that is a tenth of a step. To be added up by `_fill`.
     """
     for table in tables:
         table.sparse = True
@@ -259,3 +258,10 @@ def _row_gradients(tables: Sequence[nn.Embedding]) -> Iterator[None]:
     finally:
         for table in tables:
             table.sparse = False
+
+
+def _fill(tables: Sequence[nn.Embedding]) -> None:
+    """Have gradients that are sparse yet add up in a dense one: sparse sums keep every row."""
+    for weight in (table.weight for table in tables):
+        if weight.grad is not None and weight.grad.is_sparse:
+            weight.grad = weight.grad.to_dense()

@@ -39,6 +39,7 @@ MODES: dict[str, dict[str, Any]] = {
     "lora": {"graph_tokens": 300, "lora": LORA},
     "lora-query-only": {"graph_tokens": 300, "towers": "query-only", "lora": LORA},
     "distilled": {"graph_tokens": 300, "distill_weight": 0.5, "matryoshka": (16, 8)},
+    "t5": {"graph_tokens": 300},  # the encoder beside the given one
 }
 BATCHES = {"thirteen": 13, "two": 2}  # neither divides by 4; with 4 processes some have no query
 # One of these and more: the same bits whether graphs are kept or texts are encoded twice.
@@ -119,7 +120,8 @@ def main(encoder_folder: Path, output: Path) -> None:
     world = World(accelerator.device)
     for name, count in BATCHES.items():
         for mode, settings in MODES.items():
-            loss, gradients = step(encoder_folder, world, count, settings)
+            folder = encoder_folder.with_name("t5") if mode == "t5" else encoder_folder
+            loss, gradients = step(folder, world, count, settings)
             save_file(gradients, output / f"{name}-{mode}-{world.rank}.safetensors")
             (output / f"{name}-{mode}-{world.rank}.json").write_text(json.dumps(loss))
     for mode, (plain, more) in REPLAYED.items():

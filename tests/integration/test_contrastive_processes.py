@@ -11,6 +11,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from tests.tiny import tiny_t5
 from tests.training_data import unlearnable, write_round
 from tests.training_runs import (
     PROGRAM,
@@ -29,6 +30,7 @@ def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.integration import gradient_worker
 
     folder = tmp_path_factory.mktemp("one")
+    tiny_t5(base / "t5")
     gradient_worker.main(base / "encoder", folder)
     return folder
 

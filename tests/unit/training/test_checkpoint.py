@@ -13,7 +13,7 @@ from torch import nn
 from memshare.config import TrainingConfig
 from memshare.files import write_json
 from memshare.training import checkpoint
-from memshare.training.checkpoint import CheckpointError, TrainState
+from memshare.training.checkpoint import Best, CheckpointError, TrainState
 from memshare.training.gather import World
 from memshare.training.optimizer import make_optimizer, round_lr, state_tensors, warm_start
 from memshare.training.resume import ChangedSettings, find, fixed_settings, resume
@@ -59,6 +59,19 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
         advance(again, other, step)
     assert same(weights(model), weights(again))
     assert checkpoint.read_state(folder) == STATE
+
+
+def test_what_was_read_is_no_file_in_use(tmp_path: Path) -> None:
+    """It is deleted while the run goes on, which NFS refuses for a file that is mapped."""
+    model, optimizer = trained()
+    best = checkpoint.trainable(model)
+    state = replace(STATE, best=Best(2, {"nDCG@10": 0.5}, {"nDCG@10": 0.1}, 0))
+    folder = checkpoint.save(tmp_path, model, optimizer, state, best)
+    again, other = trained(seed=0, steps=0)
+    checkpoint.restore(folder, again, other)
+    kept = checkpoint.best_weights(folder, state)
+    assert same(kept, best)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 def test_only_what_learns_is_saved_and_nothing_is_pickled(tmp_path: Path) -> None:

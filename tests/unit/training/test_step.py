@@ -184,6 +184,25 @@ def test_one_text_is_encoded_once(encoder: Encoder, monkeypatch: pytest.MonkeyPa
     assert result.tokens == result.padded  # nothing is padded
 
 
+def test_rows_of_embeddings_do_not_pile_up(encoder: Encoder) -> None:
+    """Memory does not grow with the batch: only one micro-batch's rows are kept beside the sum."""
+    data, config = make(encoder, batch_tokens=64)
+    words = max(
+        (item for item in encoder.model.modules() if isinstance(item, torch.nn.Embedding)),
+        key=lambda table: table.num_embeddings,
+    )
+    rows: list[int] = []
+
+    def look(weight: Tensor) -> None:
+        assert weight.grad is not None
+        rows.append(weight.grad._nnz() if weight.grad.is_sparse else 0)
+
+    words.weight.register_post_accumulate_grad_hook(look)
+    _, found = engine_gradients(encoder, data, config)
+    assert len(rows) > 10 and 0 < max(rows) <= 64
+    assert not any(value.is_sparse for value in found.values())
+
+
 def test_figures_of_a_step(encoder: Encoder) -> None:
     data, config = make(encoder, batch_tokens=256)
     engine = ContrastiveStep(encoder, data.table, config, ONE, seed=0)

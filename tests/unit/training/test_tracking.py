@@ -308,6 +308,9 @@ def test_a_run_that_is_refused_leaves_the_earlier_result(tmp_path: Path) -> None
             raise ChangedSettings("lr")
         left = outcome.read_result(tmp_path)
         assert left == (earlier or {"status": "failed", "error": "lr"})
+    with pytest.raises(ConfigError), outcome.told(tmp_path, (CheckpointError,), True):
+        raise ConfigError("matryoshka")
+    assert outcome.read_result(tmp_path) == left
 
 
 def test_a_full_disk_is_told_wherever_it_shows(tmp_path: Path) -> None:
