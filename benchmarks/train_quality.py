@@ -74,6 +74,7 @@ from memshare.training.relevance import HeldOutRelevance
 from memshare.training.select import Selected, select
 
 SEEDS = 3
+DATA = ("banking77", "literary", "literary_readable", "logic", "plan")
 TRAINED = ("ours", "sentence_transformers")
 FLOORS = ("random", "bm25", "frozen")
 BANKING: dict[str, Any] = {
@@ -304,11 +305,14 @@ def few(domain: Domain) -> Domain:
 
 def main() -> None:
     """Measure and report."""
-    args = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    options.add_argument("--data", nargs="+", choices=DATA, default=DATA, help="these alone")
+    args = options.parse_args()
     seeds = range(args.seed, args.seed + (1 if args.quick else SEEDS))
     domains = {name: decontaminate(domain) for name, domain in load_nine().items()}
     domains = {name: domains[name] for name in ("literary", "logic", "plan")}
     domains["literary_readable"] = readable(domains["literary"])
+    domains = {name: domain for name, domain in domains.items() if name in args.data}
     banking, nine, intents = BANKING, NINE, None
     if args.quick:
         steps = {"max_steps": 2, "batch_size": 8}
@@ -322,8 +326,9 @@ def main() -> None:
         lm = build_pocket_lm(folder)
         for name, domain in domains.items():
             measured[name], details[name] = measure_domain(folder, domain, seeds, nine)
-        done = [measure_banking(folder, seed, intents, banking) for seed in seeds]
-        measured["banking77"], details["banking77"] = [m for m, _ in done], [d for _, d in done]
+        if "banking77" in args.data:
+            done = [measure_banking(folder, seed, intents, banking) for seed in seeds]
+            measured["banking77"], details["banking77"] = [m for m, _ in done], [d for _, d in done]
     claims: dict[str, float] = {}
     differences = {name: compared(rows, args.seed) for name, rows in measured.items()}
     for data, rivals in differences.items():
