@@ -12,10 +12,15 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 from memshare.files import run_lock, write_json
 from memshare.pool.store import PoolStore
 from memshare.records import Example
-from memshare.training.examples import read_shard, write_shard
+from memshare.training.examples import SCHEMA, read_shard, write_shard
+from memshare.training.shard import read_table
 
 _PAGE = 10_000
 
@@ -64,17 +69,55 @@ def erase(examples_dir: Path, memory_ids: Collection[str]) -> int:
     """Erase deleted memories from every shard, as queries and as candidates.
 
     Unfinished rounds and held-out examples are cleansed too. Returns the number of shards
-    rewritten. Raises `ExamplesError` naming a damaged one.
+    rewritten. Raises `ExamplesError` naming a damaged one; damage to columns other than the ids, in
+    a shard that has none of these, is left to those who read them.
     """
     gone = set(memory_ids)
+    sought = pa.array(sorted(gone), pa.string())
     rewritten = 0
     for path in sorted(examples_dir.glob("[0-9]*/**/shard-*.parquet")) if gone else ():
-        before = read_shard(path)
-        after = _without(before, gone)
-        if after != before:
-            write_shard(path, after)
+        if _mentions(path, sought):
+            write_shard(path, _without(read_shard(path), gone))
             rewritten += 1
     return rewritten
+
+
+def _mentions(path: Path, sought: pa.Array) -> bool:
+    """Whether a shard has one of the ids ``sought``, as a query or as a candidate.
+
+    Most shards have none, and there are more with every round: only their ids are read, and no
+    records made of them. Raises `ExamplesError` for a shard whose ids can't be read.
+    """
+    columns = _ids(path)
+    if columns is None or any(column.null_count for column in columns):
+        columns = _id_columns(read_table(path, SCHEMA))  # which tells what is wrong, if anything
+    *_, queries, candidates = columns
+    found = (pc.any(pc.is_in(ids, sought)).as_py() for ids in (queries, candidates))
+    return any(found)  # None of no ids at all
+
+
+def _ids(path: Path) -> list[pa.ChunkedArray] | None:
+    """`_id_columns` alone; None for a shard in another version's form, another library's, or none.
+
+    Those are rare, and for `read_table`.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if not file.schema_arrow.equals(SCHEMA):
+                return None
+            paths = [file.schema.column(i).path for i in range(len(file.schema))]
+            # Writers differ in what they call a list's items.
+            table = file.read(columns=[p for p in paths if p == "query_id" or p.endswith(".id")])
+        table.validate(full=True)  # Parquet's text may be no UTF-8
+    except (OSError, pa.ArrowException, UnicodeDecodeError):
+        return None
+    return _id_columns(table)
+
+
+def _id_columns(table: pa.Table) -> list[pa.ChunkedArray]:
+    """The candidates as lists and flat, then the ids of the queries and those of the candidates."""
+    flat = pc.list_flatten(table["candidates"])
+    return [table["candidates"], flat, table["query_id"], pc.struct_field(flat, "id")]
 
 
 def _writing(examples_dir: Path) -> AbstractContextManager[None]:

@@ -6,14 +6,18 @@ import asyncio
 import threading
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from memshare.config import load_config
 from memshare.pool.store import PoolStore
 from memshare.records import Example, Memory, NewMemory
+from memshare.training import erasing
 from memshare.training.erasing import erase, erase_deleted, write_living
 from memshare.training.examples import (
+    SCHEMA,
+    ExamplesError,
     held_out_dir,
     read_examples,
     read_shard,
@@ -56,6 +60,72 @@ def test_erase_reaches_queries_and_candidates_of_every_round(tmp_path: Path) -> 
     assert erase(tmp_path, {"a", "c1"}) == 0
     everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*.parquet"))
     assert b"question a" not in everything
+
+
+def test_only_shards_that_have_an_id_become_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every round ever mined is searched at each deletion."""
+    rows = [[example(f"q{n}", (f"c{n}", "common"))] for n in range(6)]
+    finished(round_dir(tmp_path, 1), *rows[:3], [])
+    finished(round_dir(tmp_path, 2), *rows[3:])
+    read: list[Path] = []
+    monkeypatch.setattr(erasing, "read_shard", lambda path: read.append(path) or read_shard(path))
+    assert erase(tmp_path, ["elsewhere", "c"]) == 0 and not read
+    assert erase(tmp_path, ["q1", "c4"]) == 2
+    assert read == [shard_path(round_dir(tmp_path, 1), 1), shard_path(round_dir(tmp_path, 2), 1)]
+    assert erase(tmp_path, ["common"]) == 5  # the query of one went before
+
+
+def test_ids_are_found_in_shards_of_other_forms(tmp_path: Path) -> None:
+    """With columns in another order, of other types, and other names of the lists' items."""
+    path = shard_path(finished(round_dir(tmp_path, 1), [example("a", ("x", "y")), example("b")]), 0)
+    table = pq.read_table(path)
+    schema = pa.schema([
+        field.with_type(pa.large_string()) if field.type == pa.string() else field
+        for field in table.schema
+    ])  # fmt: skip
+    for other in (
+        table.select(table.column_names[::-1]).replace_schema_metadata(),
+        table.cast(schema),
+        table.cast(SCHEMA),
+    ):
+        pq.write_table(other, path, use_compliant_nested_type=False)
+        assert erase(tmp_path, ["nowhere"]) == 0
+        assert erase(tmp_path, ["y"]) == 1
+        assert [c.id for c in read_shard(path)[0].candidates] == ["x"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty", "null"])
+def test_a_damaged_shard_stops_erasing(tmp_path: Path, damage: str) -> None:
+    folder = finished(round_dir(tmp_path, 1), [example("a")], [example("b")])
+    path = shard_path(folder, 1)
+    if damage == "foreign":
+        pq.write_table(pa.table({"x": [1]}), path)
+    elif damage == "null":
+        table = pq.read_table(path)
+        nothing = pa.nulls(1, table["query_id"].type)
+        pq.write_table(table.set_column(0, "query_id", nothing), path)
+    else:
+        path.write_bytes(path.read_bytes()[:-100] if damage == "truncated" else b"")
+    with pytest.raises(ExamplesError, match=r"shard-00001\.parquet"):
+        erase(tmp_path, ["nowhere"])
+
+
+def test_no_flipped_byte_hides_an_id(tmp_path: Path) -> None:
+    path = shard_path(tmp_path / "000001", 0)
+    write_shard(path, [example(f"q{i}", (f"c{i}", f"d{i}")) for i in range(50)])
+    content = path.read_bytes()
+    for position in range(0, len(content), 31):
+        flipped = bytearray(content)
+        flipped[position] ^= 0xFF
+        path.write_bytes(flipped)
+        try:
+            assert erase(tmp_path, ["c7", "q9"]) == 1
+        except ExamplesError:
+            continue
+        left = read_shard(path)
+        assert len(left) == 49 and sum(len(each.candidates) for each in left) == 97
 
 
 @pytest.mark.parametrize("change", ["delete", "hold"])
