@@ -30,9 +30,10 @@ from memshare.progress import log
 from memshare.pruning.prune import PruneError, check_caps, hold_caps
 from memshare.training import outcome as outcomes
 from memshare.training.child import ChildFailed, Stopped, check_launch
+from memshare.training.erasing import erase_deleted
 from memshare.training.examples import ExamplesError
 from memshare.training.journal import Journal, JournalError
-from memshare.training.rounds import count_new, covered, erase_deleted, next_round
+from memshare.training.rounds import count_new, covered, next_round
 from memshare.training.steps import Steps
 
 PROGRAMS = Path(__file__).resolve().parent

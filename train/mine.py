@@ -29,13 +29,14 @@ from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.manifest import GenerationError
+from memshare.training.erasing import erase_deleted
 from memshare.training.examples import ExamplesError, is_whole, read_marker, round_dir
 from memshare.training.journal import Span
 from memshare.training.labels import Share, merge_caches, open_labeller
 from memshare.training.mining import mine
 from memshare.training.mining_plan import PLAN, plan_round, read_plan, split_memories
 from memshare.training.proposals import open_proposer
-from memshare.training.rounds import erase_deleted, last_begun, last_mined, open_spans
+from memshare.training.rounds import last_begun, last_mined, open_spans
 from memshare.training.split import SplitError
 
 EXPECTED = (

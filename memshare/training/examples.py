@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,27 +186,3 @@ def read_training(folders: Sequence[Path]) -> Iterator[Example]:
         if folder.resolve().name == HELD_OUT:
             raise ExamplesError(f"{folder}: held-out examples, which are never trained on")
     return chain.from_iterable(map(read_examples, folders))
-
-
-def erase(examples_dir: Path, memory_ids: Collection[str]) -> int:
-    """Erase deleted memories from every shard, as queries and as candidates.
-
-    Unfinished rounds and held-out examples are cleansed too. Returns the number of shards
-    rewritten.
-    """
-    gone = set(memory_ids)
-    rewritten = 0
-    for path in sorted(examples_dir.glob("[0-9]*/**/shard-*.parquet")) if gone else ():
-        before = read_shard(path)
-        after = [_without(example, gone) for example in before if example.query_id not in gone]
-        if after != before:
-            write_shard(path, after)
-            rewritten += 1
-    return rewritten
-
-
-def _without(example: Example, gone: set[str]) -> Example:
-    kept = tuple(candidate for candidate in example.candidates if candidate.id not in gone)
-    if len(kept) == len(example.candidates):
-        return example
-    return replace(example, candidates=kept)

@@ -26,6 +26,7 @@ from memshare.pool.store import PoolStore
 from memshare.progress import log, track
 from memshare.records import Candidate, Example, Memory, answer_key
 from memshare.retrieval.text import memory_text
+from memshare.training.erasing import write_living
 from memshare.training.examples import (
     held_out_dir,
     is_whole,
@@ -33,7 +34,6 @@ from memshare.training.examples import (
     read_marker,
     shard_path,
     write_marker,
-    write_shard,
 )
 from memshare.training.labels import Labeller, Share
 from memshare.training.mining_plan import Plan, Shard
@@ -57,7 +57,8 @@ async def mine(
 
     With a ``share`` only those of its shards; None while shards of another's are missing.
     ``proposer`` is the one that the plan names. Memories deleted or put on hold meanwhile are
-    skipped. An LLM that fails stops the round; what was scored until then stays in the cache.
+    skipped, and left out where they were being measured. An LLM that fails stops the round; what
+    was scored until then stays in the cache.
     """
     if is_whole(folder):
         return read_marker(folder)
@@ -82,7 +83,7 @@ async def mine(
             proposals = PoolProposals(store, config, shard.pool, until, fates, proposer)
         title = f"round {plan.round}: mining shard {index}/{len(own)}"
         examples = await _mine_shard(store, config, plan.round, shard, proposals, measuring, title)
-        write_shard(path, examples)
+        write_living(store, config.examples_dir, path, examples)
     if not all(path.exists() for path, _, _ in work):
         return None
     if plan.held_out:  # before the round's own marker, which makes all of it whole

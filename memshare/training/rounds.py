@@ -18,7 +18,7 @@ from memshare.pool.store import PoolStore
 from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.manifest import folder_name
 from memshare.retrieval.shelf import home_of, read_current
-from memshare.training.examples import ExamplesError, erase, read_marker, round_dir, round_dirs
+from memshare.training.examples import ExamplesError, read_marker, round_dir, round_dirs
 from memshare.training.journal import Journal, Round, Span, read_spans
 
 _PAGE = 10_000
@@ -80,30 +80,6 @@ def open_spans(
 ) -> dict[str, Span]:
     """From ``positions`` to each pool's present end."""
     return {pool: Span(positions.get(pool, 0), store.last_seq(pool)) for pool in pools}
-
-
-def erase_deleted(store: PoolStore, examples_dir: Path, pools: Sequence[str]) -> int:
-    """Erase what was deleted or put on hold since the last call from all examples on disk.
-
-    A memory that is released later is mined again. Returns the number of shards rewritten.
-    """
-    path = examples_dir / "erased.json"
-    try:
-        done: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        done = {}  # erasing from the beginning again does no harm
-    upto = {pool: store.last_seq(pool) for pool in pools}
-    gone: set[str] = set()
-    for pool in pools:
-        since = done.get(pool, 0)
-        # The loop asks at every look: where nothing came, nothing is read.
-        while since < upto[pool] and (page := store.changes(pool, since, _PAGE)):
-            gone |= {change.id for change in page if change.kind in ("delete", "hold")}
-            since = page[-1].seq
-    rewritten = erase(examples_dir, gone)
-    if upto != {pool: done.get(pool, 0) for pool in pools}:
-        write_json(path, {**done, **upto})
-    return rewritten
 
 
 def training_dir(run_dir: Path, number: int, iteration: int = 1) -> Path:

@@ -17,10 +17,11 @@ from memshare.config import Config
 from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolUnavailable
 from memshare.pool.store import PoolStore
 from memshare.training.child import ChildFailed, accelerate_command, run_child, stop_orphan
+from memshare.training.erasing import erase_deleted
 from memshare.training.examples import read_marker, round_dir
 from memshare.training.journal import Round
 from memshare.training.outcome import DATABASE_AWAY, read_result
-from memshare.training.rounds import erase_deleted, forget_stale_checkpoints, training_dir
+from memshare.training.rounds import forget_stale_checkpoints, training_dir
 
 
 class Done(NamedTuple):

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memshare.records import Candidate, Example, answer_key
+from memshare.training.erasing import erase
 from memshare.training.examples import (
     SCHEMA,
     ExamplesError,
-    erase,
     held_out_dir,
     load_examples,
     read_examples,
@@ -308,18 +308,3 @@ def test_damaged_marker_is_named(tmp_path: Path) -> None:
     (folder / "round.json").write_text("{}")
     with pytest.raises(ExamplesError, match=r"round\.json"):
         load_examples([folder])
-
-
-def test_erase_reaches_queries_and_candidates_of_every_round(tmp_path: Path) -> None:
-    first = finished(round_dir(tmp_path, 1), [example("a"), example("b")], [example("c", ("a",))])
-    write_shard(shard_path(round_dir(tmp_path, 2), 0), [example("d", ("c1", "zz"))])  # unfinished
-    untouched = shard_path(first, 0).stat().st_mtime_ns
-    assert erase(tmp_path, ["zz"]) == 1
-    assert shard_path(first, 0).stat().st_mtime_ns == untouched
-    assert erase(tmp_path, {"a", "c1"}) == 3
-    assert [row.query_id for row in read_examples(first)] == ["b", "c"]
-    assert [[c.id for c in row.candidates] for row in read_examples(first)] == [["c2"], []]
-    assert read_shard(shard_path(round_dir(tmp_path, 2), 0))[0].candidates == ()
-    assert erase(tmp_path, {"a", "c1"}) == 0
-    everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*.parquet"))
-    assert b"question a" not in everything

@@ -9,6 +9,7 @@ import pytest
 from memshare.config import load_config
 from memshare.pool.store import PoolStore
 from memshare.records import Candidate, Example, NewMemory
+from memshare.training.erasing import erase_deleted
 from memshare.training.examples import (
     held_out_dir,
     load_examples,
@@ -20,7 +21,6 @@ from memshare.training.examples import (
 from memshare.training.journal import Journal, Round, Span
 from memshare.training.rounds import (
     count_new,
-    erase_deleted,
     forget_stale_checkpoints,
     last_begun,
     last_mined,
