@@ -203,6 +203,11 @@ def test_two_rounds_with_kills_in_every_step(make_run: Any) -> None:
         assert evaluation["queries"] > 0
         assert evaluation["best"]["nDCG@10"] >= evaluation["start"]["nDCG@10"]
         verify_generation(root, name, round_["number"])
+    # of the first training, which nothing reads any more, the figures are left
+    left = {path.name for path in training.iterdir()}
+    assert not left & {"encoder", "checkpoints"} and {"result.json", "log.jsonl"} <= left
+    newest = {path.name for path in (training.parent / "000002").iterdir()}
+    assert {"encoder", "checkpoints", "result.json", "log.jsonl"} <= newest
 
 
 def test_a_round_of_two_iterations_with_kills_in_the_second(make_run: Any) -> None:
