@@ -33,6 +33,7 @@ from memshare.training.child import ChildFailed, Stopped, check_launch
 from memshare.training.erasing import erase_deleted
 from memshare.training.examples import ExamplesError
 from memshare.training.journal import Journal, JournalError
+from memshare.training.leftovers import delete_weights
 from memshare.training.rounds import count_new, covered, next_round
 from memshare.training.steps import Steps
 
@@ -77,6 +78,7 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
         log("the step that an earlier, killed loop had left running was stopped")
     path = config.run.dir / "continual.json"
     journal = Journal.load(path)
+    delete_weights(config, journal)  # in case a loop was killed before it did
     while not stop.is_set():
         # 1. Between two rounds: wait until enough memories are new, then put a round on record.
         if journal.open_round is None:
@@ -106,6 +108,7 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
         journal.save(path)
         if outcome is not None:
             log(f"round {now.number}: {outcome}")
+            delete_weights(config, journal)
             if once:
                 return
 

@@ -34,7 +34,7 @@ from memshare.training.examples import ExamplesError, read_training
 from memshare.training.export import export
 from memshare.training.gather import DifferentData, World, launch, leave
 from memshare.training.optimizer import lr_factor, make_optimizer, round_lr, update
-from memshare.training.resume import fixed_settings, resume, without_ruined
+from memshare.training.resume import HOW, fixed_settings, resume, without_ruined
 from memshare.training.select import select
 from memshare.training.sharding import spread
 from memshare.training.step import ContrastiveStep
@@ -58,8 +58,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--round", type=positive, default=1, help="continual round: varies order")
     parser.add_argument(
-        "--resume", choices=("auto", "must", "never"), nargs="?", const="must", default="auto",
-        help="continue from a checkpoint where there is one (auto), or fail, or start afresh",
+        "--resume", choices=HOW, nargs="?", const="must", default="auto",
+        help="from a checkpoint if there is one (same: with these settings), or fail, or afresh",
     )  # fmt: skip
     parser.add_argument("--allow-config-change", action="store_true", help="resume all the same")
     parser.add_argument("--stop-file", type=Path, metavar="FILE", help="stop once it is there")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,23 @@ from memshare.training.optimizer import warm_start
 from memshare.training.outcome import Refused
 from memshare.training.step_result import NonFinite
 
+How = Literal["auto", "same", "must", "never"]
+HOW: tuple[How, ...] = get_args(How)
 FREE = {"log_every", "checkpoint_every"}  # they do not change what is trained
 
 
 class ChangedSettings(CheckpointError, Refused):
-    """The run was begun with other settings; nothing of it was touched."""
+    """The run was begun with other settings; nothing of it was touched.
+
+    ``which``: `changed_settings`.
+    """
+
+    def __init__(self, folder: Path, which: Sequence[str]) -> None:
+        super().__init__(
+            f"{folder} was made with other settings; --allow-config-change continues all the same, "
+            "--resume never starts afresh:\n  " + "\n  ".join(which)
+        )
+        self.which = which
 
 
 def fixed_settings(settings: TrainingConfig, **more: Any) -> dict[str, Any]:
@@ -77,10 +89,7 @@ def find(
     state = read_state(folder)
     changed = changed_settings(state.settings, settings)
     if changed and not allow_change:
-        raise ChangedSettings(
-            f"{folder} was made with other settings; --allow-config-change continues all the same, "
-            "--resume never starts afresh:\n  " + "\n  ".join(changed)
-        )
+        raise ChangedSettings(folder, changed)
     # What was best by other held-out examples says nothing by these.
     same = state.settings.get("held_out") == settings.get("held_out")
     return folder, replace(state, settings=dict(settings), best=state.best if same else None)
@@ -93,7 +102,7 @@ def resume(
     optimizer: torch.optim.Optimizer,
     world: World,
     *,
-    how: Literal["auto", "must", "never"],
+    how: How,
     allow_change: bool,
     warm: str | None = None,
 ) -> tuple[TrainState, dict[str, Tensor]]:
@@ -102,15 +111,24 @@ def resume(
     A run that starts takes its optimizer's state from the last checkpoint of the training
     ``warm`` (its output folder), as far as there is one.
 
-    ``how``: there ``must`` be one, or it is ``never`` used. Later checkpoints, which are damaged or
-    of a run that is started afresh, are deleted. Returns the state and, on the main process, the
+    ``how``: there ``must`` be one, or it is ``never`` used; one that was made with other settings
+    is refused, or not used (``same``: for who can't be asked). Later checkpoints, which are damaged
+    or of a run that is started afresh, are deleted. Returns the state and, on the main process, the
     best step's weights. Raises `CheckpointError` and `DifferentData`.
     """
     found, past = None, None
     if how != "never":
-        found = find(root, start.settings, must=how == "must", allow_change=allow_change)
-        if world.main and found is None and checkpoints(root):
-            log(f"{root}: no intact checkpoint; starting from the beginning")
+        try:
+            found = find(root, start.settings, must=how == "must", allow_change=allow_change)
+        except ChangedSettings as error:
+            if how != "same":
+                raise
+            if world.main:
+                told = "\n  ".join(error.which)
+                log(f"{root}: begun with other settings; starting from the beginning:\n  {told}")
+        else:
+            if world.main and found is None and checkpoints(root):
+                log(f"{root}: no intact checkpoint; starting from the beginning")
     if warm and not found:
         past = latest_intact(Path(warm) / "checkpoints")
     world.check_same(f"{found and found[0]} {past}", "checkpoints")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from memshare.config import Config
 from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolUnavailable
 from memshare.pool.store import PoolStore
+from memshare.progress import log
 from memshare.training.child import ChildFailed, accelerate_command, run_child, stop_orphan
 from memshare.training.erasing import erase_deleted
 from memshare.training.examples import read_marker, round_dir
@@ -79,10 +80,12 @@ class Steps:
         result = read_result(output)
         if result is None or result["status"] not in ("trained", "empty"):
             erase_deleted(self._store, self._config.examples_dir, self._config.served_pools)
-            forget_stale_checkpoints(output, examples)
+            if forget_stale_checkpoints(output, examples):
+                log(f"{output}: the examples changed meanwhile; training starts afresh")
+            # Nobody is there to be asked about settings, processes or a precision that changed.
             arguments = [
                 *self._settings, "--examples", str(examples), "--encoder", now.encoder,
-                "--output", str(output), "--round", str(now.number),
+                "--output", str(output), "--round", str(now.number), "--resume", "same",
             ]  # fmt: skip
             arguments += [] if now.warm is None else ["--warm", now.warm]
             start = accelerate_command(self._config.continual)

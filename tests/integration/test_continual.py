@@ -203,6 +203,11 @@ def test_two_rounds_with_kills_in_every_step(make_run: Any) -> None:
         assert evaluation["queries"] > 0
         assert evaluation["best"]["nDCG@10"] >= evaluation["start"]["nDCG@10"]
         verify_generation(root, name, round_["number"])
+    # of the first training, which nothing reads any more, the figures are left
+    left = {path.name for path in training.iterdir()}
+    assert not left & {"encoder", "checkpoints"} and {"result.json", "log.jsonl"} <= left
+    newest = {path.name for path in (training.parent / "000002").iterdir()}
+    assert {"encoder", "checkpoints", "result.json", "log.jsonl"} <= newest
 
 
 def test_a_round_of_two_iterations_with_kills_in_the_second(make_run: Any) -> None:
@@ -248,6 +253,33 @@ def test_a_round_of_two_iterations_with_kills_in_the_second(make_run: Any) -> No
     said = (run.folder / "logs" / "round-000002-train.log").read_text()
     last = home / "iteration-2" / "checkpoints" / "step-00000004"
     assert f"the optimizer goes on from {last}, with the state of " in said
+
+
+def test_an_interrupted_training_starts_afresh_with_other_settings(make_run: Any) -> None:
+    """And goes on with those that change nothing of it."""
+    run = make_run(training={"max_steps": 100_000})
+    run.store.append(banking(0, 8))
+    log_file = run.folder / "logs" / "round-000001-train.log"
+    saved = run.folder / "training" / "000001" / "checkpoints"
+    child = run.start("--once")
+    run.wait(child, lambda: any(saved.glob("step-*")))
+    child.send_signal(signal.SIGTERM)
+    assert "stopped" in child.communicate(timeout=60)[1]
+    child = run.start("--once", "--set", "training.log_every=1")
+    run.wait(child, lambda: "continuing from" in log_file.read_text())
+    child.send_signal(signal.SIGTERM)
+    assert "stopped" in child.communicate(timeout=60)[1]
+    changes = ("continual.num_processes=2", "training.max_steps=4", "training.lr=0.002")
+    child = run.start("--once", *(word for change in changes for word in ("--set", change)))
+    errors = child.communicate(timeout=150)[1]
+    assert child.returncode == 0, errors
+    (done,) = run.rounds()
+    assert done["outcome"] == "published"
+    assert [done["results"]["train"][name] for name in ("steps", "processes")] == [4, 2]
+    said = log_file.read_text()
+    assert said.count("continuing from") == said.count("begun with other settings") == 1
+    for change in ("processes: 1 -> 2", "max_steps: 100000 -> 4", "lr: 0.001 -> 0.002"):
+        assert change in said
 
 
 @pytest.mark.server

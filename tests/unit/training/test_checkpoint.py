@@ -341,3 +341,24 @@ def test_the_learning_rate_of_a_round() -> None:
     decays = TrainingConfig(lr=1e-3, round_lr_decay=0.5)
     rates = [round_lr(decays, number) for number in (1, 2, 3, 4, 5, 50)]
     assert rates == pytest.approx([1e-3, 5e-4, 2.5e-4, 1.25e-4, 1e-4, 1e-4])
+
+
+def test_a_run_that_nobody_watches_starts_afresh_with_other_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, optimizer = trained()
+    folder = checkpoint.save(tmp_path, model, optimizer, STATE)
+    world = World(torch.device("cpu"))
+    state, _ = resume(
+        tmp_path, replace(STATE, step=0), model, optimizer, world, how="same", allow_change=False
+    )
+    assert state == STATE and folder.exists()
+    capsys.readouterr()
+    start = replace(STATE, step=0, settings={"training.lr": 2e-3})
+    with pytest.raises(ChangedSettings):
+        resume(tmp_path, start, model, optimizer, world, how="auto", allow_change=False)
+    state, _ = resume(tmp_path, start, model, optimizer, world, how="same", allow_change=False)
+    assert state == start and not folder.exists()
+    told = capsys.readouterr().err
+    assert "begun with other settings" in told and "training.lr: 0.001 -> 0.002" in told
+    assert "--" not in told and "no intact checkpoint" not in told

@@ -301,13 +301,14 @@ def test_outcome_is_told_and_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_refused_leaves_the_earlier_result(tmp_path: Path) -> None:
+    refusal = ChangedSettings(tmp_path, ["training.lr: 1 -> 2"])
     for earlier in (None, {"status": "trained", "steps": 7}):
         if earlier:
             outcome.write_result(tmp_path, "trained", steps=7)
         with pytest.raises(ChangedSettings), outcome.told(tmp_path, (CheckpointError,), True):
-            raise ChangedSettings("lr")
+            raise refusal
         left = outcome.read_result(tmp_path)
-        assert left == (earlier or {"status": "failed", "error": "lr"})
+        assert left == (earlier or {"status": "failed", "error": str(refusal)})
     with pytest.raises(ConfigError), outcome.told(tmp_path, (CheckpointError,), True):
         raise ConfigError("matryoshka")
     assert outcome.read_result(tmp_path) == left
