@@ -43,6 +43,9 @@ def erase_deleted(store: PoolStore, examples_dir: Path, pools: Sequence[str]) ->
                 gone |= {change.id for change in page if change.kind in ("delete", "hold")}
                 since = page[-1].seq
         rewritten = erase(examples_dir, gone)
+        if gone:  # who was killed while writing has left a part of a shard
+            for part in examples_dir.glob("[0-9]*/**/.shard-*.tmp"):
+                part.unlink()
         if upto != _only(pools, done):
             write_json(path, {**done, **upto})
     return rewritten

@@ -193,3 +193,18 @@ def test_nobody_erases_between_the_look_and_the_writing(tmp_path: Path) -> None:
         erase_deleted(store, examples, ("main",))
     (left,) = read_shard(path)
     assert [each.id for each in left.candidates] == [ids[2]]
+
+
+def test_what_a_killed_writer_has_left_goes_too(tmp_path: Path) -> None:
+    with PoolStore.open(f"sqlite:///{tmp_path / 'pool.db'}") as store:
+        store.create_pool("main")
+        (made,) = store.append([NewMemory("main", "a secret", "yes")])
+        left = [tmp_path / "examples/000001" / part for part in ("", "held_out")]
+        for folder in left:
+            folder.mkdir(parents=True)
+            (folder / ".shard-00000.parquet.77.tmp").write_text("a secret")
+        erase_deleted(store, tmp_path / "examples", ("main",))
+        assert all(list(folder.glob(".shard-*")) for folder in left)  # nothing was deleted yet
+        store.delete(made.id)
+        erase_deleted(store, tmp_path / "examples", ("main",))
+    assert not [*tmp_path.rglob(".shard-*")]
