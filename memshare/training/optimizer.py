@@ -107,8 +107,8 @@ def load_state_tensors(
     for key, value in tensors:
         name, _, entry = key.rpartition("/")
         param = params[name]
-        value = value.to(param.device, copy=True)
-        optimizer.state[param][entry] = like(value, param) if value.ndim else value
+        value = like(value, param) if value.ndim else value.to(param.device)
+        optimizer.state[param][entry] = value.clone()
 
 
 def like(value: Tensor, param: Tensor) -> Tensor:
