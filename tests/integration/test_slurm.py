@@ -95,12 +95,13 @@ def await_attempt(slurm: Cluster, base: Path, job: str, attempt: int) -> None:
 
 def ranks(output: Path) -> list[psutil.Process]:
     """The processes that train into ``output``, without their launchers."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
+    found = {}
+    for process in psutil.process_iter(["cmdline", "ppid"]):
         words = process.info["cmdline"] or []
         if str(output) in words and str(ROOT / "train/contrastive.py") in words[:3]:
-            found.append(process)
-    return found
+            found[process.pid] = process
+    # A rank that starts a program has a child that looks like itself until it becomes that.
+    return [process for process in found.values() if process.info["ppid"] not in found]
 
 
 @contextmanager
