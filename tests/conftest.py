@@ -1,4 +1,7 @@
-"""Both databases: a test that asks for ``url`` runs on SQLite, and on a real PostgreSQL server."""
+"""Both databases, and which tests share a server.
+
+A test that asks for ``url`` runs on SQLite, and on a real PostgreSQL server.
+"""
 
 from __future__ import annotations
 

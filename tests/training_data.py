@@ -79,9 +79,9 @@ def unlearnable(count: int) -> list[Example]:
     ]  # fmt: skip
 
 
-def write_round(folder: Path, made: list[Example]) -> Path:
-    """A finished round of one shard."""
-    folder.mkdir(parents=True)
-    write_shard(shard_path(folder, 0), made)
-    write_marker(folder, {"shards": 1})
+def write_round(folder: Path, *shards: list[Example]) -> Path:
+    """A finished round."""
+    for index, made in enumerate(shards):
+        write_shard(shard_path(folder, index), made)
+    write_marker(folder, {"shards": len(shards)})
     return folder

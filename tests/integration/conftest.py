@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -20,6 +21,7 @@ import yaml
 from memshare.config import LLMConfig
 from memshare.llm.base import LLMError
 from memshare.llm.factory import resolve_model
+from tests.continual_runs import Run
 from tests.postgres import free_port
 from tests.tiny import tiny_encoder
 from tests.tiny_lm import tiny_lm
@@ -145,3 +147,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def program() -> ModuleType:
     """train/contrastive.py, in this process."""
     return load_program()
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Iterator[Any]:
+    runs: list[Run] = []
+
+    def make(**sections: Any) -> Run:
+        runs.append(Run(tmp_path / f"run{len(runs)}", **sections))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        for child in run.children:
+            if child.poll() is None:
+                child.terminate()
+                child.wait(60)
+        run.store.close()

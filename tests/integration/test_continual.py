@@ -1,133 +1,23 @@
-"""The continual loop with its real programs: killed, restarted, stopped, failing, rejected."""
+"""The continual loop with its real programs: killed, interrupted, restarted, without a database."""
 
 from __future__ import annotations
 
-import csv
-import json
-import os
 import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from memshare.config import load_config
-from memshare.pool.store import PoolStore
-from memshare.records import NewMemory
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import current, generations, verify_generation
 from memshare.training.examples import load_examples, round_dir
+from tests.continual_runs import DATA, Said, banking
 from tests.postgres import PostgresServer
-from tests.tiny import tiny_encoder
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("MEMSHARE_DATA", ROOT / "../shared/data"))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not DATA.is_dir(), reason=f"MEMSHARE_DATA: no {DATA}"),
 ]
-
-
-def banking(start: int, stop: int) -> list[NewMemory]:
-    """Rows ``start:stop`` of each of six intents."""
-    with (DATA / "banking77/train.csv").open(encoding="utf-8", newline="") as handle:
-        rows = [(row["text"], row["category"]) for row in csv.DictReader(handle)]
-    labels = list(dict.fromkeys(label for _, label in rows))[:6]
-    return [
-        NewMemory("main", text, label, metadata={"label": label})
-        for label in labels
-        for text in [text for text, own in rows if own == label][start:stop]
-    ]
-
-
-class Run:
-    """One run folder, and the loop's processes on it."""
-
-    def __init__(self, folder: Path, **sections: Any) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True)
-        encoder = tiny_encoder(folder / "tiny")
-        tree: dict[str, Any] = {
-            "run": {"dir": str(folder)},
-            "encoder": {"model": str(encoder), "max_length": 48, "device": "cpu"},
-            "mining": {
-                "labels": "given",
-                "candidates": 6,
-                "dense_candidates": 3,
-                "shard_rows": 8,
-            },
-            "training": {"batch_size": 8, "lr": 1e-3, "checkpoint_every": 1, "max_steps": 4},
-            "continual": {"min_new": 30, "poll_seconds": 0.1, "rounds": 2},
-            "gate": {"margin": 1.0, "resamples": 200},
-            "wandb": {"mode": "disabled"},
-        }
-        for name, section in sections.items():
-            tree[name] = {**tree.get(name, {}), **section} if isinstance(section, dict) else section
-        self.file = folder / "config.yaml"
-        self.file.write_text(yaml.safe_dump(tree))
-        self.config = load_config(self.file)
-        self.store = PoolStore.open(self.config.url)
-        self.store.create_pool("main")
-        self.children: list[subprocess.Popen[str]] = []
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        child = subprocess.Popen(
-            [sys.executable, "train/continual.py", "--config", str(self.file), *arguments],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.children.append(child)
-        return child
-
-    def rounds(self) -> list[dict[str, Any]]:
-        path = self.folder / "continual.json"
-        found: list[dict[str, Any]] = (
-            json.loads(path.read_text())["rounds"] if path.exists() else []
-        )
-        return found
-
-    def wait(self, child: subprocess.Popen[str], reached: Any, seconds: float = 150) -> None:
-        deadline = time.monotonic() + seconds
-        while not reached():
-            assert time.monotonic() < deadline, "not reached in time"
-            assert child.poll() is None, child.communicate()
-            time.sleep(0.02)
-
-
-class Said:
-    """What a program writes to its standard error, as far as it has come."""
-
-    def __init__(self, child: subprocess.Popen[str]) -> None:
-        self.text = ""
-        threading.Thread(target=self._read, args=(child,), daemon=True).start()
-
-    def _read(self, child: subprocess.Popen[str]) -> None:
-        assert child.stderr is not None
-        for line in child.stderr:
-            self.text += line
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> Iterator[Any]:
-    runs: list[Run] = []
-
-    def make(**sections: Any) -> Run:
-        runs.append(Run(tmp_path / f"run{len(runs)}", **sections))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        for child in run.children:
-            if child.poll() is None:
-                child.terminate()
-                child.wait(60)
-        run.store.close()
 
 
 def test_two_rounds_with_kills_in_every_step(make_run: Any) -> None:
@@ -309,95 +199,3 @@ def test_it_waits_for_a_database_that_is_away(make_run: Any) -> None:
         server.kill()
         child.send_signal(signal.SIGTERM)
         assert child.wait(timeout=60) == 0, said.text
-
-
-def test_stops_cleanly_and_refuses_a_second_loop(make_run: Any) -> None:
-    run = make_run()
-    child = run.start()
-    run.wait(child, lambda: (run.folder / "continual.lock").exists())
-    time.sleep(0.5)
-    other = run.start()
-    assert "another continual is running" in other.communicate(timeout=60)[1]
-    assert other.returncode == 1
-    run.store.append(banking(0, 8))
-    run.wait(child, lambda: bool(run.rounds()) and run.rounds()[-1]["step"] == "train")
-    record = run.folder / "continual.child.json"
-    run.wait(child, record.exists)
-    session = json.loads(record.read_text())["session"]
-    child.send_signal(signal.SIGTERM)
-    assert "stopped" in child.communicate(timeout=60)[1]
-    assert child.returncode == 0
-    assert run.rounds()[-1]["step"] == "train" and not record.exists()
-    with pytest.raises(ProcessLookupError):
-        os.killpg(session, 0)
-
-
-def test_a_failing_step_is_told_with_its_log(make_run: Any) -> None:
-    run = make_run(training={"lr": 1e30}, mining={"dense_candidates": 0})
-    run.store.append(banking(0, 8))
-    child = run.start("--once")
-    errors = child.communicate(timeout=100)[1]
-    assert child.returncode == 1
-    assert "contrastive.py" in errors and "is not finite" in errors
-    assert run.rounds()[-1]["step"] == "train"
-
-
-def test_a_launch_that_cannot_be_is_told_at_once(make_run: Any) -> None:
-    run = make_run()
-    child = run.start("--once", "--set", "continual.accelerate_config=nope.yaml")
-    errors = child.communicate(timeout=60)[1]
-    assert child.returncode == 2
-    assert "continual.accelerate_config: no file nope.yaml, seen from" in errors
-
-
-@pytest.mark.parametrize(("sections", "told"), [
-    ({"encoder": {"model": "/no/such/encoder"}}, "/no/such/encoder"),
-    ({"training": {"matryoshka": [8, 500]}}, "training.matryoshka: [500] must be less than 32"),
-    ({"training": {"lora": {"enabled": True, "target_modules": ["nothing"]}}},
-     "training.lora.target_modules ('nothing',) fits no module"),
-])  # fmt: skip
-def test_what_cannot_be_trained_is_told_before_anything_is_mined(
-    make_run: Any, sections: dict[str, Any], told: str
-) -> None:
-    run = make_run(**sections)
-    run.store.append(banking(0, 8))
-    child = run.start("--once")
-    errors = child.communicate(timeout=60)[1]
-    assert child.returncode == 1 and f"error: {told}" in errors, errors
-    assert not run.rounds() and not [*(run.folder / "examples").rglob("*.parquet")]
-
-
-def test_rejected_and_empty_rounds_are_on_record(make_run: Any) -> None:
-    run = make_run(split={"held_out": 1.0})
-    run.store.append(banking(0, 8))
-    assert run.start("--once").wait(100) == 0
-    assert run.rounds()[-1]["outcome"] == "empty"  # every new memory was held out
-    assert "train" not in run.rounds()[-1]["results"]
-
-    run = make_run(gate={"margin": 0.0, "resamples": 200}, training={"lr": 1.0, "max_steps": 6})
-    run.store.append(banking(0, 20))
-    assert run.start("--once").wait(150) == 0
-    assert run.rounds()[-1]["outcome"] == "rejected"
-    root, name = run.config.generations_dir, run.config.retriever.name
-    assert current(root, name) is None
-    (line,) = (root / name / "rejected.jsonl").read_text().splitlines()
-    assert json.loads(line)["gate"]["passed"] is False
-
-
-def test_a_pool_is_kept_under_its_cap(make_run: Any) -> None:
-    run = make_run(
-        pools={"main": {"max_memories": 20, "prune_by": "near-duplicates"}},
-        continual={"min_new": 1000},
-    )
-    run.store.append(banking(0, 4))
-    child = run.start()
-    run.wait(child, lambda: run.store.stats("main").memories == 19)
-    run.store.append(banking(4, 5))
-    run.wait(child, lambda: run.store.stats("main").memories == 19)
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=60) == 0
-    assert run.store.stats("main").deleted == 24 + 6 - 19
-    wrong = make_run(pools={"main": {"max_memories": 20, "prune_by": "luck"}})
-    child = wrong.start()
-    assert "pools.main.prune_by: no pruning policy 'luck'" in child.communicate(timeout=60)[1]
-    assert child.returncode == 1

@@ -23,7 +23,6 @@ from memshare.training.examples import (
     read_shard,
     round_dir,
     shard_path,
-    write_marker,
     write_shard,
 )
 from memshare.training.labels import Labeller
@@ -31,7 +30,7 @@ from memshare.training.mining import mine
 from memshare.training.mining_plan import plan_round, split_memories
 from memshare.training.rounds import open_spans
 from tests.mining import open_pool
-from tests.training_data import candidate
+from tests.training_data import candidate, write_round
 from tests.training_data import example as made
 
 
@@ -40,15 +39,10 @@ def example(query_id: str, candidates: tuple[str, ...] = ("c1", "c2")) -> Exampl
     return made(query_id, candidates=shown)
 
 
-def finished(folder: Path, *shards: list[Example]) -> Path:
-    for index, rows in enumerate(shards):
-        write_shard(shard_path(folder, index), rows)
-    write_marker(folder, {"shards": len(shards)})
-    return folder
-
-
 def test_erase_reaches_queries_and_candidates_of_every_round(tmp_path: Path) -> None:
-    first = finished(round_dir(tmp_path, 1), [example("a"), example("b")], [example("c", ("a",))])
+    first = write_round(
+        round_dir(tmp_path, 1), [example("a"), example("b")], [example("c", ("a",))]
+    )
     write_shard(shard_path(round_dir(tmp_path, 2), 0), [example("d", ("c1", "zz"))])  # unfinished
     untouched = shard_path(first, 0).stat().st_mtime_ns
     assert erase(tmp_path, ["zz"]) == 1
@@ -67,8 +61,8 @@ def test_only_shards_that_have_an_id_become_records(
 ) -> None:
     """Every round ever mined is searched at each deletion."""
     rows = [[example(f"q{n}", (f"c{n}", "common"))] for n in range(6)]
-    finished(round_dir(tmp_path, 1), *rows[:3], [])
-    finished(round_dir(tmp_path, 2), *rows[3:])
+    write_round(round_dir(tmp_path, 1), *rows[:3], [])
+    write_round(round_dir(tmp_path, 2), *rows[3:])
     read: list[Path] = []
     monkeypatch.setattr(erasing, "read_shard", lambda path: read.append(path) or read_shard(path))
     assert erase(tmp_path, ["elsewhere", "c"]) == 0 and not read
@@ -79,7 +73,9 @@ def test_only_shards_that_have_an_id_become_records(
 
 def test_ids_are_found_in_shards_of_other_forms(tmp_path: Path) -> None:
     """With columns in another order, of other types, and other names of the lists' items."""
-    path = shard_path(finished(round_dir(tmp_path, 1), [example("a", ("x", "y")), example("b")]), 0)
+    path = shard_path(
+        write_round(round_dir(tmp_path, 1), [example("a", ("x", "y")), example("b")]), 0
+    )
     table = pq.read_table(path)
     schema = pa.schema([
         field.with_type(pa.large_string()) if field.type == pa.string() else field
@@ -98,7 +94,7 @@ def test_ids_are_found_in_shards_of_other_forms(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "empty", "null"])
 def test_a_damaged_shard_stops_erasing(tmp_path: Path, damage: str) -> None:
-    folder = finished(round_dir(tmp_path, 1), [example("a")], [example("b")])
+    folder = write_round(round_dir(tmp_path, 1), [example("a")], [example("b")])
     path = shard_path(folder, 1)
     if damage == "foreign":
         pq.write_table(pa.table({"x": [1]}), path)

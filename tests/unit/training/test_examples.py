@@ -29,6 +29,7 @@ from memshare.training.examples import (
     write_marker,
     write_shard,
 )
+from tests.training_data import write_round
 
 
 def example(query_id: str, candidates: tuple[str, ...] = ("c1", "c2"), text: str = "t") -> Example:
@@ -50,16 +51,9 @@ def example(query_id: str, candidates: tuple[str, ...] = ("c1", "c2"), text: str
     )
 
 
-def finished(folder: Path, *shards: list[Example]) -> Path:
-    for index, rows in enumerate(shards):
-        write_shard(shard_path(folder, index), rows)
-    write_marker(folder, {"shards": len(shards)})
-    return folder
-
-
 def test_round_trip(tmp_path: Path) -> None:
     rows = [example("a"), example("b", ()), example("c", ("x",))]
-    folder = finished(round_dir(tmp_path, 1), rows[:2], [], rows[2:])
+    folder = write_round(round_dir(tmp_path, 1), rows[:2], [], rows[2:])
     assert list(read_examples(folder)) == rows
     data = load_examples([folder, folder])
     assert data.features == datasets.Features.from_arrow_schema(SCHEMA)
@@ -82,7 +76,7 @@ def test_the_schema_is_what_datasets_makes_of_these_features() -> None:
 
 
 def test_datasets_reads_the_shards(tmp_path: Path) -> None:
-    folder = finished(round_dir(tmp_path, 1), [example("a")])
+    folder = write_round(round_dir(tmp_path, 1), [example("a")])
     loaded = datasets.load_dataset(
         "parquet", data_files=str(shard_path(folder, 0)), cache_dir=str(tmp_path / "c")
     )
@@ -148,7 +142,7 @@ def test_unfinished_round_is_refused(tmp_path: Path) -> None:
     ("name", "again"), [("000007", "run train/mine.py --round 000007"), ("mine", "write it again")]
 )
 def test_missing_shard_is_named(tmp_path: Path, name: str, again: str) -> None:
-    folder = finished(tmp_path / name, [example("a")], [example("b")])
+    folder = write_round(tmp_path / name, [example("a")], [example("b")])
     shard_path(folder, 1).unlink()
     told = rf"shard-00001\.parquet: there is no such file; put it back or {again}$"
     with pytest.raises(ExamplesError, match=told):
@@ -177,7 +171,7 @@ def test_columns_in_another_order_and_of_other_types_are_read(tmp_path: Path) ->
     table = table.set_column(0, "candidates", table["candidates"].cast(mixed))
     pq.write_table(table, path, row_group_size=2)
     assert read_shard(path) == rows
-    write_marker(finished(tmp_path, rows), {"shards": 1})
+    write_marker(write_round(tmp_path, rows), {"shards": 1})
     path.rename(shard_path(tmp_path, 0))
     assert load_examples([tmp_path]).features == datasets.Features.from_arrow_schema(SCHEMA)
 
@@ -260,7 +254,7 @@ def test_text_that_is_not_utf_8_is_told_where_it_is(tmp_path: Path, column: str)
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign"])
 def test_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
-    folder = finished(tmp_path, [example("a")], [example("b")])
+    folder = write_round(tmp_path, [example("a")], [example("b")])
     path = shard_path(folder, 1)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
@@ -272,17 +266,17 @@ def test_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
 
 def test_a_damaged_held_out_shard_names_its_round(tmp_path: Path) -> None:
     folder = held_out_dir(round_dir(tmp_path, 7))
-    finished(folder, [example("a")])
+    write_round(folder, [example("a")])
     shard_path(folder, 0).write_bytes(b"PAR1")
     with pytest.raises(ExamplesError, match=r"shard-00000\.parquet.*--round 000007"):
         list(read_examples(folder))
 
 
 def test_several_rounds_to_train_on(tmp_path: Path) -> None:
-    first = finished(round_dir(tmp_path, 1), [example("a"), example("b")])
+    first = write_round(round_dir(tmp_path, 1), [example("a"), example("b")])
     again = example("a", text="as it is now")
-    second = finished(round_dir(tmp_path, 2), [again])
-    finished(held_out_dir(second), [example("never")])
+    second = write_round(round_dir(tmp_path, 2), [again])
+    write_round(held_out_dir(second), [example("never")])
     assert list(read_training([first, second])) == [example("a"), example("b"), again]
     with pytest.raises(ExamplesError, match="never trained on"):
         read_training([first, held_out_dir(second)])
@@ -304,7 +298,7 @@ def test_a_flipped_byte_is_never_read_as_data(tmp_path: Path) -> None:
 
 
 def test_damaged_marker_is_named(tmp_path: Path) -> None:
-    folder = finished(tmp_path, [example("a")])
+    folder = write_round(tmp_path, [example("a")])
     (folder / "round.json").write_text("{}")
     with pytest.raises(ExamplesError, match=r"round\.json"):
         load_examples([folder])
