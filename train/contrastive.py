@@ -111,9 +111,9 @@ def train(
     selection = select(read_training(args.examples), settings)
     say(str(selection))
     world.check_same(repr(selection.counts()), "examples")  # all of them go on, or none does
-    so = args.output, selection.counts(), say, world.main and not args.dry_run
+    ending = args.output, selection.counts(), say, world.main and not args.dry_run
     if not selection.items:
-        return outcome.empty("no usable example, nothing to train on", *so)
+        return outcome.empty("no usable example, nothing to train on", *ending)
     held_out = read_held_out(config, args.held_out, args.examples, selection.items)
     if settings.eval_every:
         say(f"evaluation: {held_out}")
@@ -127,7 +127,7 @@ def train(
     )  # fmt: skip
     world.check_same(repr(fixed), "examples, encoder or settings")
     if not batches.learnable():
-        return outcome.empty("no query has a negative in its batch, nothing to learn", *so)
+        return outcome.empty("no query has a negative in its batch, nothing to learn", *ending)
     if args.dry_run:
         if world.main:
             print(yaml.safe_dump(public(config), sort_keys=False))
