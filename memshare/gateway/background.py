@@ -126,8 +126,10 @@ class ScoringQueue:
             if self._last and (self._count == 0 or not (jobs or self._jobs)):
                 return
             if len(jobs) < free or free <= 0:
+                paused = self._again_at - time.monotonic()
+                wait = min(paused, _POLL_SECONDS) if paused > 0 else _POLL_SECONDS
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), _POLL_SECONDS)
+                    await asyncio.wait_for(self._wake.wait(), wait)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         del self._jobs[task]
@@ -186,7 +188,9 @@ class ScoringQueue:
             del self._failed[next(iter(self._failed))]
         if not at_fault:
             self._trouble(error)
-        await self._give_back([job], max(_pause(times), took), at_fault)
+        rest = max(_pause(times), took)
+        await self._give_back([job], rest, at_fault)
+        asyncio.get_running_loop().call_later(rest, self._wake.set)
 
     async def _give_back(
         self, jobs: Sequence[Job], pause: float = 0.0, counted: bool = False
