@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from memshare.files import fsync_dir, sha256_file, write_json
 from memshare.progress import log
 from memshare.training.optimizer import like, load_state_tensors, state_tensors
+from memshare.training.outcome import Refused
 
 KEEP = 2  # a damaged one leaves the one before
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -33,6 +34,17 @@ _BEST = "best.safetensors"
 
 class CheckpointError(RuntimeError):
     """A checkpoint can't be written, read, or continued from with these settings."""
+
+
+class NotContinued(CheckpointError, Refused):
+    """An intact checkpoint that this run does not go on from; nothing of it was touched.
+
+    ``why`` is the message without the advice.
+    """
+
+    def __init__(self, why: str, advice: str) -> None:
+        super().__init__(f"{why}\n{advice}")
+        self.why = why
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,15 +239,15 @@ def discard(root: Path, after: int = -1) -> None:
 
 
 def read_state(folder: Path) -> TrainState:
-    """The state of a verified checkpoint. Raises `CheckpointError` for another version's."""
+    """The state of a verified checkpoint. Raises `NotContinued` for another version's."""
     row = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     best = row.get("best")
     try:
         return TrainState(**{**row, "best": best and Best(**best)})
     except TypeError as error:  # a field that is not known here, or that is not there
-        raise CheckpointError(
-            f"{folder}: of another version of memshare ({error}); continue with that one, or start "
-            "afresh with --resume never"
+        raise NotContinued(
+            f"{folder} is of another version of memshare ({error})",
+            "that version continues it, --resume never starts afresh",
         ) from error
 
 

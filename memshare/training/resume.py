@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from memshare.config import TrainingConfig
 from memshare.progress import log
 from memshare.training.checkpoint import (
     CheckpointError,
+    NotContinued,
     Stored,
     TrainState,
     best_weights,
@@ -26,26 +27,11 @@ from memshare.training.checkpoint import (
 )
 from memshare.training.gather import World
 from memshare.training.optimizer import warm_start
-from memshare.training.outcome import Refused
 from memshare.training.step_result import NonFinite
 
 How = Literal["auto", "same", "must", "never"]
 HOW: tuple[How, ...] = get_args(How)
 FREE = {"log_every", "checkpoint_every"}  # they do not change what is trained
-
-
-class ChangedSettings(CheckpointError, Refused):
-    """The run was begun with other settings; nothing of it was touched.
-
-    ``which``: `changed_settings`.
-    """
-
-    def __init__(self, folder: Path, which: Sequence[str]) -> None:
-        super().__init__(
-            f"{folder} was made with other settings; --allow-config-change continues all the same, "
-            "--resume never starts afresh:\n  " + "\n  ".join(which)
-        )
-        self.which = which
 
 
 def fixed_settings(settings: TrainingConfig, **more: Any) -> dict[str, Any]:
@@ -78,8 +64,8 @@ def find(
 ) -> tuple[Path, TrainState] | None:
     """The checkpoint to continue from, and its state with ``settings`` as they are now.
 
-    None where there is none, unless it ``must`` be. Raises `CheckpointError` naming every setting
-    that changed since (`ChangedSettings`), unless told to ``allow_change``.
+    None where there is none, unless it ``must`` be. Raises `CheckpointError`; `NotContinued` names
+    every setting that changed since, unless told to ``allow_change``.
     """
     folder = latest_intact(root)
     if folder is None:
@@ -89,7 +75,10 @@ def find(
     state = read_state(folder)
     changed = changed_settings(state.settings, settings)
     if changed and not allow_change:
-        raise ChangedSettings(folder, changed)
+        raise NotContinued(
+            "\n  ".join([f"{folder} was made with other settings:", *changed]),
+            "--allow-config-change continues all the same, --resume never starts afresh",
+        )
     # What was best by other held-out examples says nothing by these.
     same = state.settings.get("held_out") == settings.get("held_out")
     return folder, replace(state, settings=dict(settings), best=state.best if same else None)
@@ -111,21 +100,21 @@ def resume(
     A run that starts takes its optimizer's state from the last checkpoint of the training
     ``warm`` (its output folder), as far as there is one.
 
-    ``how``: there ``must`` be one, or it is ``never`` used; one that was made with other settings
-    is refused, or not used (``same``: for who can't be asked). Later checkpoints, which are damaged
-    or of a run that is started afresh, are deleted. Returns the state and, on the main process, the
-    best step's weights. Raises `CheckpointError` and `DifferentData`.
+    ``how``: there ``must`` be one, or it is ``never`` used; one that was made with other settings,
+    or by another version, is refused, or not used (``same``: for who can't be asked). Later
+    checkpoints, which are damaged or of a run that is started afresh, are deleted. Returns the
+    state and, on the main process, the best step's weights. Raises `CheckpointError` and
+    `DifferentData`.
     """
     found, past = None, None
     if how != "never":
         try:
             found = find(root, start.settings, must=how == "must", allow_change=allow_change)
-        except ChangedSettings as error:
+        except NotContinued as error:
             if how != "same":
                 raise
             if world.main:
-                told = "\n  ".join(error.which)
-                log(f"{root}: begun with other settings; starting from the beginning:\n  {told}")
+                log(f"{error.why}\nstarting from the beginning")
         else:
             if world.main and found is None and checkpoints(root):
                 log(f"{root}: no intact checkpoint; starting from the beginning")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,10 @@ from torch import nn
 from memshare.config import TrainingConfig
 from memshare.files import write_json
 from memshare.training import checkpoint
-from memshare.training.checkpoint import Best, CheckpointError, TrainState
+from memshare.training.checkpoint import Best, CheckpointError, NotContinued, TrainState
 from memshare.training.gather import World
 from memshare.training.optimizer import make_optimizer, round_lr, state_tensors, warm_start
-from memshare.training.resume import ChangedSettings, find, fixed_settings, resume
+from memshare.training.resume import find, fixed_settings, resume
 from tests.disks import fill_up, small_disk
 
 STATE = TrainState(3, {"training.lr": 1e-3}, 7, "abcd1234", 0.5, 100, 120, 2.0)
@@ -188,9 +188,9 @@ def test_a_setting_that_came_later_and_has_its_default_is_no_change(tmp_path: Pa
     earlier = {key: value for key, value in now.items() if key != "training.patience"}
     state = replace(STATE, settings={**earlier, "training.lora": lora, "training.gone": 7})
     folder = checkpoint.save(tmp_path, model, optimizer, state)
-    with pytest.raises(ChangedSettings) as refused:
+    with pytest.raises(NotContinued) as refused:
         find(tmp_path, {**now, "training.patience": 3}, must=False, allow_change=False)
-    told = str(refused.value).splitlines()[1:]
+    told = refused.value.why.splitlines()[1:]
     assert told == ["  training.gone: 7 -> None", "  training.patience: None -> 3"]
     state = replace(state, settings={**earlier, "training.lora": lora})
     shutil.rmtree(folder)
@@ -198,7 +198,7 @@ def test_a_setting_that_came_later_and_has_its_default_is_no_change(tmp_path: Pa
     found = find(tmp_path, now, must=True, allow_change=False)
     assert found == (folder, replace(state, settings=now))
     dropped = {**now, "training.lora": {**now["training.lora"], "dropout": 0.5}}
-    with pytest.raises(ChangedSettings, match=r"'dropout': 0\.05.* -> .*'dropout': 0\.5"):
+    with pytest.raises(NotContinued, match=r"'dropout': 0\.05.* -> .*'dropout': 0\.5"):
         find(tmp_path, dropped, must=True, allow_change=False)
 
 
@@ -208,7 +208,7 @@ def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
     row = json.loads((folder / "state.json").read_text())
     for odd in ({**row, "new": 1}, {key: row[key] for key in row if key != "seed"}):
         write_json(folder / "state.json", odd)
-        with pytest.raises(CheckpointError, match=rf"{folder}: of another version .*(new|seed)"):
+        with pytest.raises(CheckpointError, match=rf"{folder} is of another version .*(new|seed)"):
             checkpoint.read_state(folder)
 
 
@@ -355,10 +355,30 @@ def test_a_run_that_nobody_watches_starts_afresh_with_other_settings(
     assert state == STATE and folder.exists()
     capsys.readouterr()
     start = replace(STATE, step=0, settings={"training.lr": 2e-3})
-    with pytest.raises(ChangedSettings):
+    with pytest.raises(NotContinued):
         resume(tmp_path, start, model, optimizer, world, how="auto", allow_change=False)
     state, _ = resume(tmp_path, start, model, optimizer, world, how="same", allow_change=False)
     assert state == start and not folder.exists()
     told = capsys.readouterr().err
-    assert "begun with other settings" in told and "training.lr: 0.001 -> 0.002" in told
+    assert "made with other settings" in told and "training.lr: 0.001 -> 0.002" in told
     assert "--" not in told and "no intact checkpoint" not in told
+
+
+def test_a_run_that_nobody_watches_starts_afresh_after_another_version(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclass(frozen=True)
+    class Newer(TrainState):
+        new: int = 1
+
+    model, optimizer = trained()
+    newer = Newer(**asdict(STATE))
+    folder = checkpoint.save(tmp_path, model, optimizer, newer)
+    world, start = World(torch.device("cpu")), replace(STATE, step=0)
+    with pytest.raises(NotContinued):
+        resume(tmp_path, start, model, optimizer, world, how="auto", allow_change=False)
+    assert folder.exists()
+    state, _ = resume(tmp_path, start, model, optimizer, world, how="same", allow_change=False)
+    assert state == start and not folder.exists()
+    told = capsys.readouterr().err
+    assert "another version of memshare" in told and "--" not in told

@@ -22,8 +22,7 @@ import pytest
 from memshare.config import ConfigError, WandbConfig
 from memshare.files import RunLocked
 from memshare.training import outcome, tracking
-from memshare.training.checkpoint import CheckpointError
-from memshare.training.resume import ChangedSettings
+from memshare.training.checkpoint import CheckpointError, NotContinued
 from memshare.training.tracking import Tracker, new_run_id
 from memshare.training.wandb_run import wandb_mode
 from tests.disks import fill_up, small_disk
@@ -301,11 +300,11 @@ def test_outcome_is_told_and_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_refused_leaves_the_earlier_result(tmp_path: Path) -> None:
-    refusal = ChangedSettings(tmp_path, ["training.lr: 1 -> 2"])
+    refusal = NotContinued("made with other settings", "start afresh")
     for earlier in (None, {"status": "trained", "steps": 7}):
         if earlier:
             outcome.write_result(tmp_path, "trained", steps=7)
-        with pytest.raises(ChangedSettings), outcome.told(tmp_path, (CheckpointError,), True):
+        with pytest.raises(NotContinued), outcome.told(tmp_path, (CheckpointError,), True):
             raise refusal
         left = outcome.read_result(tmp_path)
         assert left == (earlier or {"status": "failed", "error": str(refusal)})
