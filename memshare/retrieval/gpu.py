@@ -7,7 +7,10 @@ from the CPU until the old one is gone, and then moves up.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
 import torch  # before FAISS: both bring OpenMP and CUDA, and torch's must load first
@@ -15,15 +18,25 @@ import torch  # before FAISS: both bring OpenMP and CUDA, and torch's must load 
 # isort: split
 import faiss
 
+from memshare.progress import log
+
 Gpu = Literal["auto", "on", "off"]
 Placement = Literal["beside", "aside", "cpu"]
 
 _TEMP_BYTES = 256 * 2**20  # FAISS's scratch space; by itself it would take 1.5 GiB
 _CONTEXT_BYTES = 256 * 2**20  # activations of an encoder's batch, library handles
+_PROBE = """
+import sys, numpy, torch, faiss
+rows = numpy.eye(8, dtype="float32")
+place = faiss.StandardGpuResources()
+index = faiss.index_cpu_to_gpu(place, int(sys.argv[1]), faiss.IndexFlatIP(8))
+index.add(rows)
+index.search(rows, 1)
+"""
 
 
 class GpuFault(ValueError):
-    """The configuration asks for a GPU that isn't there."""
+    """The configuration asks for a GPU that isn't there, or that FAISS can't use."""
 
 
 class GpuPlace:
@@ -46,18 +59,42 @@ class GpuPlace:
         return faiss.index_cpu_to_gpu(self._resources, self._device, index, options)
 
 
-def gpu_place(mode: Gpu, precision: str = "float32") -> GpuPlace | None:
-    """A place for one generation; None for ``off``, and for ``auto`` where FAISS sees no GPU.
+def gpu_place(mode: Gpu, precision: str = "float32", device: int = 0) -> GpuPlace | None:
+    """A place for one generation; None for ``off``, and for ``auto`` where FAISS has no GPU.
 
-    ``precision`` is `IndexConfig`'s. Raises `GpuFault` for ``on`` without a GPU.
+    ``precision`` is `IndexConfig`'s, ``device`` the GPU's number. Raises `GpuFault` for ``on``
+    without a GPU that FAISS can use.
     """
-    available = mode != "off" and faiss.get_num_gpus() > 0
-    if mode == "on" and not available:
+    if mode == "off":
+        return None
+    fault = _fault(device)
+    if fault is None:
+        return GpuPlace(precision != "float32", device)
+    if mode == "on":
         raise GpuFault(
-            "retriever.gpu is on, but FAISS sees no GPU: install the extra `gpu` "
-            "(faiss-gpu-cu12) on a machine with CUDA, or set it to auto"
+            f"retriever.gpu is on, but {fault}: install the extra `gpu` (faiss-gpu) on a machine "
+            "with CUDA, or set it to auto"
         )
-    return GpuPlace(precision != "float32") if available else None
+    return None
+
+
+@cache
+def _fault(device: int) -> str | None:
+    """Why FAISS can't use a GPU, None where it can; logged where there is one.
+
+    A process of its own tries: where FAISS was built without the card's code, it does not raise,
+    it ends the process.
+    """
+    if device >= faiss.get_num_gpus():
+        return "FAISS sees no GPU" if device == 0 else f"FAISS sees no GPU {device}"
+    command = [sys.executable, "-c", _PROBE, str(device)]
+    tried = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if tried.returncode == 0:
+        return None
+    last = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
+    fault = f"FAISS can't use GPU {device} ({last})"
+    log(f"{fault}; indexes stay on the CPU, unless retriever.gpu demands it")
+    return fault
 
 
 def generation_bytes(
@@ -88,9 +125,9 @@ def placement(following: int, serving: int, budget: int | None, free: int | None
     return "aside" if all(following <= limit for limit in room) else "cpu"
 
 
-def free_gpu_bytes() -> int | None:
-    """What the current GPU has left, None without one; what torch holds unused is given back."""
+def free_gpu_bytes(number: int = 0) -> int | None:
+    """What a GPU has left, None without one; what torch holds unused is given back."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.empty_cache()
-    return int(torch.cuda.mem_get_info()[0])
+    return int(torch.cuda.mem_get_info(number)[0])

@@ -78,7 +78,7 @@ class FlatIndex:
         self.cpu = index
         self.dim = int(index.d)
         self._gpu: Any = None
-        self._rounds = False  # the GPU copy is in half precision, the CPU form is not
+        self._rounds = False  # the GPU copy computes in half precision
         self._norm = 0.0
         self._measure(0)
 
@@ -117,7 +117,8 @@ class FlatIndex:
     def to_gpu(self, place: GpuPlace | None) -> FlatIndex:
         """Make a GPU copy in ``place`` (None: none is made); returns itself."""
         if place is not None and self._gpu is None:
-            self._rounds = place.float16 and isinstance(self.cpu, faiss.IndexFlat)
+            # Rows in half precision make FAISS's GPU form round the queries as well.
+            self._rounds = place.float16 or not isinstance(self.cpu, faiss.IndexFlat)
             self._gpu = place.copy(self.cpu)
         return self
 

@@ -62,7 +62,7 @@ class Placer:
             return self.first()
         budget = self._retriever.gpu_memory_gib
         limit = None if budget is None else int(budget * 2**30)
-        free = free_gpu_bytes()
+        free = free_gpu_bytes(self._gpu)
         chosen = placement(takes, self._held, limit, free)
         if chosen == "beside":
             return Choice(chosen, self._device, place, takes)
@@ -83,7 +83,7 @@ class Placer:
 
         Where that fails it stays on the CPU, and the log says why.
         """
-        free_gpu_bytes()  # what torch still holds of the old one is given back
+        free_gpu_bytes(self._gpu)  # what torch still holds of the old one is given back
         try:
             serving.move_up(self._device, self._place())
             self._held = choice.takes
@@ -92,4 +92,8 @@ class Placer:
             log(f"generation {serving.number} stays on the CPU: {error}")
 
     def _place(self) -> GpuPlace | None:
-        return gpu_place(self._retriever.gpu, self._retriever.index.precision)
+        return gpu_place(self._retriever.gpu, self._retriever.index.precision, self._gpu)
+
+    @property
+    def _gpu(self) -> int:
+        return pick_device(self._device).index or 0

@@ -21,7 +21,7 @@ def _needs_gpu() -> None:
     import faiss
 
     if faiss.get_num_gpus() == 0:
-        pytest.skip("FAISS sees no GPU: install the extra `gpu` (faiss-gpu-cu12)")
+        pytest.skip("FAISS sees no GPU: install the extra `gpu` (faiss-gpu)")
 
 
 def unit(n: int, dim: int, seed: int) -> np.ndarray:

@@ -86,10 +86,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
 
     class Device:
         type = "cuda"
+        index = 1
 
-    monkeypatch.setattr(placing, "free_gpu_bytes", lambda: 3 * GIB)
+    monkeypatch.setattr(placing, "free_gpu_bytes", lambda number: 3 * GIB)
     monkeypatch.setattr(placing, "pick_device", lambda name: Device())
-    monkeypatch.setattr(placing, "gpu_place", lambda mode, precision: "place")
+    monkeypatch.setattr(placing, "gpu_place", lambda mode, precision, number: "place")
     yield make_config(tmp_path, tmp_path, gpu_memory_gib=4.0)
 
 

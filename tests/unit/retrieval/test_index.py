@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memshare.retrieval import gpu
 from memshare.retrieval import index as index_module
 from memshare.retrieval.gpu import GpuFault, gpu_place
 from memshare.retrieval.index import FlatIndex, IndexFault
@@ -204,6 +205,20 @@ def test_gpu_modes_without_a_gpu() -> None:
     assert not index.to_gpu(gpu_place("off")).on_gpu
     with pytest.raises(GpuFault, match="sees no GPU"):
         gpu_place("on")
+
+
+def test_a_gpu_that_faiss_cannot_use_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with a FAISS without the card's code, which ends the process that tries: here, no card."""
+    monkeypatch.setattr(gpu.faiss, "get_num_gpus", lambda: 10)
+    gpu._fault.cache_clear()
+    assert gpu_place("auto", device=9) is None
+    assert "FAISS can't use GPU 9 (" in capsys.readouterr().err
+    assert gpu_place("auto", device=9) is None and not capsys.readouterr().err  # asked once
+    with pytest.raises(GpuFault, match=r"FAISS can't use GPU 9 .*install the extra `gpu`"):
+        gpu_place("on", device=9)
+    gpu._fault.cache_clear()
 
 
 def test_torch_is_loaded_before_faiss() -> None:
