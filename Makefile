@@ -57,11 +57,12 @@ servers:
 	fi
 
 gpu-check: setup
-	$(BIN)/python -m pytest tests/gpu -m gpu
+	MEMSHARE_GPU_CHECK=1 $(BIN)/python -m pytest tests/gpu -m gpu
 
 # Beside sentence-transformers, on this machine's GPU; refuses where there is none.
 gpu-bench: setup
-	$(BIN)/python benchmarks/gpu_train.py --json benchmarks/results/$(GPU)/gpu_train.json
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} \
+		$(BIN)/python benchmarks/gpu_train.py --json benchmarks/results/$(GPU)/gpu_train.json
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) runs build *.egg-info

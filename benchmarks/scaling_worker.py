@@ -186,7 +186,8 @@ def main() -> None:
         done = getattr(work, turn["what"])(turn["count"])
         if world.main:
             write_json(args.folder / f"done-{number}.json", done)
-    leave(accelerator)
+    world.end()
+    leave(accelerator, world)
 
 
 def await_turn(path: Path) -> dict[str, Any]:

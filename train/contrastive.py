@@ -38,13 +38,13 @@ from memshare.training.resume import HOW, fixed_settings, resume, without_ruined
 from memshare.training.select import select
 from memshare.training.sharding import spread
 from memshare.training.step import ContrastiveStep
-from memshare.training.step_result import NonFinite
+from memshare.training.step_result import StepFailed, memory_told
 from memshare.training.towers import FrozenMemories, prepare
 from memshare.training.tracking import Tracker, new_run_id, wandb_mode
 from memshare.training.validation import Validation
 from memshare.version import commit
 
-EXPECTED = (EncoderError, ExamplesError, CheckpointError, DifferentData, NonFinite, RunLocked)
+EXPECTED = (EncoderError, ExamplesError, CheckpointError, DifferentData, RunLocked, StepFailed)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -83,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome.attempt(args.output, EXPECTED, writes, args.stop_file) as stop,
         ):
             code = train(args, config, accelerator, world, stop, at_end)
-        world.barrier()  # nobody leaves before all of it stands: a launcher ends the rest at once
+        world.end()  # nobody leaves before all of it stands: a launcher ends the rest at once
         return code
     except (ConfigError, outcome.DiskFull, *EXPECTED) as error:
         return outcome.tell(error)
     finally:
-        leave(accelerator)
+        leave(accelerator, world)
 
 
 def train(
@@ -154,7 +154,7 @@ def train(
         frozen=FrozenMemories.of(encoder, batches, world, settings, accelerator.autocast),
     )  # fmt: skip
     validation = Validation(held_out, encoder, world, tracker, settings, steps=steps, weights=best)
-    with without_ruined(root, world.main), batches.ahead() as batch_of:
+    with without_ruined(root, world.main), memory_told(), batches.ahead() as batch_of:
         state = validation.first(state)
         todo = range(state.step, state.step if validation.finished(state) else steps)
         for step in track(todo, "training") if world.main else todo:

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log(f"error: {error}")
         return 1
     finally:
-        leave(accelerator)
+        leave(accelerator, world)
     if args.result is not None:
         write_json(args.result, outcome)
     print(json.dumps(outcome, ensure_ascii=False))

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -48,10 +49,12 @@ class Stopped(RuntimeError):
 
 
 def check_launch(config: ContinualConfig) -> None:
-    """Raise `ConfigError` where accelerate would find no configuration, hours later.
+    """Raise `ConfigError` for what a round's training would find hours later.
 
-    Here and not with the other settings, which programs read that train nothing, and elsewhere.
+    That is a configuration that accelerate does not find, or GPUs that torch can't use. Here and
+    not with the other settings, which programs read that train nothing, and elsewhere.
     """
+    gpu_precision()
     path = config.accelerate_config
     if path is not None and not path.is_file():
         raise ConfigError(f"continual.accelerate_config: no file {path}, seen from {Path.cwd()}")
@@ -67,34 +70,51 @@ def accelerate_command(config: ContinualConfig, *, always: bool = True) -> list[
         return [sys.executable]
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if config.accelerate_config is not None:
+        told = _read(config.accelerate_config)
+        here = int(told.get("num_processes") or 1) // int(told.get("num_machines") or 1)
         command += ["--config_file", str(config.accelerate_config)]
+        command += _threads(config.num_processes or here)
         if config.num_processes is None:
             return command
         command += ["--num_processes", str(processes)]
-        single = processes > 1 and _starts_one(config.accelerate_config)
+        single = processes > 1 and _starts_one(told)
         return [*command, *_SEVERAL] if single else command
     command += ["--num_processes", str(processes), "--num_machines", "1"]
     precision = gpu_precision()
     command += ["--mixed_precision", precision or "no", "--dynamo_backend", "no"]
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    command += ["--num_cpu_threads_per_process", str(threads)]
+    command += _threads(processes)
     if processes == 1:
         return command if precision else [*command, "--cpu"]
     return [*command, *_SEVERAL]
 
 
-def _starts_one(path: Path) -> bool:
-    """Whether accelerate starts one process by this configuration, whatever their number.
+def _threads(processes: int) -> list[str]:
+    """This machine's cores, divided, unless the environment says; accelerate gives each one."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return []
+    threads = max(1, len(os.sched_getaffinity(0)) // max(1, processes))
+    return ["--num_cpu_threads_per_process", str(threads)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What is in a configuration of accelerate's."""
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return settings if isinstance(settings, dict) else {}
+
+
+def _starts_one(settings: Mapping[str, Any]) -> bool:
+    """Whether accelerate starts one process by these settings, whatever their number.
 
     Where it starts several already, `_SEVERAL` must not be given: that would undo FSDP.
     """
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    kind = settings.get("distributed_type") if isinstance(settings, dict) else None
+    kind = settings.get("distributed_type")
     return kind in (None, False, "NO", "MULTI_CPU")  # YAML's bare NO is False
 
 
 def gpu_precision() -> str | None:
-    """For accelerate's ``--mixed_precision``, by this machine's GPU; None where torch finds none.
+    """For accelerate's ``--mixed_precision``, by this machine's GPU; None where there is none.
+
+    Raises `ConfigError` for one that torch can't use.
 
     Torch is asked in a process of its own, and only where there is a driver: it takes seconds to
     load, and might hold some of the GPU's memory for as long as the asker, this loop, lives.
@@ -105,8 +125,10 @@ def gpu_precision() -> str | None:
     except OSError:
         return None
     command = [sys.executable, "-m", "memshare.training.precision"]
-    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return told.strip() or None
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    if told.returncode:
+        raise ConfigError(told.stderr.strip().removeprefix("error: "))
+    return told.stdout.strip() or None
 
 
 def run_child(

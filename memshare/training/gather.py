@@ -23,6 +23,7 @@ from torch import Tensor
 from memshare.config import ConfigError
 from memshare.training.allocator import keep_freed_memory
 from memshare.training.order import Ints
+from memshare.training.precision import check_driver
 
 if TYPE_CHECKING:
     from memshare.training.sharding import Divided
@@ -44,6 +45,8 @@ def launch() -> Accelerator:
     """
     wants_fsdp()  # for what it refuses; `spread` asks whether
     _refuse_unused()
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() not in {"1", "true"}:
+        check_driver()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -54,14 +57,17 @@ def launch() -> Accelerator:
     return accelerator
 
 
-def leave(accelerator: Accelerator) -> None:
+def leave(accelerator: Accelerator, world: World) -> None:
     """End what `launch` began, before Python ends.
 
-    A thread of the group's that still lets go of a tensor then aborts the process, after all its
-    work is done. The group goes with its last reference, and a module that FSDP2 divided has some.
+    A thread of gloo's that still lets go of a tensor then aborts the process, after all its work is
+    done. The group goes with its last reference, and a module that FSDP2 divided has some. Of NCCL,
+    ending it is a collective of the node: a process that alone has failed would wait for others
+    that wait for it, so it just ends, and the launcher the others.
     """
     gc.collect()
-    accelerator.end_training()
+    if world.ended or world.backend != "nccl":
+        accelerator.end_training()
 
 
 def wants_fsdp() -> bool:
@@ -95,6 +101,8 @@ class World:
         grouped = dist.is_available() and dist.is_initialized()
         self.size = dist.get_world_size() if grouped else 1
         self.rank = dist.get_rank() if grouped else 0
+        self.backend = dist.get_backend() if grouped else None
+        self.ended = False
         self.device = device
         self.divided: Divided | None = None
 
@@ -216,3 +224,8 @@ class World:
         """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
+
+    def end(self) -> None:
+        """Wait for all processes: all of them have done what they were started for."""
+        self.barrier()
+        self.ended = True

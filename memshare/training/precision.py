@@ -5,19 +5,46 @@ Weights, gradients and the optimizer's state are float32 either way; accelerate 
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 
+from memshare.config import ConfigError
+
 Autocast = Callable[[], AbstractContextManager[object]]  # an `Accelerator.autocast`
+
+
+def check_driver() -> None:
+    """Raise `ConfigError` where there are GPUs and torch can't use them, as with an old driver.
+
+    Nobody wants what would come of it, days of training on the CPU.
+    """
+    if torch.cuda.is_available():
+        return
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    except (OSError, AttributeError):  # no driver, or something else of that name
+        return
+    if not failed and count.value:
+        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        raise ConfigError(
+            f"this machine's driver has {count.value} GPUs, and torch {torch.__version__}, built "
+            f"{build}, can't use them: install a newer driver, or the torch that fits this one "
+            "(pytorch.org has builds for older ones); to use the CPU, set CUDA_VISIBLE_DEVICES="
+        )
 
 
 def preferred() -> str | None:
     """For accelerate's ``--mixed_precision``: bf16 where the GPU computes in it; None without one.
 
-    ``python -m memshare.training.precision`` prints it.
+    ``python -m memshare.training.precision`` prints it. Raises `ConfigError` as `check_driver`.
     """
+    check_driver()
     if not torch.cuda.is_available():
         return None
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
@@ -43,4 +70,7 @@ def described(bf16: bool, kind: str) -> str:
 
 
 if __name__ == "__main__":
-    print(preferred() or "")
+    try:
+        print(preferred() or "")
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

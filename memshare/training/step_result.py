@@ -1,14 +1,21 @@
-"""What became of a training step: its figures, or that it has ruined the training."""
+"""What became of a training step: its figures, or that it has ended the training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
 
 from memshare.training.step_batch import StepBatch
 
 
-class NonFinite(RuntimeError):
+class StepFailed(RuntimeError):
+    """A step ends the training."""
+
+
+class NonFinite(StepFailed):
     """The loss or its gradient became NaN or infinite; the message names the queries.
 
     ``done``: so many steps have led to weights that are no good.
@@ -23,6 +30,23 @@ class NonFinite(RuntimeError):
             f"step {step + 1}: {what} is not finite; the batch's queries are {some}{more}. Lower "
             "training.lr or look at these examples"
         )
+
+
+class OutOfMemory(StepFailed):
+    """A step needs more memory than its device has."""
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Raise `OutOfMemory` for torch's, with what to do about it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{str(error).partition(' GPU ')[0]} Lower training.graph_tokens, then "
+            "training.batch_tokens and encoder.batch_tokens (--dry-run estimates what they take), "
+            "and run the same command again with --allow-config-change"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,16 +14,6 @@ from memshare.retrieval.index import GPU_MAX_K, FlatIndex
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def _needs_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
-    import faiss
-
-    if faiss.get_num_gpus() == 0:
-        pytest.skip("FAISS sees no GPU: install the extra `gpu` (faiss-gpu)")
-
-
 def unit(n: int, dim: int, seed: int) -> np.ndarray:
     vectors = np.random.default_rng(seed).normal(size=(n, dim)).astype(np.float32)
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)

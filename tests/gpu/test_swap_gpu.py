@@ -12,7 +12,6 @@ import pytest
 import torch
 
 # isort: split
-import faiss
 
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.publish import activate
@@ -21,14 +20,7 @@ from tests.retrieving import fill, make_config, open_store, publish_now, sentenc
 from tests.swapping import Expected, mixed
 from tests.tiny import tiny_encoder
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-    pytest.mark.skipif(
-        not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0,
-        reason="FAISS sees no GPU (install the extra `gpu`)",
-    ),
-]
+pytestmark = pytest.mark.gpu
 
 
 def test_swaps_on_a_gpu(tmp_path: Path) -> None:

@@ -29,12 +29,6 @@ pytestmark = pytest.mark.gpu
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
-@pytest.fixture(autouse=True)
-def _needs_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny", dim=128)

@@ -136,7 +136,7 @@ def main(encoder_folder: Path, output: Path) -> None:
         world.check_same(str(world.rank), "examples")
     except DifferentData as error:
         (output / f"different-{world.rank}.txt").write_text(str(error))
-    leave(accelerator)
+    leave(accelerator, world)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def main(encoder_folder: Path, output: Path) -> None:
         for name, value in entries.items()
     }
     save_file({key: value.contiguous() for key, value in own.items()}, output / f"own-{world.rank}")
-    leave(accelerator)
+    leave(accelerator, world)
 
 
 if __name__ == "__main__":

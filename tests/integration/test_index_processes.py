@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -65,22 +66,29 @@ def test_two_processes_publish_what_one_does(tmp_path: Path) -> None:
     np.testing.assert_allclose(both[1][1], both[0][1], atol=1e-6, rtol=0)
 
 
-def test_the_loops_number_of_processes_wins_over_accelerates_configuration(tmp_path: Path) -> None:
+def test_the_loops_number_of_processes_wins_over_accelerates_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # which would win over what is told
+    env = {name: value for name, value in ENV.items() if name != "OMP_NUM_THREADS"}
     program = tmp_path / "count.py"
     program.write_text(
+        "import torch\n"
         "from memshare.training.gather import World, launch, leave\n"
         "accelerator = launch()\n"
-        "print(f'{World(accelerator.device).size}\\n', end='', flush=True)\n"
-        "leave(accelerator)\n"
+        "world = World(accelerator.device)\n"
+        "print(f'{world.size} {torch.get_num_threads()}\\n', end='', flush=True)\n"
+        "leave(accelerator, world)\n"
     )
     for name, processes in (("cpu.yaml", 2), ("cpu2.yaml", 1), ("cpu2.yaml", None)):
         path = ROOT / "configs/accelerate" / name
         start = accelerate_command(ContinualConfig(accelerate_config=path, num_processes=processes))
         done = subprocess.run(
-            [*start, str(program)], env=ENV, cwd=ROOT, capture_output=True, text=True
+            [*start, str(program)], env=env, cwd=ROOT, capture_output=True, text=True
         )
         count = processes or 2
-        assert done.stdout.split("\n") == [*[str(count)] * count, ""], done.stderr
+        threads = max(1, len(os.sched_getaffinity(0)) // count)
+        assert done.stdout.split("\n") == [*[f"{count} {threads}"] * count, ""], done.stderr
 
 
 def test_a_mistake_of_the_main_process_ends_all(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memshare.config import ConfigError
-from memshare.training.gather import World, launch, wants_fsdp
+from memshare.training.gather import World, launch, leave, wants_fsdp
 
 
 def test_a_world_of_one_talks_to_itself() -> None:
@@ -45,3 +45,25 @@ def test_what_the_launcher_offers_and_nothing_heeds_is_refused(
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=f"^accelerate: .* is not used; {instead}"):
         launch()
+
+
+class Ending:
+    """An accelerator that counts how often it was ended."""
+
+    ended = 0
+
+    def end_training(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("backend", [None, "gloo", "nccl"])
+@pytest.mark.parametrize("done", [True, False])
+def test_a_process_that_failed_alone_does_not_wait_to_end_nccl(
+    backend: str | None, done: bool
+) -> None:
+    accelerator, world = Ending(), World(torch.device("cpu"))
+    world.backend = backend
+    if done:
+        world.end()
+    leave(accelerator, world)  # type: ignore[arg-type]
+    assert accelerator.ended == (done or backend != "nccl")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +15,9 @@ import yaml
 from accelerate.commands import launch
 from transformers import BertConfig, BertModel
 
-from memshare.config import ContinualConfig, load_config
+from memshare.config import ConfigError, ContinualConfig, load_config
 from memshare.retrieval import packing
-from memshare.training import child, precision
+from memshare.training import child, gather, precision
 from memshare.training.child import accelerate_command
 
 ROOT = Path(__file__).parents[3]
@@ -64,6 +67,45 @@ def test_the_loop_is_told_what_torch_prefers(monkeypatch: pytest.MonkeyPatch) ->
     assert child.gpu_precision() == precision.preferred()
     monkeypatch.setattr(child.ctypes, "CDLL", lambda name: None)  # as where there is a driver
     assert child.gpu_precision() == precision.preferred()
+
+
+class Driver:
+    """CUDA's, with so many GPUs; ``failure``: what its start gives."""
+
+    def __init__(self, count: int, failure: int = 0) -> None:
+        self._count, self._failure = count, failure
+
+    def cuInit(self, flags: int) -> int:
+        return self._failure
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = self._count
+        return 0
+
+
+def test_gpus_that_torch_cannot_use_are_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for driver in (Driver(0), Driver(8, failure=100), None):  # None: no driver at all
+        monkeypatch.setattr(precision.ctypes, "CDLL", lambda name, driver=driver: driver)
+        precision.check_driver()
+    monkeypatch.setattr(precision.ctypes, "CDLL", lambda name: Driver(8))
+    with pytest.raises(ConfigError, match=r"has 8 GPUs, and torch .* can't use them"):
+        gather.launch()
+    with pytest.raises(ConfigError, match="has 8 GPUs"):
+        precision.preferred()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    precision.check_driver()
+
+
+def test_the_loop_does_not_start_with_gpus_that_torch_cannot_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(child.ctypes, "CDLL", lambda name: None)  # there is a driver
+    fails = [sys.executable, "-c", "import sys; sys.exit('error: it has 8 GPUs')"]
+    run = subprocess.run
+    monkeypatch.setattr(child.subprocess, "run", lambda command, **how: run(fails, **how))
+    with pytest.raises(ConfigError, match=r"^it has 8 GPUs$"):
+        child.check_launch(ContinualConfig())
 
 
 def test_float32_on_a_gpu_is_told_with_the_way_to_bf16() -> None:
