@@ -34,6 +34,7 @@ from memshare.retrieval.encoder_format import (
 )
 from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.fingerprint import fingerprint
+from memshare.retrieval.ragged import Ragged, on_device
 from memshare.retrieval.text import memory_text
 
 __all__ = [
@@ -220,29 +221,24 @@ class Encoder:
                 return int(value)
         return 0
 
-    def collate(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    def collate(self, rows: Ragged) -> dict[str, Tensor]:
         """Token ids, padded on the right, on the encoder's device.
 
         Gives ``input_ids`` and ``attention_mask``, both (batch, tokens) int64.
         """
-        lengths = np.array([len(row) for row in rows])
-        width = int(lengths.max())
-        ids = np.full((len(rows), width), self.tokenizer.pad_token_id or 0)
-        for own, row in zip(ids, rows, strict=True):
-            own[: len(row)] = row
-        mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+        ids, mask = rows.padded(self.tokenizer.pad_token_id or 0)
         batch = {"input_ids": ids, "attention_mask": mask}
-        return {name: torch.from_numpy(part).to(self.device) for name, part in batch.items()}
+        return {name: on_device(part, self.device) for name, part in batch.items()}
 
-    def pack(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    def pack(self, rows: Ragged) -> dict[str, Tensor]:
         """Token ids without padding, for `embed` by towers that `packing.enable` has prepared."""
         return packing.collate(rows, self.device)
 
     def embed(self, batch: Mapping[str, Tensor], side: Side | None = None) -> Tensor:
         """Unit rows (batch, dim) float32, with gradients, of what `collate` or `pack` gives."""
-        if "lengths" in batch:
+        if "borders" in batch:
             hidden = packing.forward(self.tower(side), **batch)
-            pooled = packing.pool(hidden, batch["lengths"], self.pooling)
+            pooled = packing.pool(hidden, batch["borders"], self.pooling)
             return functional.normalize(pooled, dim=-1)
         mask = batch["attention_mask"]
         output = self.tower(side)(input_ids=batch["input_ids"], attention_mask=mask)
@@ -281,12 +277,10 @@ class Encoder:
             )
         return vectors
 
-    def _batches(
-        self, texts: Sequence[str], prefix: str
-    ) -> Iterator[tuple[list[int], list[list[int]]]]:
-        rows = self.tokenize_to_ids(texts, prefix)
-        for positions in cut_batches([len(row) for row in rows], self.batch_tokens):
-            yield positions, [rows[i] for i in positions]
+    def _batches(self, texts: Sequence[str], prefix: str) -> Iterator[tuple[list[int], Ragged]]:
+        rows = Ragged.of(self.tokenize_to_ids(texts, prefix))
+        for positions in cut_batches(rows.lengths.tolist(), self.batch_tokens):
+            yield positions, rows.take(np.array(positions))
 
     def encode_queries(self, prompts: Sequence[str]) -> np.ndarray:
         """Unit vectors (n, dim) float32 of questions."""

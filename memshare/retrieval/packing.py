@@ -15,9 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from memshare.retrieval.ragged import Ragged, on_device
 
 NAME = "memshare_packed"
 # Families whose positions are a table that is looked up by `position_ids`, and which hand what they
@@ -53,16 +56,16 @@ def enable(models: Sequence[Any], device: torch.device, *, half: bool, dropout: 
     return True
 
 
-def forward(model: Any, ids: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+def forward(model: Any, ids: Tensor, positions: Tensor, lengths: Tensor, borders: Tensor) -> Tensor:
     """Token vectors (tokens, dim) of texts that follow each other.
 
     ``ids`` and ``positions`` (1, tokens) int64 on the model's device, positions from 0 in each
-    text; ``lengths`` (texts,) int64 on the CPU. The model must have been given to `enable`.
+    text; ``lengths`` (texts,) int64 on the CPU, ``borders`` (texts + 1,) int32 their running sum on
+    the device. The model must have been given to `enable`.
     """
     table = model.embeddings.position_embeddings
     # RoBERTa and its kin count positions from the padding index + 1.
     first = 0 if table.padding_idx is None else table.padding_idx + 1
-    borders = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(ids.device, torch.int32)
     output = model(
         input_ids=ids, position_ids=positions + first, text_lengths=lengths, text_borders=borders
     )
@@ -127,27 +130,26 @@ def _flash(
     return found.unsqueeze(0)
 
 
-def pool(hidden: Tensor, lengths: Tensor, pooling: str) -> Tensor:
+def pool(hidden: Tensor, borders: Tensor, pooling: str) -> Tensor:
     """One float32 vector (texts, dim) a text, of token vectors (tokens, dim).
 
     The mean of its tokens, its first one (``cls``) or its last (``lasttoken``).
     """
     if pooling != "mean":
-        end = lengths.cumsum(0)
-        at = end - lengths if pooling == "cls" else end - 1
-        return hidden.index_select(0, at.to(hidden.device)).float()
-    sizes = lengths.to(hidden.device)
-    return torch.segment_reduce(hidden.float(), "mean", lengths=sizes, axis=0)
+        at = borders[:-1] if pooling == "cls" else borders[1:] - 1
+        return hidden.index_select(0, at).float()
+    # Unsafe: unchecked. A check would have the CPU wait for all that the GPU has to do before.
+    sizes = borders.diff().long()
+    return torch.segment_reduce(hidden.float(), "mean", lengths=sizes, axis=0, unsafe=True)
 
 
-def collate(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """Token ids of texts as `forward` takes them: ``ids``, ``positions`` and ``lengths``."""
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
-    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    positions = torch.arange(len(ids)) - starts
+def collate(rows: Ragged, device: torch.device) -> dict[str, Tensor]:
+    """Token ids of texts as `forward` takes them."""
+    borders = np.concatenate([[0], rows.lengths.cumsum()])
+    positions = np.arange(len(rows.ids)) - np.repeat(borders[:-1], rows.lengths)
     return {
-        "ids": ids.unsqueeze(0).to(device),
-        "positions": positions.unsqueeze(0).to(device),
-        "lengths": lengths,
+        "ids": on_device(rows.ids.astype(np.int64)[None], device),
+        "positions": on_device(positions[None], device),
+        "lengths": torch.from_numpy(rows.lengths),
+        "borders": on_device(borders.astype(np.int32), device),
     }

@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from memshare.retrieval.ragged import spans
 from memshare.training.order import Ints
 from memshare.training.select import Selected
 
@@ -113,13 +114,6 @@ class ItemTable:
         if not self._written[part]:  # nothing can't be mapped
             return np.zeros(0, dtype)
         return np.asarray(np.memmap(self._files[part], dtype, "r", shape=(self._written[part],)))
-
-
-def spans(starts: Ints, ends: Ints) -> tuple[Ints, Ints]:
-    """All places of the spans (s,), one span's after the other's, and which one each is of."""
-    counts = ends - starts
-    which = np.repeat(np.arange(len(counts)), counts)
-    return np.arange(len(which)) + np.repeat(starts - np.cumsum(counts) + counts, counts), which
 
 
 def _name(text: str) -> int:

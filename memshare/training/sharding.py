@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from memshare.retrieval.encoder import SIDES, Encoder
+from memshare.retrieval.ragged import Ragged
 from memshare.training.checkpoint import put_weights, trainable
 from memshare.training.gather import World, wants_fsdp
 
@@ -70,7 +71,7 @@ class Divided:
 
         FSDP reduces in a backward pass: one text's, whose gradient is zero.
         """
-        row = self._encoder.tokenize_to_ids(["x"])
+        row = Ragged.of(self._encoder.tokenize_to_ids(["x"]))
         for side, tower in self._towers.items():
             tower.set_requires_gradient_sync(True)
             tower.set_reshard_after_backward(True)

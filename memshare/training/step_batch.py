@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memshare.training.item_table import ItemTable, Records, spans
+from memshare.retrieval.ragged import spans
+from memshare.training.item_table import ItemTable, Records
 from memshare.training.order import Ints
 
 

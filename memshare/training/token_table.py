@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.ragged import Ragged, spans
 from memshare.training.order import Ints
 
 _TOKENISE_AT_ONCE = 8192  # texts, or
@@ -64,10 +65,11 @@ class TokenTable:
         """Let go of the hashes, some 200 bytes a text: `row` finds nothing from now on."""
         self._index = {}
 
-    def rows(self, which: Ints) -> list[list[int]]:
+    def rows(self, which: Ints) -> Ragged:
         """The token ids of some rows, as `Encoder.collate` takes them."""
-        spans = zip(self._starts[which].tolist(), self.lengths[which].tolist(), strict=True)
-        return [self._tokens[start : start + length].tolist() for start, length in spans]
+        starts, lengths = self._starts[which], self.lengths[which]
+        at, _ = spans(starts, starts + lengths)
+        return Ragged(self._tokens[at], lengths)
 
     def _tokenise(self, prefix: str, part: _Part) -> None:
         """Put the waiting texts of one prefix into the file."""

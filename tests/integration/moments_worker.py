@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.ragged import Ragged
 from memshare.training import checkpoint
 from memshare.training.checkpoint import TrainState
 from memshare.training.gather import World, launch, leave
@@ -55,7 +56,7 @@ def main(encoder_folder: Path, output: Path) -> None:
     optimizer, other = (make_optimizer(encoder.model, TrainingConfig()) for _ in range(2))
     world.divided.follow(optimizer)
     for text in ("a cup of tea", "rain and iron"):
-        inputs = encoder.collate(encoder.tokenize_to_ids([text]))
+        inputs = encoder.collate(Ragged.of(encoder.tokenize_to_ids([text])))
         encoder.embed(inputs, "query")[:, 0].sum().backward()  # type: ignore[no-untyped-call]
         world.sum_gradients(encoder.model.parameters())
         update(optimizer, 1e-3, 1.0)

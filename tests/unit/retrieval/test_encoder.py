@@ -25,6 +25,7 @@ from memshare.retrieval.encoder import (
     pool_embeddings,
     resolve_encoder,
 )
+from memshare.retrieval.ragged import Ragged
 from tests.tiny import MAX_POSITIONS, tiny_encoder
 
 TEXTS = [
@@ -238,7 +239,7 @@ def test_gradients_flow_and_modes_are_restored(folder: Path) -> None:
     close(encoder.encode(TEXTS), quiet)
     assert encoder.model.training
     encoder.model.eval()
-    batch = encoder.collate(encoder.tokenize_to_ids(TEXTS))
+    batch = encoder.collate(Ragged.of(encoder.tokenize_to_ids(TEXTS)))
     vectors = encoder.embed(batch)
     close(vectors.detach(), quiet)
     (vectors[0] @ vectors[3]).backward()

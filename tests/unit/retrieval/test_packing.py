@@ -14,10 +14,12 @@ from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, Rober
 from memshare.config import LoRAConfig
 from memshare.retrieval import packing
 from memshare.retrieval.encoder import Encoder, Pooling, pool_embeddings
+from memshare.retrieval.ragged import Ragged
 from memshare.training.lora import add_adapters
 from tests.tiny import tiny_encoder
 
-ROWS = [[5, 9, 7, 6], [8] * 31, [9, 10, 11, 12, 40, 41, 42], [3], [11, 11]]
+LISTS = [[5, 9, 7, 6], [8] * 31, [9, 10, 11, 12, 40, 41, 42], [3], [11, 11]]
+ROWS = Ragged.of(LISTS)
 
 
 def enable(model: Any, **how: bool) -> bool:
@@ -53,7 +55,7 @@ def test_equal_to_padded_texts(tmp_path: Path, pooling: Pooling, lora: bool) -> 
 def test_a_text_does_not_see_its_neighbours(tmp_path: Path) -> None:
     encoder = Encoder.from_folder(tiny_encoder(tmp_path / "tiny"), device="cpu")
     enable(encoder.model)
-    alone = encoder.embed(encoder.pack(ROWS[2:3]))
+    alone = encoder.embed(encoder.pack(Ragged.of(LISTS[2:3])))
     assert torch.allclose(encoder.embed(encoder.pack(ROWS))[2:3], alone, atol=1e-6)
 
 
@@ -79,15 +81,15 @@ def test_positions_of_a_family_that_counts_them_from_its_padding_token() -> None
         intermediate_size=64, max_position_embeddings=40, pad_token_id=1,
     )  # fmt: skip
     model = RobertaModel(config, add_pooling_layer=False).eval()
-    width = max(len(row) for row in ROWS)
-    ids = torch.tensor([row + [1] * (width - len(row)) for row in ROWS])
+    width = max(map(len, LISTS))
+    ids = torch.tensor([row + [1] * (width - len(row)) for row in LISTS])
     mask = (ids != 1).long()
     want = pool_embeddings(model(ids, attention_mask=mask).last_hidden_state, mask, "mean")
     assert enable(model)
     batch = packing.collate(ROWS, torch.device("cpu"))
     hidden = packing.forward(model, **batch)
-    assert hidden.shape == (sum(map(len, ROWS)), 32)
-    got = torch.nn.functional.normalize(packing.pool(hidden, batch["lengths"], "mean"), dim=-1)
+    assert hidden.shape == (len(ROWS.ids), 32)
+    got = torch.nn.functional.normalize(packing.pool(hidden, batch["borders"], "mean"), dim=-1)
     assert torch.allclose(got, want, atol=1e-6)
 
 

@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel
 from memshare.config import Config, load_config
 from memshare.retrieval import packing
 from memshare.retrieval.encoder import Encoder, pool_embeddings
+from memshare.retrieval.ragged import Ragged
 from memshare.training import activations
 from memshare.training import estimate as estimate_module
 from memshare.training.batching import Batches
@@ -83,9 +84,9 @@ def test_activations_are_what_autograd_keeps(
     def forward() -> Tensor:
         with autocast():
             if packed:
-                parts = packing.collate(rows, CPU)
+                parts = packing.collate(Ragged.of(rows), CPU)
                 hidden = packing.forward(model, **parts)
-                return packing.pool(hidden, parts["lengths"], "mean")
+                return packing.pool(hidden, parts["borders"], "mean")
             ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
             output = model(input_ids=ids, attention_mask=(ids > 0).long())
             return pool_embeddings(output.last_hidden_state, (ids > 0).long(), "mean")

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memshare.config import LoRAConfig
 from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.ragged import Ragged
 from memshare.training.flops import ModelCost, _peak, bf16_peak
 from memshare.training.lora import add_adapters
 from tests.tiny import tiny_encoder
@@ -24,7 +25,7 @@ def encoder(tmp_path: Path) -> Encoder:
 def counted(encoder: Encoder, tokens: int, *, backward: bool) -> float:
     """What torch counts for two texts of so many tokens, attention's products written out."""
     encoder.model.set_attn_implementation("eager")
-    inputs = encoder.collate([[5] * tokens] * 2)
+    inputs = encoder.collate(Ragged.of([[5] * tokens] * 2))
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         vectors = encoder.embed(inputs)
         if backward:

@@ -18,5 +18,5 @@ def test_a_gpu_that_is_full_is_told_with_what_to_do() -> None:
         "CUDA out of memory. Tried to allocate 20.00 GiB. Lower training.graph_tokens, then "
     )
     assert told.value.__cause__ is full
-    with pytest.raises(RuntimeError, match="^another$"), memory_told():
+    with pytest.raises(RuntimeError, match=r"^another$"), memory_told():
         raise RuntimeError("another")

@@ -78,9 +78,9 @@ def test_gradient_equals_the_direct_one(encoder: Encoder, towers: str) -> None:
     batch = data.batch(0)
     result = engine(encoder, data, config).backward(batch, 0)
     got = gradients(encoder)
-    texts, docs = data.table.rows(batch.texts), batch.docs
-    memories = encoder.embed(encoder.collate(texts[:docs]), "memory")
-    queries = encoder.embed(encoder.collate(texts[docs:]), "query")
+    texts, docs, table = batch.texts, batch.docs, data.table
+    memories = encoder.embed(encoder.collate(table.rows(texts[:docs])), "memory")
+    queries = encoder.embed(encoder.collate(table.rows(texts[docs:])), "query")
     positive, valid = batch.masks(0, len(batch.rows), ONE.device)
     rows = torch.from_numpy(batch.rows) - docs
     loss = info_nce_rows(queries[rows], memories, positive, valid, config.temperature).mean()
