@@ -3,11 +3,11 @@
     python serve/llm.py --config configs/h200.yaml
 
 One server for each distinct model and URL of ``agent_llm`` and ``scorer_llm`` with backend
-``vllm``, replicas among them. Prints ``ready`` once all of them answer. Ctrl-C or SIGTERM stops
-them; one that dies ends this program with code 1 and its last log lines, but a replica, whose
-siblings serve on, is started again, up to three times. ``--check`` starts nothing: it says whether
-they run and serve the right models; ``--for mining`` takes those alone that train/mine.py asks.
-Servers on other hosts are only waited for.
+``vllm``, replicas among them; where they share GPUs, one after the other. Prints ``ready`` once all
+of them answer. Ctrl-C or SIGTERM stops them; one that dies ends this program with code 1 and its
+last log lines, but a replica, whose siblings serve on, is started again, up to three times.
+``--check`` starts nothing: it says whether they run and serve the right models; ``--for mining``
+takes those alone that train/mine.py asks. Servers on other hosts are only waited for.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def run(config: Config, plans: list[ServerPlan]) -> int:
                 log(f"{plan.name}: starting {' '.join(server_command(plan))} (log: {server.log})")
                 server.start()
                 servers.append(server)
+                if plan.shares:  # vLLM counts what another one loads meanwhile as its own
+                    wait_ready([server], plan.llm.server.start_timeout_seconds)
             else:
                 raise LLMError(
                     f"{plan.url} is on another machine and does not answer; start it there"

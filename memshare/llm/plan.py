@@ -30,7 +30,7 @@ class ServerPlan:
     """One vLLM server: what it serves, where, and for which roles (agent, scorer).
 
     ``replica`` counts the equal ones; ``devices`` is its ``CUDA_VISIBLE_DEVICES``, empty where it
-    takes what it finds.
+    takes what it finds. ``shares``: GPUs with another one.
     """
 
     model: str
@@ -39,6 +39,7 @@ class ServerPlan:
     llm: LLMConfig
     replica: int = 0
     devices: str = ""
+    shares: bool = False
 
     @property
     def local(self) -> bool:
@@ -101,6 +102,7 @@ def _with_gpus(plans: Sequence[ServerPlan]) -> list[ServerPlan]:
         if plan.local:
             named.setdefault(plan.llm.server.env.get(_VISIBLE), []).append(plan)
     given: dict[str, str] = {}
+    shared: set[str] = set()
     for names, some in named.items():
         devices = visible_gpus() if names is None else _listed(names)
         needed = sum(plan.llm.server.tensor_parallel_size for plan in some)
@@ -111,13 +113,17 @@ def _with_gpus(plans: Sequence[ServerPlan]) -> list[ServerPlan]:
                 f"share; there are {len(devices)} ({_VISIBLE}: {','.join(devices)})"
             )
         if needed > len(devices) or (names is not None and len(some) == 1):
+            if devices and len(some) > 1:
+                shared |= {plan.url for plan in some}
             continue  # they share, or it has them to itself
         start = len(devices) - needed
         for plan in some:
             end = start + plan.llm.server.tensor_parallel_size
             given[plan.url] = ",".join(devices[start:end])
             start = end
-    return [replace(plan, devices=given.get(plan.url, "")) for plan in plans]
+    return [
+        replace(plan, devices=given.get(plan.url, ""), shares=plan.url in shared) for plan in plans
+    ]
 
 
 def gpus_left(plans: Sequence[ServerPlan]) -> str:

@@ -98,7 +98,9 @@ def test_gpus_are_dealt_from_the_last_one_on(
     assert dealt("") == (["", "", ""], "")
     config = _config(lm_folder, scorer={"url": "http://127.0.0.1:8103"})
     assert dealt("0") == (["", ""], "")  # one card: they share it, as configs/h200.yaml has it
+    assert [plan.shares for plan in plan_servers(config)] == [True, True]
     assert dealt("0,1,2,3") == (["2", "3"], "0,1")
+    assert [plan.shares for plan in plan_servers(config)] == [False, False]
 
 
 def test_free_ports_keep_what_is_shared_and_leave_remote_ones_alone(lm_folder: Path) -> None:
