@@ -2,15 +2,17 @@
 
 A BERT-base with random weights, the triplets of train_speed.py, bf16 autocast, dropout off, global
 batches of 512, 4,096 and 16,384 queries. Ours: texts without padding, graphs kept at 512 (direct
-steps) and gradients cached at all sizes. The peer: its cached loss, which is the only one that such
-batches fit, by FlashAttention-2 where that is installed (it then leaves padding out as well), else
-SDPA; which one is in the report. Each runs once to warm up before it is timed.
+steps) and gradients cached at all sizes; all of it also with ``training.compile`` (``_compiled``),
+compiled before the clock starts. The peer: its cached loss, which is the only one that such batches
+fit, by FlashAttention-2 where that is installed (it then leaves padding out as well), else SDPA;
+which one is in the report. Each runs once to warm up before it is timed.
 
 Claims: ``speedup_b<N>``, our real tokens a second over the peer's, both caching gradients;
 ``mfu_direct`` and ``mfu_cached``, model FLOPs (memshare/training/flops.py: neither padding nor the
 second forward pass counts) over the GPU's dense bf16 peak, in the steps at 512 and at the largest
 batch, where the GPU's peak is known; ``peak_memory_growth``, peak bytes at the largest batch over
-those at the one before; ``encode_docs_per_second`` in float32, as indexes are built.
+those at the one before; ``encode_docs_per_second`` with ``encoder.precision: bf16``, and
+(``_float32``) as it is by default.
 
 Without a CUDA GPU it refuses. ``--quick --device cpu`` runs the same code on a tiny model, which
 shows that it works and nothing else.
@@ -54,10 +56,10 @@ def new_encoder(folder: Path, shape: dict[str, int], seed: int) -> None:
     Encoder(model, tokenizer, Settings(max_length=MAX_TOKENS), device="cpu").save(folder)
 
 
-def settings(batch: int, batch_tokens: int, *, cached: bool) -> TrainingConfig:
+def settings(batch: int, budget: int, *, cached: bool, compiled: bool) -> TrainingConfig:
     """Ours, with every micro-batch encoded twice, or every graph kept."""
     return TrainingConfig(
-        batch_size=batch, dropout=False, lr=LR, batch_tokens=batch_tokens,
+        batch_size=batch, dropout=False, lr=LR, batch_tokens=budget, compile=compiled,
         graph_tokens=0 if cached else 10**9,
     )  # fmt: skip
 
@@ -104,9 +106,9 @@ def fastest(setup: Setup, rows: Sequence[Triplet], sizes: Sequence[int]) -> tupl
     return min(tried, key=lambda size: tried[size]), tried
 
 
-def encode_rate(setup: Setup, rows: Sequence[Triplet]) -> float:
+def encode_rate(setup: Setup, rows: Sequence[Triplet], budget: int, precision: str) -> float:
     """Documents a second, from text to vectors in memory."""
-    encoder = setup.encoder()
+    encoder = setup.encoder(batch_tokens=budget, precision=precision)
     texts = [positive for _, positive, _ in rows]
     encoder.encode(texts[:512])
     began = time.perf_counter()
@@ -126,23 +128,28 @@ def measure(setup: Setup, seed: int, sizes: dict[str, Any]) -> tuple[dict[str, f
     details["peer_seconds_by_mini_batch"], details["peer_mini_batch"] = tried, mini
     for batch, count in steps.items():
         some = rows[: batch * count]
-        cached = warm(ours_once, setup, some, settings(batch, budget, cached=True))
         peer = warm(theirs_once, setup, some, batch, mini)
-        claims[f"speedup_b{batch}"] = peer.seconds / cached.seconds
-        found = {"ours": figures(cached, cached.tokens), "peer": figures(peer, cached.tokens)}
-        if batch == batches[0]:
-            direct = warm(ours_once, setup, some, settings(batch, budget, cached=False))
-            found["ours, direct"] = figures(direct, direct.tokens)
-            claims |= known("mfu_direct", mfu(direct))
-        details[f"batch_{batch}"] = found
-        log(f"batch {batch}: {found}")
-    claims |= known("mfu_cached", mfu(cached))
+        found: dict[str, Any] = {}
+        for compiled, name in ((False, ""), (True, "_compiled")):
+            how = settings(batch, budget, cached=True, compiled=compiled)
+            run = warm(ours_once, setup, some, how)
+            found["ours" + name] = figures(run, run.tokens)
+            claims[f"speedup_b{batch}{name}"] = peer.seconds / run.seconds
+            if batch == batches[-1]:
+                claims |= known("mfu_cached" + name, mfu(run))
+            if batch == batches[0]:
+                how = settings(batch, budget, cached=False, compiled=compiled)
+                run = warm(ours_once, setup, some, how)
+                found["ours_direct" + name] = figures(run, run.tokens)
+                claims |= known("mfu_direct" + name, mfu(run))
+        details[f"batch_{batch}"] = found | {"peer": figures(peer, run.tokens)}
+        log(f"batch {batch}: {details[f'batch_{batch}']}")
     peaks = [details[f"batch_{batch}"]["ours"]["peak_bytes"] for batch in batches[-2:]]
     if peaks[0]:
         claims["peak_memory_growth"] = peaks[1] / peaks[0]
-    claims["encode_docs_per_second"] = encode_rate(
-        setup, triplets(words, sizes["docs"], seed, sizes["middle"])
-    )
+    docs = triplets(words, sizes["docs"], seed, sizes["middle"])
+    for precision, name in (("bf16", ""), ("float32", "_float32")):
+        claims["encode_docs_per_second" + name] = encode_rate(setup, docs, budget, precision)
     return claims, details
 
 

@@ -37,6 +37,7 @@ from memshare.training.gather import World
 from memshare.training.optimizer import make_optimizer, update
 from memshare.training.select import Selected
 from memshare.training.step import ContrastiveStep
+from memshare.training.towers import prepare
 
 LR = 2e-5
 MAX_TOKENS = 256
@@ -52,10 +53,10 @@ class Setup:
     bf16: bool = False
     attention: str = "sdpa"
 
-    def encoder(self) -> Encoder:
-        """Ours, with the weights as they came."""
-        settings = EncoderConfig(model=self.model, max_length=MAX_TOKENS, device=self.device)
-        return Encoder.load(settings)
+    def encoder(self, **more: Any) -> Encoder:
+        """Ours, with the weights as they came; ``more`` is `EncoderConfig`'s."""
+        config = EncoderConfig(model=self.model, max_length=MAX_TOKENS, device=self.device, **more)
+        return Encoder.load(config)
 
     def peer(self) -> SentenceTransformer:
         """The same in sentence-transformers, without dropout."""
@@ -105,19 +106,29 @@ def ours_once(setup: Setup, rows: Sequence[Triplet], config: TrainingConfig) -> 
     encoder = setup.encoder()
     if encoder.device.type == "cpu":
         keep_freed_memory()  # as `launch` does: in this process nothing else may be measured
+    prepare(encoder, config, seed=0)
     optimizer = make_optimizer(encoder.model, config)
+
+    def engine(some: Sequence[Triplet]) -> tuple[Batches, ContrastiveStep]:
+        size, world = config.batch_size, World(encoder.device)
+        batches = Batches(_items(some), encoder, global_batch=size, seed=0, settings=config)
+        table, autocast = batches.table, setup.autocast
+        return batches, ContrastiveStep(encoder, table, config, world, seed=0, autocast=autocast)
+
+    if config.compile:  # paid for once a training, however long it is
+        batches, step = engine(rows[: config.batch_size])
+        step.backward(batches.batch(0), 0)
+        optimizer.zero_grad()
     _reset_peak(encoder.device)
     began = time.perf_counter()
-    batches = Batches(_items(rows), encoder, global_batch=config.batch_size, seed=0)
-    step = ContrastiveStep(
-        encoder, batches.table, config, World(encoder.device), seed=0, autocast=setup.autocast
-    )
+    batches, step = engine(rows)
     ready = time.perf_counter()
     tokens, flops, peak = 0, 0.0, None
-    for number in range(batches.steps_per_epoch):
-        result = step.backward(batches.batch(number), number)
-        update(optimizer, LR, config.max_grad_norm)
-        tokens, flops, peak = tokens + result.tokens, flops + result.flops, result.peak
+    with batches.ahead() as batch_of:
+        for number in range(batches.steps):
+            result = step.backward(batch_of(number), number)
+            update(optimizer, LR, config.max_grad_norm)
+            tokens, flops, peak = tokens + result.tokens, flops + result.flops, result.peak
     _wait(encoder.device)
     done = time.perf_counter()
     return Run(done - began, done - ready, tokens, flops, peak, _peak_bytes(encoder.device))

@@ -71,7 +71,9 @@ class EncoderConfig(Section):
     ``batch_tokens`` bounds padded tokens per forward pass; ``max_length`` is in tokens.
     ``query_prefix`` and ``memory_prefix`` come before every text of their side. What is set of
     these wins; what is not is as a sentence-transformers folder has it. ``device``: as torch names
-    it, or ``auto``, a GPU where there is one.
+    it, or ``auto``, a GPU where there is one. ``precision``: what it encodes in, by autocast;
+    in ``bf16``, which is what GPUs are fast in, similarities differ by some thousandths, and texts
+    are not padded on a GPU. What a training computes in is accelerate's to say.
     """
 
     model: str = "all-MiniLM-L6-v2"
@@ -81,6 +83,7 @@ class EncoderConfig(Section):
     max_length: PositiveInt = 256
     batch_tokens: PositiveInt = 8192
     device: str = "auto"
+    precision: Literal["float32", "bf16"] = "float32"
 
 
 class IndexConfig(Section):

@@ -169,7 +169,7 @@ class Loader:
         device = str(serving.encoder.device)
         generation = load(self._root, self._name, number, device, rows=False)
         try:
-            generation.encoder.batch_tokens = self._config.encoder.batch_tokens
+            generation.encoder.compute_as(self._config.encoder)
             generation.encoder.encode_queries(["warm-up"])
             following = Serving(number, generation.encoder, serving.shards, generation)
             del serving  # it would outlive the swap
@@ -208,7 +208,7 @@ class Loader:
         return self._serving_of(generation), choice
 
     def _serving_of(self, generation: Generation) -> Serving:
-        generation.encoder.batch_tokens = self._config.encoder.batch_tokens
+        generation.encoder.compute_as(self._config.encoder)
         try:
             return Serving.of(
                 generation, self._store, self._config.served_pools, self._worker.snapshot()

@@ -52,7 +52,8 @@ def enable(models: Sequence[Any], device: torch.device, *, half: bool, dropout: 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     for model in models:
-        model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != NAME:  # asked before every few queries
+            model.set_attn_implementation(NAME)
     return True
 
 

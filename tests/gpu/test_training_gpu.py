@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memshare.config import TrainingConfig
+from memshare.config import EncoderConfig, TrainingConfig
 from memshare.retrieval import packing
 from memshare.retrieval.encoder import Encoder
 from memshare.training import checkpoint
@@ -109,6 +109,15 @@ def test_flash_attention_within_texts_is_one_call_a_text() -> None:
         found.append((out.float(), inputs.grad.float()))
     for got, want in zip(*found, strict=True):
         assert float((got - want).abs().max()) < 0.05 * float(want.abs().max())
+
+
+def test_encoding_in_bf16_packs_and_is_near_the_cpu(folder: Path) -> None:
+    texts = [f"rain and {n} cups of tea " * (1 + n % 7) for n in range(300)]
+    want = Encoder.load(EncoderConfig(model=str(folder), device="cpu")).encode(texts)
+    encoder = Encoder.load(EncoderConfig(model=str(folder), device="cuda", precision="bf16"))
+    got = encoder.encode(texts)
+    assert encoder.model.config._attn_implementation == packing.NAME
+    assert (got * want).sum(1).min() > 0.995
 
 
 def test_memory_is_flat_in_the_batch(folder: Path) -> None:
