@@ -29,7 +29,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -66,9 +66,8 @@ class Passage:
     principal: str | None = None
 
     @classmethod
-    def of(cls, candidate: Candidate) -> Passage:
-        """The passage of one mined candidate."""
-        key = text_key(candidate.text)
+    def of(cls, candidate: Candidate, key: str) -> Passage:
+        """The passage of one mined candidate; ``key``: its text's."""
         value = candidate.loglik
         known = value is not None and math.isfinite(value)
         return cls(
@@ -210,63 +209,65 @@ def select_one(example: Example, config: TrainingConfig) -> Selected | str:
         example.query_id, own_text, text_key(own_text), answer_key(example.answer),
         prompt=text_key(example.query), principal=example.principal,
     )  # fmt: skip
-    others = distinct_candidates(example)
+    others = [Passage.of(candidate, key) for candidate, key in _distinct(example)]
     if example.labels == "none":
         return _selected(example, own, [own], others, floor=math.inf, count=config.hard_negatives)
     if not others:
         return NO_CANDIDATES
     # A score that is missing or not finite says nothing; such a candidate is neither.
-    scored = [c for c in others if c.loglik is not None and math.isfinite(c.loglik)]
+    scored = [p for p in others if p.loglik is not None]
     if not scored:
         return NOT_SCORED
-    scored.sort(key=lambda c: -_score(c))
+    scored.sort(key=lambda p: -_score(p))
     if example.labels == "given":
-        good = [c for c in scored if _score(c) >= 0.0]
+        good = [p for p in scored if _score(p) >= 0.0]
         if not good:
             return NO_LABEL
     else:
         least = -math.inf
         if example.baseline_loglik is not None:
             least = example.baseline_loglik + config.margin
-        good = [c for c in scored if _score(c) > least]
+        good = [p for p in scored if _score(p) > least]
         if not good:
             return NOT_BETTER
     best = good[: config.positives]
     # Given labels are sure: the margin, in nats, is for scores that a LM measured.
     slack = 0.0 if example.labels == "given" else config.false_negative_margin
     floor = _score(best[-1]) - slack
-    taken = {c.id for c in best}
+    taken = {p.id for p in best}
     # Worst first. Sorted, not reversed: of equal ones the first proposed is the hardest.
-    rest = [c for c in sorted(scored, key=_score) if c.id not in taken]
-    positives = [Passage.of(c) for c in best]
-    return _selected(example, own, positives, rest, floor=floor, count=config.hard_negatives)
+    rest = [p for p in sorted(scored, key=_score) if p.id not in taken]
+    return _selected(example, own, best, rest, floor=floor, count=config.hard_negatives)
 
 
-def _score(candidate: Candidate) -> float:
-    assert candidate.loglik is not None  # callers keep scored candidates only
-    return candidate.loglik
+def _score(passage: Passage) -> float:
+    assert passage.loglik is not None  # callers keep scored ones only
+    return passage.loglik
 
 
 def distinct_candidates(example: Example) -> list[Candidate]:
     """Candidates without the query's own memory, copies of it, and repeats."""
+    return [candidate for candidate, _ in _distinct(example)]
+
+
+def _distinct(example: Example) -> Iterator[tuple[Candidate, str]]:
+    """The same with the keys of their texts, which are costly to make."""
     own_key = text_key(memory_text(example.query, example.answer))
     seen_ids, seen_keys = {example.query_id}, {own_key}
-    kept: list[Candidate] = []
     for candidate in example.candidates:
         key = text_key(candidate.text)
         if candidate.id in seen_ids or key in seen_keys:
             continue
         seen_ids.add(candidate.id)
         seen_keys.add(key)
-        kept.append(candidate)
-    return kept
+        yield candidate, key
 
 
 def _selected(
     example: Example,
     own: Passage,
     positives: Sequence[Passage],
-    rest: Sequence[Candidate],
+    rest: Sequence[Passage],
     *,
     floor: float,
     count: int,
@@ -277,9 +278,8 @@ def _selected(
     for passage in positives:
         never |= {passage.id, passage.key}
     negatives: list[Passage] = []
-    for candidate in rest:
-        passage = Passage.of(candidate)
-        if candidate.loglik is not None and candidate.loglik >= floor:
+    for passage in rest:
+        if passage.loglik is not None and passage.loglik >= floor:
             never |= {passage.id, passage.key}
         elif passage.answer in answers or passage.prompt == own.prompt:
             continue

@@ -74,13 +74,13 @@ class TokenTable:
     def _tokenise(self, prefix: str, part: _Part) -> None:
         """Put the waiting texts of one prefix into the file."""
         block, part.waiting, part.chars = part.waiting, [], 0
-        rows = self._encoder.tokenize_to_ids(block, prefix) if block else []
-        full = [i for i, row in enumerate(rows) if len(row) >= self._encoder.max_length]
+        rows = Ragged.of(self._encoder.tokenize_to_ids(block, prefix))
+        full = np.flatnonzero(rows.lengths >= self._encoder.max_length)
         self.truncated += _longer(self._encoder, [prefix + block[i] for i in full])
-        for row in rows:
-            part.starts.append(self._file.tell() // 4)
-            part.lengths.append(len(row))
-            self._file.write(np.array(row, dtype=np.int32).tobytes())
+        starts = self._file.tell() // 4 + rows.lengths.cumsum() - rows.lengths
+        part.starts.extend(starts.tolist())
+        part.lengths.extend(rows.lengths.tolist())
+        self._file.write(rows.ids.astype(np.int32).tobytes())
 
 
 class _Part:
