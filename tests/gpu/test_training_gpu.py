@@ -21,6 +21,7 @@ from memshare.training.gather import World
 from memshare.training.optimizer import make_optimizer, update
 from memshare.training.select import select
 from memshare.training.step import ContrastiveStep
+from memshare.training.towers import prepare
 from tests.tiny import tiny_encoder
 from tests.training_data import examples
 
@@ -45,6 +46,7 @@ def one_step(
     settings = {"batch_size": 64, "dropout": False, "batch_tokens": 512, **changes}
     config = TrainingConfig(**settings)  # type: ignore[arg-type]
     encoder = Encoder.from_folder(folder, device=device)
+    prepare(encoder, config, seed=0)
     data = Batches(select(examples(64), config).items, encoder, global_batch=64, seed=0)
     world = World(torch.device(encoder.device))
     engine = ContrastiveStep(encoder, data.table, config, world, seed=0, autocast=autocast)
@@ -109,6 +111,14 @@ def test_flash_attention_within_texts_is_one_call_a_text() -> None:
         found.append((out.float(), inputs.grad.float()))
     for got, want in zip(*found, strict=True):
         assert float((got - want).abs().max()) < 0.05 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("graph_tokens", [0, 10**6], ids=["cached", "kept"])
+def test_compiled_layers_equal_eager_ones(folder: Path, graph_tokens: int) -> None:
+    loss, want = one_step(folder, "cuda", autocast=bf16, graph_tokens=graph_tokens)
+    got_loss, got = one_step(folder, "cuda", autocast=bf16, graph_tokens=graph_tokens, compile=True)
+    assert got_loss == pytest.approx(loss, rel=0.02)
+    assert got.keys() == want.keys() and cosine(got, want) > 0.99
 
 
 def test_encoding_in_bf16_packs_and_is_near_the_cpu(folder: Path) -> None:
