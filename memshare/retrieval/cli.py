@@ -30,10 +30,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _action(actions, "unpin", _unpin, "let the next publish move CURRENT again")
     push = _action(actions, "push", _push, "put an encoder and its model card on the hub")
     push.add_argument("name", metavar="NAME", help="the retriever's name")
-    push.add_argument("repo", metavar="REPO", help="on the hub: ORG/MODEL")
+    add_push_arguments(push)
     push.add_argument("--number", type=int, help="which generation (default: CURRENT)")
-    push.add_argument("--private", action="store_true", help="of a repository that is made now")
-    push.add_argument("--dry-run", action="store_true", help="show card and files, send nothing")
+
+
+def add_push_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `memshare.retrieval.hub.deliver` asks for."""
+    parser.add_argument("repo", metavar="REPO", help="on the hub: ORG/MODEL")
+    parser.add_argument("--private", action="store_true", help="of a repository that is made now")
+    parser.add_argument("--dry-run", action="store_true", help="show card and files, send nothing")
 
 
 def _action(
@@ -140,15 +145,7 @@ def _unpin(config: Config, args: argparse.Namespace) -> int:
 
 
 def _push(config: Config, args: argparse.Namespace) -> int:
-    from memshare.retrieval.hub import parcel, push
+    from memshare.retrieval import hub
 
-    with parcel(config.generations_dir, args.name, args.number) as found:
-        if args.dry_run:
-            print(found.card())
-            for name, size in found.files.items():
-                print(f"{size:12d} {name}")
-            print(f"generation {found.number}: {len(found.files)} files for {args.repo}; not sent")
-            return 0
-        url = push(found, args.name, args.repo, private=args.private)
-        print(f"generation {found.number}: {len(found.files)} files pushed: {url}")
-    return 0
+    with hub.parcel(config.generations_dir, args.name, args.number) as found:
+        return hub.deliver(found, args)

@@ -1,4 +1,4 @@
-"""Pushing a generation's encoder to Hugging Face's hub.
+"""Pushing an encoder, a generation's or a training's, to Hugging Face's hub.
 
 Only the encoder's folder goes there, its model card with it: index and ids derive from memories
 and stay. Endpoint and token are those of huggingface_hub (``HF_ENDPOINT``, ``HF_TOKEN``, or what
@@ -7,6 +7,7 @@ and stay. Endpoint and token are those of huggingface_hub (``HF_ENDPOINT``, ``HF
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,9 +32,9 @@ class PushError(GenerationError):
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """What is pushed of one generation: ``files`` by their name in the repository, with bytes."""
+    """What is pushed: ``files`` by their name in the repository, with bytes, and what it is."""
 
-    number: int
+    name: str
     folder: Path
     files: dict[str, int]
 
@@ -65,12 +66,12 @@ def parcel(root: Path, retriever: str, number: int | None) -> Iterator[Parcel]:
         }
         if CARD not in files:
             raise PushError(f"{folder}: its encoder has no model card; publish a new generation")
-        yield Parcel(wanted, folder / _ENCODER, files)
+        yield Parcel(f"generation {wanted} of retriever {retriever}", folder / _ENCODER, files)
     finally:
         lease.release()
 
 
-def push(parcel: Parcel, retriever: str, repo: str, *, private: bool) -> str:
+def push(parcel: Parcel, repo: str, *, private: bool) -> str:
     """Make ``repo`` unless it is there, and commit the parcel to it; returns the commit's URL.
 
     ``private`` holds for a repository that is made now. Files in it that the parcel lacks stay.
@@ -87,7 +88,7 @@ def push(parcel: Parcel, retriever: str, repo: str, *, private: bool) -> str:
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=parcel.folder / name)
         for name in parcel.files
     ]
-    message = f"Generation {parcel.number} of retriever {retriever}"
+    message = parcel.name[:1].upper() + parcel.name[1:]
     try:
         made = api.create_repo(repo, private=private or None, exist_ok=True)  # None: its default
         done = api.create_commit(made.repo_id, operations, commit_message=message)
@@ -104,3 +105,16 @@ def push(parcel: Parcel, retriever: str, repo: str, *, private: bool) -> str:
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         raise PushError(f"{repo} was not pushed to {api.endpoint}: {error}") from error
     return str(done.commit_url)
+
+
+def deliver(parcel: Parcel, args: argparse.Namespace) -> int:
+    """`push` by ``args`` of `add_push_arguments`, and say so. Raises `PushError`."""
+    if args.dry_run:
+        print(parcel.card())
+        for name, size in parcel.files.items():
+            print(f"{size:12d} {name}")
+        print(f"{parcel.name}: {len(parcel.files)} files for {args.repo}; not sent")
+        return 0
+    url = push(parcel, args.repo, private=args.private)
+    print(f"{parcel.name}: {len(parcel.files)} files pushed: {url}")
+    return 0

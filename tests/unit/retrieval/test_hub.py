@@ -1,4 +1,4 @@
-"""``memshare generations push``, as a user runs it, against a local server that plays the hub."""
+"""``memshare generations|trainings push``, as a user runs it, against a local server: the hub."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ import yaml
 
 from memshare.config import Config
 from memshare.retrieval.encoder import Encoder
+from memshare.training.export import export
+from memshare.training.outcome import write_result
 from tests.retrieving import fill, make_config, open_store, publish_now
 from tests.tiny import tiny_encoder
 
@@ -103,12 +105,18 @@ def push(
 ) -> subprocess.CompletedProcess[str]:
     folder = config.run.dir.parent
     words = ["generations", "push", "main", "org/model", "--config", str(folder / "config.yaml")]
+    return command(folder, url, *words, *more, token=token)
+
+
+def command(
+    folder: Path, url: str, *words: str, token: str | None = "hf_token"
+) -> subprocess.CompletedProcess[str]:
     hidden = ("HF_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "ALL_PROXY")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     environment |= {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hf"), "NO_PROXY": "127.0.0.1"}
     environment |= {"PYTHONPATH": str(ROOT)} | ({"HF_TOKEN": token} if token else {})
     return subprocess.run(
-        [sys.executable, "-m", "memshare.cli", *words, *more],
+        [sys.executable, "-m", "memshare.cli", *words],
         capture_output=True, text=True, env=environment, timeout=240, check=False,
     )  # fmt: skip
 
@@ -118,7 +126,10 @@ def encoder_folder(config: Config, number: int) -> Path:
 
 
 def on_disk(config: Config, number: int) -> dict[str, bytes]:
-    folder = encoder_folder(config, number)
+    return files_in(encoder_folder(config, number))
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -182,3 +193,24 @@ def test_what_is_not_there_or_not_whole_is_not_pushed(config: Config, hub: Hub) 
         card.write_text(whole)
     assert done.returncode == 2 and "encoder/README.md" in done.stderr
     assert hub.asked == []
+
+
+def test_a_trainings_encoder_is_pushed(tmp_path: Path, hub: Hub) -> None:
+    output = tmp_path / "banking"
+    words = ("trainings", "push", str(output), "org/model")
+    done = command(tmp_path, hub.url, *words)
+    assert done.returncode == 2 and "no training has ended well" in done.stderr
+    output.mkdir()
+    encoder = Encoder.from_folder(tiny_encoder(tmp_path / "tiny"), device="cpu")
+    export(encoder, output / "encoder", {"base_model": "tiny"})
+    write_result(output, "stopped")
+    done = command(tmp_path, hub.url, *words)
+    assert done.returncode == 2 and "(stopped)" in done.stderr and hub.asked == []
+    write_result(output, "trained")
+    done = command(tmp_path, hub.url, *words, "--dry-run", token=None)
+    assert done.returncode == 0 and "README.md\n" in done.stdout and hub.asked == []
+    done = command(tmp_path, hub.url, *words)
+    assert done.returncode == 0, done.stderr
+    assert f"files pushed: {hub.url}/org/model/commit/abc" in done.stdout
+    assert hub.files == files_in(output / "encoder") and "model.safetensors" in hub.files
+    assert hub.message == "Encoder of training banking"
