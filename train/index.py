@@ -183,7 +183,11 @@ def recorded(config: Config, number: int | None, source: str) -> dict[str, Any] 
     home = config.generations_dir / config.retriever.name
     for manifest in reversed(generations(config.generations_dir, config.retriever.name)):
         path = home / folder_name(manifest.number) / "metrics.json"
-        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError) as error:  # damaged: nothing will load it either
+            log(f"generation {manifest.number} can't tell of which round it is ({path}: {error})")
+            continue
         if (metrics.get("round"), metrics.get("encoder")) == (number, source):
             return {"outcome": "published", "generation": manifest.number, **metrics}
     return None
