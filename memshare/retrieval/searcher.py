@@ -115,10 +115,10 @@ class Searcher:
         try:
             return future.result(timeout)
         except TimeoutError:
-            if future.done() and not future.cancelled():
-                raise  # the worker's own
             future.cancel()
-            raise self._timeout(timeout) from None
+        if future.done() and not future.cancelled():
+            return future.result()  # the worker's own error, or its answer, come this instant
+        raise self._timeout(timeout)
 
     async def asearch(
         self, pool: str, query: str, k: int, filter: Filter | None = None, timeout: float = 30.0

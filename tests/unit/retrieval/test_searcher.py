@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def test_notify_is_quicker_than_the_poll(tmp_path: Path, folders: list[Path]) ->
         memory = fill(store, "p", 1)[0]
         searcher.notify("p")
         until(lambda: memory.id in find(searcher, memory))
+        memory = fill(store, "p", 1, seed=1)[0]
+        searcher.wait_visible("p", memory.seq, 30)  # that wakes it too
 
 
 def test_an_error_goes_to_its_caller_alone(
@@ -148,6 +151,18 @@ def test_concurrent_searches_share_batches(searcher: Searcher, store: PoolStore)
     assert after.batches - before.batches < 64 and after.queue_depth == 0
 
 
+def test_a_batch_has_no_more_searches_than_asked_for(tmp_path: Path, folders: list[Path]) -> None:
+    config = make_config(tmp_path, folders[0], max_batch=4)
+    with open_store(config) as store, Searcher(store, config) as searcher:
+        searcher.wait_ready(60)
+
+        async def together() -> None:
+            await asyncio.gather(*[searcher.asearch("p", f"{i}", 1) for i in range(64)])
+
+        asyncio.run(together())
+        assert searcher.stats().batches >= 16
+
+
 def test_deadlines(store: PoolStore, searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
     searcher.wait_ready(60)
     free = threading.Event()
@@ -168,6 +183,31 @@ def test_deadlines(store: PoolStore, searcher: Searcher, monkeypatch: pytest.Mon
     assert time.monotonic() - began < 30
     free.set()
     assert searcher.search("p", "x", 1, timeout=60).hits == ()
+
+
+@pytest.mark.parametrize("outcome", [SearchAnswer(1, ()), EncoderError("no such text")])
+def test_what_comes_as_the_time_is_up_goes_to_the_caller(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch, outcome: SearchAnswer | EncoderError
+) -> None:
+    class Late(Future[SearchAnswer]):
+        """The worker is done between the end of the wait and the look at what came of it."""
+
+        def result(self, timeout: float | None = None) -> SearchAnswer:
+            if not self.done():
+                self.set_running_or_notify_cancel()
+                if isinstance(outcome, EncoderError):
+                    self.set_exception(outcome)
+                else:
+                    self.set_result(outcome)
+                raise TimeoutError
+            return super().result(timeout)
+
+    monkeypatch.setattr(searcher, "_submit", lambda *_: Late())
+    if isinstance(outcome, EncoderError):
+        with pytest.raises(EncoderError, match="no such text"):
+            searcher.search("p", "x", 1, timeout=0.1)
+    else:
+        assert searcher.search("p", "x", 1, timeout=0.1) == outcome
 
 
 def test_close_answers_what_was_accepted(store: PoolStore, config: Config) -> None:
