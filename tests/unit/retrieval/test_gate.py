@@ -66,6 +66,16 @@ def test_a_noisy_gain_on_few_queries_fails() -> None:
     assert not decide(rows([0.5] * 8), noisy, None, GateConfig(margin=0.02), 0).passed
 
 
+def test_a_more_confident_interval_is_wider() -> None:
+    noisy = {
+        q: {name: value + (0.3 if i % 2 else -0.3) for name, value in row.items()}
+        for i, (q, row) in enumerate(rows(BASE[:30]).items())
+    }
+    for confidence, passed in ((0.5, True), (0.99, False)):
+        config = GateConfig(margin=0.07, confidence=confidence)
+        assert decide(rows(BASE[:30]), noisy, None, config, 0).passed is passed
+
+
 def test_small_losses_do_not_add_up() -> None:
     """Each step loses less than the margin against the one before; the best so far stops them."""
     config, shift, steps = GateConfig(margin=0.02), 0.0, 0

@@ -1,0 +1,88 @@
+"""Running the gate: who is compared, over which memories, and what the settings change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from memshare.config import Config, GateConfig
+from memshare.pool.store import PoolStore
+from memshare.records import Memory
+from memshare.retrieval.bm25 import PoolBM25
+from memshare.retrieval.build import build_generation
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.gate import GateResult
+from memshare.retrieval.gate_run import Relevance, gate_built
+from tests.retrieving import fill, publish_now
+
+
+def all_alike(query: Memory, candidates: Sequence[Memory]) -> list[float]:
+    return [0.4] * len(candidates)
+
+
+def gate(
+    store: PoolStore, config: Config, encoder: Encoder, queries: Sequence[Memory],
+    relevance: Relevance = all_alike, **settings: float,
+) -> GateResult:  # fmt: skip
+    config = config.model_copy(update={"gate": GateConfig.model_validate(settings)})
+    built = build_generation(store, config, encoder)
+    return gate_built(store, config, encoder, built, queries, relevance)
+
+
+def test_questions_are_as_many_as_asked_for(
+    store: PoolStore, config: Config, encoders: list[Encoder]
+) -> None:
+    memories = fill(store, "p", 8)
+    assert gate(store, config, encoders[0], memories).queries == 8
+    assert gate(store, config, encoders[0], memories, max_queries=3).queries == 3
+
+
+def test_a_small_gain_is_none(store: PoolStore, config: Config, encoders: list[Encoder]) -> None:
+    memories = fill(store, "p", 8)
+    assert gate(store, config, encoders[0], memories, gain=0.3).queries == 8
+    nothing = gate(store, config, encoders[0], memories, gain=0.5)
+    assert (nothing.queries, nothing.reason) == (0, "no held-out query has a relevant memory")
+
+
+def test_what_bm25_finds_is_judged_too_and_no_more_of_each_than_asked_for(
+    store: PoolStore, config: Config, encoders: list[Encoder]
+) -> None:
+    memories = fill(store, "p", 60)
+    judged: dict[str, set[str]] = {}
+
+    def remember(query: Memory, candidates: Sequence[Memory]) -> list[float]:
+        judged[query.id] = {memory.id for memory in candidates}
+        return all_alike(query, candidates)
+
+    gate(store, config, encoders[0], memories[:5], remember, depth=3)
+    index = PoolBM25(store, "p", config.bm25).index()
+    for query in memories[:5]:
+        (found,) = index.top([query.prompt], 3, [{query.id}])
+        assert {memory_id for memory_id, _ in found} <= judged[query.id]
+        assert len(judged[query.id]) <= 3 + 3  # the current one is the next one: the same three
+
+
+def test_the_configured_encoder_may_be_the_best_so_far(
+    store: PoolStore, config: Config, encoders: list[Encoder]
+) -> None:
+    def same_agent(query: Memory, candidates: Sequence[Memory]) -> list[float]:
+        return [float(memory.agent == query.agent) for memory in candidates]
+
+    memories = fill(store, "p", 12)
+    publish_now(store, config, encoders[1], best=0)
+    verdict = gate(store, config, encoders[0], memories, same_agent)
+    assert verdict.record()["generations"] == {"current": 1, "best": 0}
+    # The next one's encoder is the configured one.
+    assert verdict.figures["best"] == verdict.figures["next"] != verdict.figures["current"]
+
+
+def test_all_search_what_came_while_the_next_one_was_built(
+    store: PoolStore, config: Config, encoders: list[Encoder]
+) -> None:
+    queries = fill(store, "p", 3)
+    publish_now(store, config, encoders[0], best=0)
+    built = build_generation(store, config, encoders[0])
+    fill(store, "p", 4, seed=1)
+    verdict = gate_built(store, config, encoders[0], built, queries, all_alike)
+    for name in ("current", "best"):
+        assert verdict.figures[name] == verdict.figures["next"]
+    assert verdict.figures["next"]["recall@10"] == 1
