@@ -23,6 +23,7 @@ from memshare.retrieval.generation import (
 from memshare.retrieval.index import FlatIndex
 from memshare.retrieval.index_file import write_indexes
 from memshare.retrieval.manifest import MANIFEST, describe, read_manifest
+from memshare.retrieval.publish import activate
 from tests.retrieving import fill, make_config, open_store, publish_now
 from tests.tiny import tiny_encoder
 
@@ -125,6 +126,20 @@ def test_damage_is_refused_and_the_old_one_loads(config: Config, kind: str) -> N
     DAMAGE[kind](root / "main" / "000002")
     with pytest.raises(DamagedGeneration):
         load(root, "main", device="cpu")
+    older = load_current(root, "main", device="cpu")
+    assert older is not None and older.number == 1
+    older.close()
+
+
+def test_a_damaged_one_after_a_roll_back_gives_way_to_an_older_one(
+    config: Config, prepared: Path
+) -> None:
+    """Not to the newer one, which somebody has rolled back from."""
+    root = config.generations_dir
+    with open_store(config) as store:
+        publish_now(store, config, Encoder.from_folder(prepared / "encoder", device="cpu"))
+    activate(root, "main", 2)
+    flip(root / "main" / "000002" / "ids.npy")
     older = load_current(root, "main", device="cpu")
     assert older is not None and older.number == 1
     older.close()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from memshare.config import Config
+from memshare.config import Config, IndexConfig
 from memshare.pool.store import PoolStore
 from memshare.records import Memory, SearchAnswer
 from memshare.retrieval import loader as loader_module
@@ -301,6 +301,19 @@ def test_a_query_tower_of_a_damaged_generation_is_refused(
         write_current(path.parents[3], stage_current(path.parents[3], two, pinned=False))
         until(lambda: "damaged" in (searcher.stats().generation_error or ""))
         assert searcher.search("p", "river stone", 3).generation == 1
+
+
+def test_the_same_encoder_with_another_kind_of_index_brings_its_index(
+    store: PoolStore, config: Config, searcher: Searcher, encoders: list[Encoder]
+) -> None:
+    fill(store, "p", 300)
+    publish_now(store, config, encoders[0])
+    serves(searcher, 1)
+    index = IndexConfig(kind="ivf", approximate_from=100, nprobe=100)
+    publish_now(store, config, encoders[0], index=index)
+    serves(searcher, 2)
+    serving = searcher._worker.serving
+    assert serving is not None and serving.shards["p"]._index.kind == "ivf"
 
 
 @pytest.mark.parametrize("fault", ["index", "label"])

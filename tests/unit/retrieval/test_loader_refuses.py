@@ -9,6 +9,7 @@ import pytest
 
 from memshare.config import Config
 from memshare.pool.store import PoolStore
+from memshare.retrieval import loader as loader_module
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.publish import activate
 from memshare.retrieval.searcher import Searcher
@@ -25,7 +26,7 @@ from tests.swapping import Expected, mixed
 
 def test_a_damaged_generation_is_refused_once_and_the_old_one_serves_on(
     store: PoolStore, config: Config, searcher: Searcher, encoders: list[Encoder],
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     memory = fill(store, "p", 5)[0]
     publish_now(store, config, encoders[0])
@@ -38,16 +39,20 @@ def test_a_damaged_generation_is_refused_once_and_the_old_one_serves_on(
     weights = home / "000002" / "encoder" / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1])
+    tries: list[object] = []
+    real = loader_module.load
+    monkeypatch.setattr(loader_module, "load", lambda *a: (tries.append(a), real(*a))[1])
     (home / "CURRENT").write_text("2\n")
     until(lambda: searcher.stats().generation_error is not None)
     time.sleep(0.3)  # many polls
     assert find(searcher, memory) and searcher.stats().generation == 1
     assert "model.safetensors" in str(searcher.stats().generation_error)
-    assert capsys.readouterr().err.count("serves on") == 1
+    assert len(tries) == capsys.readouterr().err.count("serves on") == 1
     weights.write_bytes(data)
     activate(config.generations_dir, "main", 2)  # CURRENT written again: another try
     serves(searcher, 2)
     until(lambda: searcher.stats().generation_error is None)
+    assert len(tries) == 2
 
 
 def test_start_with_a_damaged_current(
