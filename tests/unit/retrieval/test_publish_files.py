@@ -1,0 +1,39 @@
+"""What a publish leaves on disk: a folder for others to read; and nothing, where it fails."""
+
+from __future__ import annotations
+
+import errno
+import stat
+
+import pytest
+
+from memshare.config import Config
+from memshare.pool.store import PoolStore
+from memshare.retrieval import publish as publish_module
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.generation import current
+from memshare.retrieval.publish import PublishError
+from memshare.retrieval.shelf import numbers
+from tests.retrieving import publish_now
+
+
+def test_others_may_read_it(store: PoolStore, config: Config, encoders: list[Encoder]) -> None:
+    """The temporary folder that it was written in was its writer's alone."""
+    publish_now(store, config, encoders[0])
+    folder = config.generations_dir / "main" / "000001"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+
+
+def test_one_that_can_not_become_current_is_taken_back(
+    store: PoolStore, config: Config, encoders: list[Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "I/O error")
+
+    publish_now(store, config, encoders[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(publish_module, "write_current", broken)
+        with pytest.raises(PublishError, match=r"nothing was published, writing failed: .*I/O"):
+            publish_now(store, config, encoders[0])
+    assert numbers(config.generations_dir / "main") == [1]
+    assert publish_now(store, config, encoders[0]) == 2 == current(config.generations_dir, "main")
