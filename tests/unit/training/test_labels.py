@@ -1,0 +1,100 @@
+"""What a candidate is worth by chat: what is asked, and which answers measure nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from memshare.config import Config, LLMConfig, load_config
+from memshare.pool.store import PoolStore
+from memshare.records import Grade, Memory, NewMemory
+from memshare.training import labels
+from memshare.training.labels import open_labeller
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PoolStore]:
+    """A pool of five memories; no LLM is opened."""
+
+    async def opened(stack: AsyncExitStack, llm: LLMConfig) -> SimpleNamespace:
+        return SimpleNamespace(model=llm.model)
+
+    monkeypatch.setattr(labels, "_open", opened)
+    with PoolStore.open(f"sqlite:///{tmp_path / 'pool.db'}") as store:
+        store.create_pool("main")
+        answers = ("own", "two words", "long", "huge", "odd")
+        store.append([NewMemory("main", f"q{i}", answer) for i, answer in enumerate(answers)])
+        yield store
+
+
+def measured(
+    kind: str, store: PoolStore, query: Memory, *candidates: Memory | None
+) -> tuple[bool, list[float | None]]:
+    """Whether there is a baseline, and what each candidate is worth."""
+    config: Config = load_config(None, [f"mining.labels={kind}"])
+
+    async def run() -> tuple[bool, list[float | None]]:
+        async with open_labeller(config, store) as labeller:
+            assert labeller.measure is not None
+            worth = [await labeller.measure(query, candidate) for candidate in candidates]
+            assert labeller.calls() == len(candidates)
+            return labeller.has_baseline, worth
+
+    return asyncio.run(run())
+
+
+class Echo:
+    """An agent that repeats the question and what it was shown; "huge" does not fit its prompt."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    async def answer(self, question: str, shown: list[Memory], seed: int) -> SimpleNamespace:
+        text = " ".join([question, *(memory.answer for memory in shown)])
+        used = [memory.id for memory in shown if memory.answer != "huge"]
+        return SimpleNamespace(text=text, cut_off="long" in text, used=used)
+
+
+class Counts:
+    """A scorer that gives ten points a word; of "odd" it can make nothing."""
+
+    async def grade(self, prompt: str, answer: str, rubric: str) -> Grade:
+        return Grade(None if "odd" in answer else 10.0 * len(answer.split()))
+
+
+def test_a_reward_is_the_grade_of_an_answer_that_is_whole_and_was_shown_the_candidate(
+    store: PoolStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labels, "Agent", Echo)
+    monkeypatch.setattr(labels, "make_scorer", lambda *_: Counts())
+    query, *others = store.iter("main")
+    baseline, worth = measured("reward", store, query, None, *others)
+    assert baseline and worth == [pytest.approx(0.1), pytest.approx(0.3), None, None, None]
+
+
+def test_prompted_is_the_log_of_what_the_scorer_states(
+    store: PoolStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    class Stated:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        async def score(self, *what: Any) -> float | None:
+            asked.append(what)
+            return {"two words": 0.25, "long": 0.0}.get(what[2][0][1])
+
+    monkeypatch.setattr(labels, "Prompted", Stated)
+    query, *others = store.iter("main")
+    baseline, worth = measured("prompted", store, query, *others)
+    assert not baseline
+    assert worth == [math.log(0.25), pytest.approx(math.log(1e-6)), None, None]
+    assert asked[0] == ("q0", "own", [("q1", "two words")])

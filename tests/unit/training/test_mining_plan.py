@@ -1,0 +1,59 @@
+"""The plan of a round: begun once, and gone on with as it was begun or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memshare.config import load_config
+from memshare.pool.store import PoolStore
+from memshare.records import NewMemory
+from memshare.training.examples import ExamplesError, round_dir
+from memshare.training.journal import Span
+from memshare.training.mining_plan import Plan, plan_round, split_memories
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[PoolStore]:
+    with PoolStore.open(f"sqlite:///{tmp_path / 'pool.db'}") as store:
+        store.create_pool("main")
+        prompts = [f"some question of many words, number {i}" for i in range(12)]
+        store.append([NewMemory("main", prompt, "an answer") for prompt in prompts])
+        yield store
+
+
+def plan(
+    store: PoolStore, folder: Path, *sets: str, until: int = 12, proposer: int | None = None
+) -> Plan:
+    config = load_config(None, [f"run.dir={folder}", "mining.labels=likelihood", *sets])
+    target = round_dir(config.examples_dir, 1)
+    target.mkdir(parents=True, exist_ok=True)
+    return plan_round(store, config, 1, {"main": Span(0, until)}, {}, target, proposer)
+
+
+def test_a_round_is_planned_once(store: PoolStore, tmp_path: Path) -> None:
+    first = plan(store, tmp_path)
+    for sets, until, proposer in (
+        ((), 11, None),
+        ((), 12, 3),
+        (("scorer_llm.model=other",), 12, None),
+        (("bm25.k1=0.5",), 12, None),
+        (("mining.candidates=7",), 12, None),
+    ):
+        with pytest.raises(ExamplesError, match="begun with"):
+            plan(store, tmp_path, *sets, until=until, proposer=proposer)
+    # Iterations and what only training looks at change nothing of it.
+    assert plan(store, tmp_path, "mining.iterations=2", "training.lr=1e-3") == first
+
+
+def test_memories_on_hold_have_their_fates(store: PoolStore, tmp_path: Path) -> None:
+    """So that releasing one moves no other."""
+    config = load_config(None, [f"run.dir={tmp_path}", "split.held_out=0.5"])
+    ids = [memory.id for memory in store.iter("main")]
+    store.hold(ids[0])
+    fates = split_memories(store, config)
+    assert fates.keys() == set(ids)
+    store.release(ids[0])
+    assert split_memories(store, config) == fates

@@ -1,0 +1,61 @@
+"""Continuing a run: what may differ, which best step is kept, and what is deleted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from memshare.config import TrainingConfig
+from memshare.training import checkpoint
+from memshare.training.checkpoint import Best, TrainState
+from memshare.training.gather import World
+from memshare.training.optimizer import make_optimizer
+from memshare.training.resume import find, fixed_settings, resume
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return nn.Linear(2, 2)
+
+
+@pytest.fixture
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return make_optimizer(model, TrainingConfig())
+
+
+def test_how_often_it_is_told_and_saved_may_change() -> None:
+    plain = fixed_settings(TrainingConfig())
+    assert fixed_settings(TrainingConfig(checkpoint_every=7, log_every=9)) == plain
+    assert fixed_settings(TrainingConfig(lr=0.1)) != plain
+
+
+def test_a_best_by_other_held_out_examples_is_forgotten(
+    tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    best = Best(2, {"nDCG@10": 0.9}, {"nDCG@10": 0.1})
+    state = TrainState(3, {"held_out": "a", "steps": 5}, 7, "x", best=best)
+    checkpoint.save(tmp_path, model, optimizer, state, checkpoint.trainable(model))
+    for held_out, kept in (("a", best), ("b", None)):
+        now = {"held_out": held_out, "steps": 9}
+        found = find(tmp_path, now, must=True, allow_change=True)
+        assert found is not None and found[1].best == kept
+        assert found[1].settings == now
+
+
+def test_a_damaged_checkpoint_after_the_one_it_goes_on_from_is_deleted(
+    tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """What comes after the step that a run goes on from, it writes anew."""
+    start = TrainState(0, {}, 7, "x")
+    good, damaged = (
+        checkpoint.save(tmp_path, model, optimizer, TrainState(step, {}, 7, "x"))
+        for step in (5, 10)
+    )
+    (damaged / "state.json").write_text("")
+    world = World(torch.device("cpu"))
+    state, _ = resume(tmp_path, start, model, optimizer, world, how="auto", allow_change=False)
+    assert state.step == 5
+    assert checkpoint.checkpoints(tmp_path) == [good] and not damaged.exists()
