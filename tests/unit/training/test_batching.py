@@ -51,6 +51,13 @@ def test_an_epoch_sees_every_example_once_in_even_batches(encoder: Encoder) -> N
     assert seen != [batch.query_ids for batch in epoch(batches(encoder, examples(35), seed=1))]
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(0.3, 2), (1.5, 6), (2, 8)])
+def test_epochs_may_be_parts_of_one(encoder: Encoder, epochs: float, steps: int) -> None:
+    config = TrainingConfig(epochs=epochs)
+    items = select(examples(32), config).items
+    assert Batches(items, encoder, global_batch=8, seed=0, settings=config).steps == steps
+
+
 def test_a_batch_is_of_one_pool(encoder: Encoder) -> None:
     data = batches(encoder, examples(20) + examples(12, pool="other"))
     pools = [{q.split("-")[0] for q in batch.query_ids} for batch in epoch(data)]

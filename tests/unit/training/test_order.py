@@ -52,6 +52,12 @@ def test_a_temperature_lifts_small_pools(temperature: float, expected: tuple[int
     assert len(later) == 136
 
 
+def test_a_pool_too_small_for_a_batch_of_an_epoch_has_one_all_the_same() -> None:
+    both = [*items([None] * 200), *items([None], "small")]
+    order = Order(both, global_batch=4, seed=0, pool_temperature=1.01)
+    assert [200] in epoch(order)
+
+
 def written(made: list[Selected], positives: list[list[str | None]]) -> list[Selected]:
     """The same queries, each with as many positives as there are authors given."""
     return [

@@ -121,6 +121,17 @@ def test_a_generation_proposes_with_its_own_vectors(
     assert frozen != encoded
 
 
+def test_what_came_after_the_round_s_position_is_not_proposed(
+    config: Config, store: PoolStore
+) -> None:
+    found = list(store.iter("main"))
+    with open_proposer(config, None) as proposer:
+        for by in (None, proposer):
+            proposals = PoolProposals(store, config, "main", 3, {}, by)
+            (row,) = proposals.propose(found[:1])
+            assert {p.id for p in row} == {memory.id for memory in found[1:3]}
+
+
 @pytest.mark.parametrize("setting", ["mining.dense_candidates=0", "mining.labels=none"])
 def test_bm25_alone(config: Config, store: PoolStore, setting: str) -> None:
     config = load_config(None, [f"run.dir={config.run.dir}", "encoder.model=/none", setting])

@@ -9,6 +9,7 @@ import pytest
 from memshare.config import load_config
 from memshare.pool.store import PoolStore
 from memshare.records import Candidate, Example, NewMemory
+from memshare.training import rounds as rounds_module
 from memshare.training.erasing import erase_deleted
 from memshare.training.examples import (
     held_out_dir,
@@ -24,6 +25,7 @@ from memshare.training.rounds import (
     forget_stale_checkpoints,
     last_begun,
     last_mined,
+    latest_encoder,
     new_ids,
     next_round,
     open_spans,
@@ -59,6 +61,16 @@ def test_new_memories_come_from_the_log(store: PoolStore) -> None:
     assert new_ids(store, "two", Span(0, 1)) == [d]
 
 
+def test_new_memories_over_many_pages_of_the_log(
+    store: PoolStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds_module, "_PAGE", 2)
+    ids = add(store, "one", *"abcdefg")
+    assert new_ids(store, "one", Span(0, 5)) == ids[:5]
+    assert new_ids(store, "one", Span(3, 7)) == ids[3:]
+    assert count_new(store, {}, ("one", "two")) == 7
+
+
 def write_round(folder: Path, number: int, *ids: str, finish: bool = True) -> Path:
     target = round_dir(folder, number)
     rows = [
@@ -81,6 +93,30 @@ def test_last_rounds(tmp_path: Path) -> None:
     write_round(tmp_path, 3, "z", finish=False)
     assert last_mined(tmp_path) == (2, {"one": 20})
     assert last_begun(tmp_path) == 3
+
+
+def test_a_round_begins_where_the_loop_or_mining_by_hand_ended(
+    store: PoolStore, tmp_path: Path
+) -> None:
+    config = load_config(None, [f"run.dir={tmp_path}", "pools={one: {}, two: {}}"])
+    add(store, "one", *"abcdefghijkl")
+    add(store, "two", "m", "n")
+    assert next_round(config, store, Journal()).spans == {"one": Span(0, 12), "two": Span(0, 2)}
+    write_round(config.examples_dir, 1, "x")  # up to 10
+    write_round(config.examples_dir, 3, "y", finish=False)
+    by_hand = next_round(config, store, Journal())
+    assert (by_hand.number, by_hand.spans["one"]) == (4, Span(10, 12))
+    before = Round(5, {"one": Span(0, 11), "two": Span(0, 1)}, "start", "done", "published")
+    by_loop = next_round(config, store, Journal((before,)))
+    assert by_loop.number == 6
+    assert by_loop.spans == {"one": Span(11, 12), "two": Span(1, 2)}
+
+
+def test_the_last_iteration_of_the_last_round_has_the_latest_encoder(tmp_path: Path) -> None:
+    for name in ("000001", "000002", "000002/iteration-2", "000002/iteration-3"):
+        (tmp_path / "training" / name / "encoder").mkdir(parents=True)
+    home = tmp_path / "training" / "000002"
+    assert latest_encoder(tmp_path) == home / "iteration-3" / "encoder"
 
 
 def test_what_is_deleted_or_held_leaves_the_examples(store: PoolStore, tmp_path: Path) -> None:
@@ -125,11 +161,12 @@ def test_changed_examples_start_training_afresh(tmp_path: Path) -> None:
     assert not forget_stale_checkpoints(output, folder)
 
 
+@pytest.mark.parametrize(("warm", "source"), [("true", "run/training/000004"), ("false", None)])
 def test_a_warm_round_goes_on_from_the_training_of_what_serves(
-    store: PoolStore, tmp_path: Path
+    store: PoolStore, tmp_path: Path, warm: str, source: str | None
 ) -> None:
     """Not from the last iteration of its round, which may have had nothing to train on."""
-    changes = ["training.warm_optimizer=true", "pools={one: {}, two: {}}"]
+    changes = [f"training.warm_optimizer={warm}", "pools={one: {}, two: {}}"]
     config = load_config(None, [f"run.dir={tmp_path / 'run'}", *changes])
     home = config.generations_dir / config.retriever.name
     home.mkdir(parents=True)
@@ -138,4 +175,6 @@ def test_a_warm_round_goes_on_from_the_training_of_what_serves(
     before = Round(
         4, {}, "start", "done", "published", {"index": published}, iterations=2, iteration=2
     )
-    assert next_round(config, store, Journal((before,))).warm == "run/training/000004"
+    following = next_round(config, store, Journal((before,)))
+    assert following.warm == source
+    assert following.encoder == str(home / "000007" / "encoder")
