@@ -309,12 +309,16 @@ def test_gradients_are_clipped_where_asked_to(most: float | None, kept: float) -
         assert param.tolist() == pytest.approx([-3.0 * kept, -4.0 * kept], rel=1e-5)  # both times
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_learning_rate(schedule: str) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "quarters"), [("linear", (0.75, 0.5, 0.25)), ("cosine", (0.854, 0.5, 0.146))]
+)
+def test_learning_rate(schedule: str, quarters: tuple[float, ...]) -> None:
     factors = [lr_factor(step, 100, 0.1, schedule) for step in range(100)]  # type: ignore[arg-type]
     assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0 and factors[10] == 1.0
     assert all(a >= b for a, b in pairwise(factors[10:]))
     assert 0 < factors[-1] < 0.02
+    found = [lr_factor(step, 100, 0.0, schedule) for step in (25, 50, 75)]  # type: ignore[arg-type]
+    assert found == pytest.approx(quarters, abs=1e-3)
     assert lr_factor(0, 1, 0.1, schedule) == 1.0  # type: ignore[arg-type]
 
 
