@@ -140,6 +140,28 @@ def test_garbled_structured_grade_rejects(run: Run) -> None:
     run(body, scorer=scorer, pools={"keep": {"threshold": 0, "rubric": "logic"}})
 
 
+class Gives(Scorer):
+    """The same grade to every pair."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    async def _grade(self, prompt: str, answer: str, rubric_text: str) -> Grade:
+        return Grade(self.value)
+
+
+def test_a_grade_at_the_threshold_is_enough(run: Run) -> None:
+    async def body(shared: SharedMemory) -> None:
+        for value, reason in ((62.4, "below threshold"), (62.5, "stored")):
+            shared.scorer = Gives(value)
+            decision = await shared.grade_and_store(Pair("keep", "Why?", "Because."))
+            assert (decision.reason, decision.score) == (reason, value)
+        (memory,) = shared.store.iter("keep")
+        assert memory.score == 62.5
+
+    run(body, pools={"keep": {"threshold": 62.5}})
+
+
 class Refuses(Scorer):
     """An LLM server's refusal or absence can't be had from an LLM in this process."""
 

@@ -18,7 +18,9 @@ from memshare.gateway.logs import JsonLines
 from memshare.pool.errors import PoolUnavailable
 from memshare.pool.keys import KeyRing
 from memshare.pool.store import PoolStore
+from memshare.retrieval.encoder import Encoder
 from tests.callers import Caller
+from tests.retrieving import fill, publish_now
 from tests.unit.gateway.conftest import running
 
 
@@ -104,6 +106,25 @@ def test_rights_hold_on_every_route(gated: TestClient) -> None:
     assert statuses("GET", "/v1/models") == [200] * 5
     assert statuses("DELETE", f"/v1/memories/{id_}") == [403, 404, 403, 200, 404]
     assert both("DELETE", f"/v1/memories/{own}").status_code == 200  # its own
+
+
+def test_generations_name_the_pools_that_a_key_may_read_alone(tmp_path: Path, models: Path) -> None:
+    with running(tmp_path, models, keys_required=True) as client:
+        shared = client.app.state.gateway.shared  # type: ignore[attr-defined]
+        fill(shared.store, "keep", 3)
+        fill(shared.store, "strict", 2)
+        encoder = Encoder.from_folder(models / "encoder", device="cpu")
+        publish_now(shared.store, shared.config, encoder)
+
+        def told(**rights: str) -> tuple[dict[str, int], str]:
+            reply = Caller(client, "ann", **rights)("GET", "/v1/retrievers/main/generations")
+            (generation,) = reply.json()["generations"]
+            return generation["positions"], reply.text
+
+        assert told(every="read")[0] == {"keep": 3, "strict": 2}
+        positions, text = told(keep="read", strict="write")
+        assert positions == {"keep": 3} and "strict" not in text
+        assert told(other="admin")[0] == {}
 
 
 def test_nobody_votes_for_a_memory_of_their_own(gated: TestClient) -> None:

@@ -192,16 +192,29 @@ def test_feedback_is_one_opinion_and_shows_on_the_memory(client: TestClient) -> 
     assert client.post("/v1/memories/none/feedback", json={"value": 1}).status_code == 404
 
 
+EXPORTED = {
+    "pool": "keep",
+    "prompt": "from an export",
+    "answer": "x",
+    "id": "export-1",
+    "score": 91,
+    "agent": "ann",
+    "created_at": "2020-01-02T03:04:05Z",
+}
+
+
+def test_an_admins_import_is_not_scored_again(tmp_path: Path, models: Path) -> None:
+    with running(tmp_path, models, gateway={"score_writes": True}) as client:
+        reply = client.post("/v1/memories", json={"import": True, "items": [EXPORTED]})
+        assert reply.status_code == 201
+        (result,) = reply.json()["results"]
+        assert (result["id"], result["status"]) == ("export-1", "stored")
+        memory = client.get("/v1/memories/export-1").json()
+        assert (memory["score"], memory["created_at"][:4]) == (91, "2020")
+
+
 def test_an_admins_import_brings_its_provenance(client: TestClient) -> None:
-    item = {
-        "pool": "keep",
-        "prompt": "from an export",
-        "answer": "x",
-        "id": "export-1",
-        "score": 91,
-        "agent": "ann",
-        "created_at": "2020-01-02T03:04:05Z",
-    }
+    item = EXPORTED
     body = {"import": True, "items": [item, {**item, "prompt": "bad", "score": "good"}]}
     first, second = client.post("/v1/memories", json=body).json()["results"]
     assert (first["id"], first["status"], second["status"]) == ("export-1", "stored", "rejected")
