@@ -111,15 +111,18 @@ def test_lora_and_two_rounds_in_one_run(base: Path, tmp_path: Path, program: Mod
     assert trained.query_fingerprint() != before.query_fingerprint()
 
 
-@pytest.mark.parametrize(("number", "peak"), [(1, 1e-3), (2, 5e-4)])
-def test_a_later_round_learns_more_slowly_where_asked_to(
-    base: Path, tmp_path: Path, program: ModuleType, number: int, peak: float
+def test_a_later_round_has_its_own_seed_and_learns_more_slowly_where_asked_to(
+    base: Path, tmp_path: Path, program: ModuleType
 ) -> None:
-    output = tmp_path / "out"
+    seeds = set()
     more = ("--set=training.round_lr_decay=0.5", "--set=training.log_every=1")
-    assert program.main([*options(base, output, *more, steps=4), "--round", str(number)]) == 0
-    want = [peak * lr_factor(step, 4, 0.1, "linear") for step in range(4)]
-    assert [line["lr"] for line in logged(output)] == pytest.approx(want) and max(want) == peak
+    for number, peak in ((1, 1e-3), (2, 5e-4)):
+        output = tmp_path / str(number)
+        assert program.main([*options(base, output, *more, steps=4), "--round", str(number)]) == 0
+        want = [peak * lr_factor(step, 4, 0.1, "linear") for step in range(4)]
+        assert [line["lr"] for line in logged(output)] == pytest.approx(want) and max(want) == peak
+        seeds.add(result(output)["seed"])
+    assert len(seeds) == 2
 
 
 def test_query_only_resumes_to_the_same_bits_and_keeps_the_memory_tower(

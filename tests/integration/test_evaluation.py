@@ -216,6 +216,7 @@ def test_other_held_out_examples_are_a_change(
     """A best by other questions is no best; told to go on all the same, it is found anew."""
     output, other = tmp_path / "out", tmp_path / "other"
     assert program.main(options(base, output, EVERY_2, steps=4)) == 0
+    stale = evaluations(output)
     shutil.copytree(held_out_dir(base / "round-1"), other)
     write_shard(other / "shard-00000.parquet", examples(6, seed=3, start=3000))
     changed = options(base, output, EVERY_2, "--held-out", str(other), steps=8)
@@ -225,4 +226,8 @@ def test_other_held_out_examples_are_a_change(
     assert said(output)["queries"] == 6 and list(evaluations(output)) == [0, 2, 4, 6, 8]
     [*_, last] = checkpoint.checkpoints(output / "checkpoints")
     best = checkpoint.read_state(last).best
+    looked = evaluations(output)
     assert best is not None and best.step >= 4
+    assert (best.metrics, best.start) == (looked[best.step], looked[4])
+    assert looked[4] != stale[4]
+    assert said(output)["best"] == best.metrics
