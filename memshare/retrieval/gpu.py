@@ -29,6 +29,7 @@ _PROBE = """
 import sys, numpy, torch, faiss
 rows = numpy.eye(8, dtype="float32")
 place = faiss.StandardGpuResources()
+place.setTempMemory(2**20)  # by itself 1.5 GiB, which a busy card may not have
 index = faiss.index_cpu_to_gpu(place, int(sys.argv[1]), faiss.IndexFlatIP(8))
 index.add(rows)
 index.search(rows, 1)
