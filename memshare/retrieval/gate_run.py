@@ -172,6 +172,7 @@ def gate_built(
         if queries or config.gate.canaries is not None:
             for rival in (current, following, champion):
                 if rival is not None:
+                    rival.encoder.compute_as(config.encoder)  # as it would serve
                     rival.catch_up(store)
         verdict = run_gate(store, config, current, following, champion, queries, relevance)
         # Where nothing could be measured, the best stays the best.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import pytest
+
 from memshare.config import Config, GateConfig
 from memshare.pool.store import PoolStore
 from memshare.records import Memory
@@ -86,3 +89,24 @@ def test_all_search_what_came_while_the_next_one_was_built(
     for name in ("current", "best"):
         assert verdict.figures[name] == verdict.figures["next"]
     assert verdict.figures["next"]["recall@10"] == 1
+
+
+def test_all_search_as_they_would_serve(
+    store: PoolStore, config: Config, encoders: list[Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories = fill(store, "p", 6)
+    for encoder in encoders[:2]:
+        publish_now(store, config, encoder, best=1)
+    half = config.encoder.model_copy(update={"precision": "bf16"})
+    config = config.model_copy(update={"encoder": half})
+    seen: list[bool] = []
+    encode = Encoder.encode_queries
+
+    def remember(encoder: Encoder, prompts: Sequence[str]) -> np.ndarray:
+        seen.append(encoder.bf16)
+        return encode(encoder, prompts)
+
+    monkeypatch.setattr(Encoder, "encode_queries", remember)
+    verdict = gate(store, config, encoders[0], memories)
+    assert verdict.record()["generations"] == {"current": 2, "best": 1}
+    assert len(seen) >= 3 and all(seen)
