@@ -130,7 +130,8 @@ def measure(setup: Setup, seed: int, sizes: dict[str, Any]) -> tuple[dict[str, f
         some = rows[: batch * count]
         peer = warm(theirs_once, setup, some, batch, mini)
         found: dict[str, Any] = {}
-        for compiled, name in ((False, ""), (True, "_compiled")):
+        for compiled in sizes["compiled"]:
+            name = "_compiled" if compiled else ""
             how = settings(batch, budget, cached=True, compiled=compiled)
             run = warm(ours_once, setup, some, how)
             found["ours" + name] = figures(run, run.tokens)
@@ -170,6 +171,7 @@ def main() -> None:
         "mini_batches": (4, 8) if args.quick else MINI_BATCHES,
         "batch_tokens": 512 if args.quick else BATCH_TOKENS,
         "docs": 64 if args.quick else DOCS,
+        "compiled": (False, True),
         "middle": 20.0 if args.quick else 55.0,
     }
     flash = cuda and is_flash_attn_2_available()

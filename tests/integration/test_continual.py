@@ -167,7 +167,7 @@ def test_an_interrupted_training_starts_afresh_with_other_settings(make_run: Any
     assert done["outcome"] == "published"
     assert [done["results"]["train"][name] for name in ("steps", "processes")] == [4, 2]
     said = log_file.read_text()
-    assert said.count("continuing from") == said.count("begun with other settings") == 1
+    assert said.count("continuing from") == said.count("made with other settings") == 1
     for change in ("processes: 1 -> 2", "max_steps: 100000 -> 4", "lr: 0.001 -> 0.002"):
         assert change in said
 

@@ -27,11 +27,11 @@ def test_the_gpu_benchmark_runs_on_a_tiny_model(tmp_path: Path) -> None:
     setup = trainers.Setup(str(tmp_path), "cpu", bf16=True)
     sizes = {
         "steps": {2: 2, 4: 1}, "mini_batches": (2,), "batch_tokens": 64, "docs": 4, "middle": 5.0,
+        "compiled": (False,),  # test_towers compiles, which takes half a minute
     }  # fmt: skip
     claims, details = gpu_train.measure(setup, 0, sizes)
-    speed = {f"speedup_b{batch}{how}" for batch in (2, 4) for how in ("", "_compiled")}
     encoding = {"encode_docs_per_second", "encode_docs_per_second_float32"}
-    assert claims.keys() == speed | encoding  # no GPU, no MFU
+    assert claims.keys() == {"speedup_b2", "speedup_b4"} | encoding  # no GPU, no MFU
     assert all(value > 0 for value in claims.values())
     assert details["batch_2"]["ours"]["model_tflops_per_second"] > 0
     assert details["peer_mini_batch"] == 2
