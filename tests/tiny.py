@@ -6,6 +6,7 @@ import string
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from memshare.retrieval.encoder import Encoder, Pooling, Settings
+from memshare.retrieval.ragged import Ragged
 
 MAX_POSITIONS = 128
 
@@ -46,6 +48,11 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         sep_token="[SEP]",
         mask_token="[MASK]",
     )
+
+
+def lists(rows: Ragged) -> list[list[int]]:
+    """The token ids of each text."""
+    return [row.tolist() for row in np.split(rows.ids, rows.lengths.cumsum()[:-1])]
 
 
 def tiny_encoder(

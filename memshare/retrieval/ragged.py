@@ -40,10 +40,6 @@ class Ragged:
         at, _ = spans((ends - self.lengths)[which], ends[which])
         return Ragged(self.ids[at], self.lengths[which])
 
-    def lists(self) -> list[list[int]]:
-        """One list of ids a text."""
-        return [row.tolist() for row in np.split(self.ids, self.lengths.cumsum()[:-1])]
-
     def padded(self, filler: int) -> tuple[Ints, Ints]:
         """Ids (texts, longest), with ``filler`` on the right, and which of them are ids, as 1."""
         real = np.arange(self.lengths.max()) < self.lengths[:, None]

@@ -35,7 +35,7 @@ def check_driver() -> None:
         raise ConfigError(
             f"this machine's driver has {count.value} GPUs, and torch {torch.__version__}, built "
             f"{build}, can't use them: install a newer driver, or the torch that fits this one "
-            "(pytorch.org has builds for older ones); to use the CPU, set CUDA_VISIBLE_DEVICES="
+            "(PyTorch has builds for older ones); to use the CPU, set CUDA_VISIBLE_DEVICES="
         )
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-# isort: split
-
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.publish import activate
 from memshare.retrieval.searcher import Searcher

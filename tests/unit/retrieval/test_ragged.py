@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memshare.retrieval.ragged import Ragged, on_device, spans
+from tests.tiny import lists
 
 ROWS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=8)
 
@@ -15,9 +16,9 @@ ROWS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1,
 @given(ROWS, st.data())
 def test_it_holds_what_the_lists_hold(rows: list[list[int]], data: st.DataObject) -> None:
     ragged = Ragged.of(rows)
-    assert len(ragged) == len(rows) and ragged.lists() == rows
+    assert len(ragged) == len(rows) and lists(ragged) == rows
     which = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1))
-    assert ragged.take(np.array(which)).lists() == [rows[i] for i in which]
+    assert lists(ragged.take(np.array(which))) == [rows[i] for i in which]
     ids, real = ragged.padded(7)
     width = max(map(len, rows))
     assert ids.tolist() == [row + [7] * (width - len(row)) for row in rows]

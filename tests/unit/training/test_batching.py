@@ -16,7 +16,7 @@ from memshare.training.batching import Batches, cut, cut_packed, deal
 from memshare.training.select import select
 from memshare.training.step_batch import StepBatch
 from memshare.training.token_table import TokenTable
-from tests.tiny import tiny_encoder
+from tests.tiny import lists, tiny_encoder
 from tests.training_data import candidate, example, examples
 
 CPU = torch.device("cpu")
@@ -94,7 +94,7 @@ def test_batches_are_those_of_when_all_of_it_was_in_memory(
         for array in (batch.texts, batch.rows, batch.positives, batch.logliks, *masks):
             found.update(repr((array.shape, array.dtype, array.tolist())).encode())
         found.update(repr((batch.query_ids, batch.docs)).encode())
-        for row in data.table.rows(batch.texts).lists():
+        for row in lists(data.table.rows(batch.texts)):
             found.update(repr(row).encode())
     found.update(repr(data.table.lengths.tolist()).encode())
     found.update(repr(data.doc_rows.tolist()).encode())
@@ -251,7 +251,7 @@ def test_texts_longer_than_the_model_are_cut_and_counted(encoder: Encoder) -> No
     )
     for prefix, text in named:
         want = encoder.tokenize_to_ids([text], prefix)[0]
-        assert table.rows(np.array([table.row(prefix, text)])).lists() == [want]
+        assert lists(table.rows(np.array([table.row(prefix, text)]))) == [want]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
