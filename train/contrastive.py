@@ -38,7 +38,7 @@ from memshare.training.resume import HOW, fixed_settings, resume, without_ruined
 from memshare.training.select import select
 from memshare.training.sharding import spread
 from memshare.training.step import ContrastiveStep
-from memshare.training.step_result import StepFailed, memory_told
+from memshare.training.step_result import LogInterval, StepFailed, memory_told
 from memshare.training.towers import FrozenMemories, prepare
 from memshare.training.tracking import Tracker, new_run_id, wandb_mode
 from memshare.training.validation import Validation
@@ -154,6 +154,7 @@ def train(
         frozen=FrozenMemories.of(encoder, batches, world, settings, accelerator.autocast),
     )  # fmt: skip
     validation = Validation(held_out, encoder, world, tracker, settings, steps=steps, weights=best)
+    shown = LogInterval()
     with without_ruined(root, world.main), memory_told(), batches.ahead() as batch_of:
         state = validation.first(state)
         todo = range(state.step, state.step if validation.finished(state) else steps)
@@ -164,13 +165,12 @@ def train(
             lr = peak * lr_factor(step, steps, settings.warmup_ratio, settings.schedule)
             norm = update(optimizer, lr, settings.max_grad_norm)
             seconds = time.perf_counter() - began
+            shown.add(result, seconds)
             gradient.check(norm, batch, step, last=result.stop or validation.pauses(step + 1))
-            state = state.after(result.loss, result.tokens, result.padded, seconds, batch.idle)
-            state = validation.after(state)
+            state = validation.after(state.after(result, seconds, batch.idle))
             last = validation.finished(state) or result.stop
             if last or state.step % settings.log_every == 0:
-                figures = {**result.figures(seconds), "lr": lr, "grad_norm": norm}
-                tracker.show(state.step, steps, figures)
+                tracker.show(state.step, steps, {**shown.figures(), "lr": lr, "grad_norm": norm})
             if last or state.step % settings.checkpoint_every == 0:
                 best = validation.weights
                 checkpoint.save(root, encoder.model, optimizer, state, best, writes=world.main)

@@ -97,10 +97,10 @@ class TrainingConfig(Section):
     training. ``epochs``: passes over the examples; ``weight_decay``: AdamW's, of matrices alone;
     ``warmup_ratio``: share of the steps in which the learning rate rises to ``lr``;
     ``max_grad_norm``: a longer gradient (L2) is shortened to it; ``checkpoint_every`` and
-    ``log_every``: in steps, beside the last one. ``round_lr_decay``: what each continual round
-    multiplies the learning rate of the one before by, down to a tenth of ``lr`` (1: all rounds
-    alike); ``warm_optimizer``: a round starts from the optimizer state with which the training of
-    the encoder that serves has ended.
+    ``log_every``: in steps, beside the last one; a line of the log has means over those since the
+    one before. ``round_lr_decay``: what each continual round multiplies the learning rate of the
+    one before by, down to a tenth of ``lr`` (1: all rounds alike); ``warm_optimizer``: a round
+    starts from the optimizer state with which the training of the encoder that serves has ended.
     """
 
     positives: PositiveInt = 1

@@ -26,6 +26,7 @@ from memshare.files import fsync_dir, sha256_file, write_json
 from memshare.progress import log
 from memshare.training.optimizer import like, load_state_tensors, state_tensors
 from memshare.training.outcome import Refused
+from memshare.training.step_result import StepResult
 
 KEEP = 2  # a damaged one leaves the one before
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -82,16 +83,14 @@ class TrainState:
     idle: float = 0.0
     skipped: int = 0
 
-    def after(
-        self, loss: float, tokens: int, padded: int, seconds: float, idle: float = 0.0
-    ) -> TrainState:
-        """The state one step later."""
+    def after(self, result: StepResult, seconds: float, idle: float) -> TrainState:
+        """The state one step later; ``idle``: that step's."""
         return replace(
             self,
             step=self.step + 1,
-            loss=loss,
-            tokens=self.tokens + tokens,
-            padded=self.padded + padded,
+            loss=result.loss,
+            tokens=self.tokens + result.tokens,
+            padded=self.padded + result.padded,
             seconds=self.seconds + seconds,
             idle=self.idle + idle,
             skipped=self.skipped + (idle == 1.0),

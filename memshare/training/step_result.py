@@ -1,10 +1,11 @@
-"""What became of a training step: its figures, or that it has ended the training."""
+"""What became of training steps: their figures, or that one has ended the training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
@@ -67,20 +68,38 @@ class StepResult:
     flops: float
     peak: float | None = None
 
-    def figures(self, seconds: float) -> dict[str, float]:
-        """What a log shows of a step that took so long: the loss, its parts, and `rates`."""
-        parts = {f"loss/{name}": part for name, part in self.parts.items()}
-        return {"loss": self.loss, **parts, **self.rates(seconds)}
 
-    def rates(self, seconds: float) -> dict[str, float]:
-        """Throughput of a step that took so long, and its share of tokens that are no padding.
+class LogInterval:
+    """The steps since the last line of the log, which says how they were on the whole.
 
+    A single step's loss and speed hang on its batch; a line for each would be too many.
+    """
+
+    def __init__(self) -> None:
+        """Has no step yet."""
+        self._results: list[StepResult] = []
+        self._seconds = 0.0
+
+    def add(self, result: StepResult, seconds: float) -> None:
+        """One step more, which took so long."""
+        self._results.append(result)
+        self._seconds += seconds
+
+    def figures(self) -> dict[str, float]:
+        """What the log shows of the steps added since it was last asked; there must be one.
+
+        Means of the loss and its parts, throughput, and the share of tokens that are no padding.
         ``mfu``, the model FLOPs utilisation, is there where the devices' peak is known.
         """
-        known = {} if self.peak is None else {"mfu": self.flops / seconds / self.peak}
+        results, seconds = self._results, self._seconds
+        self._results, self._seconds = [], 0.0
+        last = results[-1]
+        tokens, flops = sum(r.tokens for r in results), sum(r.flops for r in results)
         return {
-            "tokens_per_second": self.tokens / seconds,
-            "real_token_share": self.tokens / max(1, self.padded),
-            "model_tflops_per_second": self.flops / seconds / 1e12,
-            **known,
+            "loss": fmean(r.loss for r in results),
+            **{f"loss/{name}": fmean(r.parts[name] for r in results) for name in last.parts},
+            "tokens_per_second": tokens / seconds,
+            "real_token_share": tokens / max(1, sum(r.padded for r in results)),
+            "model_tflops_per_second": flops / seconds / 1e12,
+            **({} if last.peak is None else {"mfu": flops / seconds / last.peak}),
         }

@@ -149,7 +149,7 @@ def test_memory_is_flat_in_the_batch(folder: Path) -> None:
     assert peaks[1] < 2 * max(peaks[0], 2**25)
 
 
-def test_figures_have_the_share_of_the_peak(folder: Path) -> None:
+def test_a_step_knows_the_devices_peak(folder: Path) -> None:
     config = TrainingConfig(batch_size=64, dropout=False)
     encoder = Encoder.from_folder(folder, device="cuda")
     data = Batches(select(examples(64), config).items, encoder, global_batch=64, seed=0)
@@ -158,7 +158,6 @@ def test_figures_have_the_share_of_the_peak(folder: Path) -> None:
     result = engine.backward(data.batch(0), 0)
     assert result.tokens == result.padded  # packed
     assert result.peak == bf16_peak(world.device)
-    assert ("mfu" in result.rates(1.0)) == (result.peak is not None)
 
 
 def test_training_learns_and_resumes(folder: Path, tmp_path: Path) -> None:

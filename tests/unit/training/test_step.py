@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -127,15 +126,11 @@ def test_parts_of_the_loss_are_told_where_there_are_several(
     monkeypatch.setattr(step_module, "TILE_ROWS", 5)
     data, config = make(encoder, distill_weight=0.5)
     got = ContrastiveStep(encoder, data.table, config, ONE, seed=0).backward(data.batch(0), 0)
-    assert got.figures(2.0) == {
-        "loss": got.loss, "loss/info_nce": got.parts["info_nce"], "loss/kl": got.parts["kl"],
-        **got.rates(2.0),
-    }  # fmt: skip
     assert got.parts["kl"] > 0.01
     assert got.loss == pytest.approx(got.parts["info_nce"] + 0.5 * got.parts["kl"], abs=1e-5)
     _, alone = make(encoder)
     plain = ContrastiveStep(encoder, data.table, alone, ONE, seed=0).backward(data.batch(0), 0)
-    assert plain.figures(2.0) == {"loss": plain.loss, **plain.rates(2.0)}
+    assert plain.parts == {}
     assert plain.loss == pytest.approx(got.parts["info_nce"], abs=1e-5)
 
 
@@ -209,11 +204,8 @@ def test_figures_of_a_step(encoder: Encoder) -> None:
     result = engine.backward(data.batch(0), 0)
     lengths = data.table.lengths[data.batch(0).texts]
     assert result.flops == ModelCost.of(encoder.model).step(lengths) > 0
-    figures = result.rates(2.0)
-    assert figures["tokens_per_second"] == result.tokens / 2
-    assert figures["model_tflops_per_second"] == result.flops / 2e12
-    assert "mfu" not in figures  # nobody knows a CPU's peak
-    assert replace(result, peak=result.flops).rates(2.0)["mfu"] == 0.5
+    assert result.tokens == lengths.sum() <= result.padded
+    assert result.peak is None  # nobody knows a CPU's
 
 
 def test_training_lowers_the_loss(encoder: Encoder) -> None:
@@ -261,7 +253,6 @@ def test_a_batch_without_negatives_changes_nothing(
     result = engine.backward(bare.batch(0), 1, stop=True)
     assert (result.loss, result.tokens, result.stop) == (0.0, 0, True)
     assert not engine.backward(bare.batch(1), 2).stop
-    assert result.figures(0.5)["tokens_per_second"] == 0
     assert update(optimizer, 1e-3, 1.0) == 0
     after = (encoder.model.state_dict(), state_tensors(optimizer))
     for now, then in zip(after, before, strict=True):

@@ -15,11 +15,13 @@ from memshare.training.checkpoint import CheckpointError, TrainState
 from memshare.training.evaluate import HeldOut
 from memshare.training.gather import World
 from memshare.training.optimizer import make_optimizer
+from memshare.training.step_result import StepResult
 from memshare.training.tracking import Tracker
 from memshare.training.validation import Validation
 from tests.training_data import examples
 
 STATE = TrainState(0, {}, 7, "abcd1234")
+STEP = StepResult(loss=0.5, parts={}, tokens=1, padded=1, stop=False, flops=1.0)
 NONE = HeldOut()
 SOME = HeldOut.of(examples(2), 0.05)
 
@@ -54,7 +56,7 @@ def run(
         state = watch.first(STATE)
         while not watch.finished(state):
             encoder.at(state.step + 1)
-            state = watch.after(state.after(0.5, 1, 1, 1.0))
+            state = watch.after(state.after(STEP, seconds=1.0, idle=0.0))
     return state, watch, encoder
 
 
