@@ -28,6 +28,7 @@ from memshare.training.token_table import TokenTable
 _ROWS_AT_ONCE = 2**20
 
 _SMALLEST = 1 / 8  # of batch_tokens: what keeps a device busy
+_MUCH_UNREAD = 0.05  # of all tokens: some emoji and names are no trouble
 _MUCH_SHORTER = 0.85  # of a micro-batch's longest text
 
 
@@ -72,17 +73,24 @@ class Batches:
         self.table.forget_texts()
 
     def counts(self) -> dict[str, int]:
-        """For a report: texts cut off, and what the cap on principals keeps out of an epoch."""
-        return {"truncated": self.table.truncated, "left_out": self._order.left_out()}
+        """For a report: of the texts, and what the cap on principals keeps out of an epoch."""
+        table, out = self.table, self._order.left_out()
+        return {"truncated": table.truncated, "unknown_tokens": table.unknown, "left_out": out}
 
     def __str__(self) -> str:
         cut, out = self.table.truncated, self._order.left_out()
+        unread = self.table.unknown / int(self.table.lengths.sum())
         many = "" if self.steps_per_epoch == 1 else "s"
         told = [f"{self.steps_per_epoch} step{many} an epoch"]
         if cut:
             told.append(f"{cut} texts have too many tokens and are cut off")
         if out:
             told.append(f"{out} examples left out of the first: over training.max_principal_share")
+        if unread > _MUCH_UNREAD:
+            told.append(
+                f"warning: {unread:.0%} of the texts' tokens are unknown to this encoder, which "
+                "can't learn from what it can't read; choose one for these languages"
+            )
         return "; ".join(told)
 
     @property

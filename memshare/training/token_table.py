@@ -26,14 +26,16 @@ class TokenTable:
     """Token ids of distinct prefixed texts, made once: a ragged array of int32 on disk.
 
     ``lengths`` (rows,) are in tokens. ``truncated`` counts the texts that were longer than the
-    encoder's ``max_length``. The file has no name and is gone with the process; of a text only a
-    hash stays in memory, and that until `forget_texts`.
+    encoder's ``max_length``, ``unknown`` the tokens that stand for what its vocabulary lacks. The
+    file has no name and is gone with the process; of a text only a hash stays in memory, and that
+    until `forget_texts`.
     """
 
     def __init__(self, texts: Iterable[tuple[str, str]], encoder: Encoder) -> None:
         """``texts``: pairs of prefix and text, read once; copies are the same row."""
-        self.truncated = 0
+        self.truncated = self.unknown = 0
         self._encoder = encoder
+        self._unknown_id = _unknown_id(encoder)
         self._file = tempfile.TemporaryFile(prefix="memshare-")  # noqa: SIM115  # kept open
         parts: dict[str, _Part] = {}  # by prefix
         for prefix, text in texts:
@@ -77,6 +79,7 @@ class TokenTable:
         rows = Ragged.of(self._encoder.tokenize_to_ids(block, prefix))
         full = np.flatnonzero(rows.lengths >= self._encoder.max_length)
         self.truncated += _longer(self._encoder, [prefix + block[i] for i in full])
+        self.unknown += int(np.count_nonzero(rows.ids == self._unknown_id))
         starts = self._file.tell() // 4 + rows.lengths.cumsum() - rows.lengths
         part.starts.extend(starts.tolist())
         part.lengths.extend(rows.lengths.tolist())
@@ -109,6 +112,14 @@ def _text_hash(text: str) -> bytes:
 
 def _joined(parts: Sequence[array[int]]) -> Ints:
     return np.concatenate([np.zeros(0, np.int64), *(np.array(part, np.int64) for part in parts)])
+
+
+def _unknown_id(encoder: Encoder) -> int:
+    """The token for what is not in the vocabulary; -1 where there is none that only means that."""
+    tokenizer = encoder.tokenizer
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    found = tokenizer.unk_token_id
+    return -1 if found is None or found in others else int(found)  # GPT-2 ends texts with it
 
 
 def _longer(encoder: Encoder, texts: list[str]) -> int:

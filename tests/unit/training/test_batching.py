@@ -229,8 +229,30 @@ def test_what_is_told_of_the_batches(encoder: Encoder) -> None:
     assert str(plain) == "1 step an epoch; 1 texts have too many tokens and are cut off"
     settings = TrainingConfig(max_principal_share=0.34)
     capped = Batches(items, encoder, global_batch=7, seed=0, settings=settings)
-    assert capped.counts() == {"truncated": 1, "left_out": 4}
+    assert capped.counts() == {"truncated": 1, "unknown_tokens": 0, "left_out": 4}
     assert "; 4 examples left out of the first: over training.max_principal_share" in str(capped)
+
+
+def test_an_encoder_that_can_not_read_the_texts_is_told(encoder: Encoder) -> None:
+    """Of its own alphabet and no other: each word of another one is an unknown token."""
+    unreadable = candidate("p", "\u5e8a\u524d\u660e\u6708\u5149", -0.5)  # five tokens
+    made = [*examples(6), example("poem", query="a poem", candidates=(unreadable,))]
+    data = batches(encoder, made)
+    assert data.counts()["unknown_tokens"] == 5
+    assert "unknown" not in str(data)
+    poems = batches(encoder, made[-1:])
+    share = 5 / int(poems.table.lengths.sum())
+    assert f"; warning: {share:.0%} of the texts' tokens are unknown to this encoder" in str(poems)
+
+
+def test_a_token_that_is_more_than_unknown_is_not_counted(tmp_path: Path) -> None:
+    encoder = Encoder.from_folder(tiny_encoder(tmp_path / "tiny"), device="cpu")
+    texts = [("", "\u5e8a a")]
+    assert TokenTable(texts, encoder).unknown == 1
+    encoder.tokenizer.pad_token = encoder.tokenizer.unk_token
+    assert TokenTable(texts, encoder).unknown == 0
+    encoder.tokenizer.unk_token = None
+    assert TokenTable(texts, encoder).unknown == 0
 
 
 def test_texts_longer_than_the_model_are_cut_and_counted(encoder: Encoder) -> None:
