@@ -26,8 +26,9 @@ from memshare.evaluation.data import Pair
 from memshare.pocket.lm import lm_folder
 from memshare.pool.store import PoolStore
 from memshare.progress import log
-from memshare.records import Memory, NewMemory, SearchAnswer, normalise
+from memshare.records import Example, Memory, NewMemory, SearchAnswer, normalise
 from memshare.retrieval.searcher import Searcher
+from memshare.training.examples import read_training, round_dir
 from memshare.training.journal import Journal
 
 _TAIL_CHARS = 2000
@@ -101,6 +102,13 @@ class Work:
         if done.outcome != "published":
             raise ProgramFailed(f"{self.folder}: the round ended {done.outcome}: {done.results}")
         return dict(done.results)
+
+    def mine(self) -> list[Example]:
+        """All of the pools mined by ``train/mine.py``. Raises `ProgramFailed`."""
+        program = str(ROOT / "train" / "mine.py")
+        words = [sys.executable, program, "--config", str(self.file), "--round", "1"]
+        run_program(words, self.folder / "logs" / "mine.log")
+        return list(read_training([round_dir(self.config.examples_dir, 1)]))
 
     def fill(self, pairs: Mapping[str, Sequence[Pair]]) -> dict[str, list[Memory]]:
         """Make each pool of ``pairs``; returns their memories. Copies are stored once."""

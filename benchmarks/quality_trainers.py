@@ -1,0 +1,87 @@
+"""Our trainer and sentence-transformers' on the same examples, for as many steps.
+
+Theirs is ``MultipleNegativesRankingLoss`` as its documentation advises: one row for each pair of a
+query and a positive, with its hard negative, and ``BatchSamplers.NO_DUPLICATES``. Ours is the
+trainer as configured. Batch size, steps, learning rate and schedule, weight decay, clipping,
+temperature and seed are the same; dropout is off on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.sampler import BatchSamplers
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+from memshare.config import Config
+from memshare.evaluation.learn import train_encoder
+from memshare.progress import log
+from memshare.retrieval.encoder import Encoder, resolve_encoder
+from memshare.training.select import Selected
+
+TRAINED = ("ours", "sentence_transformers")
+
+
+def budget(config: Config, items: Sequence[Selected], seed: int) -> Config:
+    """``config`` for a seed, with the number of steps that both trainers get."""
+    training = config.training
+    epoch = -(-len(items) // training.batch_size)
+    steps = training.max_steps or math.ceil(training.epochs * epoch)
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"seed": seed}),
+            "training": training.model_copy(update={"max_steps": steps}),
+        }
+    )
+
+
+def theirs(config: Config, items: Sequence[Selected], folder: Path) -> Encoder:
+    """What sentence-transformers' trainer makes of the same examples, loaded as our encoder."""
+    training = config.training
+    rows = [(item.query, p.text, item.negatives[0].text) for item in items for p in item.positives]
+    columns = zip(("anchor", "positive", "negative"), zip(*rows, strict=True), strict=True)
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    name = resolve_encoder(config.encoder.model)
+    model = SentenceTransformer(name, device="cpu", config_kwargs=off)
+    model.max_seq_length = config.encoder.max_length
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder / "trainer"), per_device_train_batch_size=training.batch_size,
+        max_steps=training.max_steps, learning_rate=training.lr, use_cpu=True,
+        lr_scheduler_type=training.schedule, warmup_steps=training.warmup_ratio,
+        weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm,
+        batch_sampler=BatchSamplers.NO_DUPLICATES, seed=config.run.seed, report_to="none",
+        save_strategy="no", logging_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        loss=MultipleNegativesRankingLoss(model, scale=1 / training.temperature),
+        train_dataset=Dataset.from_dict({name: list(texts) for name, texts in columns}),
+    ).train()
+    model.save(str(folder / "encoder"))
+    where = {"model": str(folder / "encoder")}
+    return Encoder.load(config.encoder.model_copy(update=where))
+
+
+def train_both(
+    config: Config, items: Sequence[Selected], seed: int, folder: Path
+) -> tuple[dict[str, Encoder], dict[str, float]]:
+    """Both trainers' encoders for a seed, and their seconds."""
+    config, seconds = budget(config, items, seed), {}
+    began = time.perf_counter()
+    encoders = {"ours": train_encoder(config, items)[0]}
+    seconds["ours"] = time.perf_counter() - began
+    began = time.perf_counter()
+    encoders["sentence_transformers"] = theirs(config, items, folder)
+    seconds["sentence_transformers"] = time.perf_counter() - began
+    log(f"{folder.name}: " + ", ".join(f"{name} {took:.0f} s" for name, took in seconds.items()))
+    return encoders, seconds
