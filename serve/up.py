@@ -4,8 +4,10 @@
 
 Each part is a child process with its log under the run folder's logs/. The trainer starts once the
 gateway and its LLMs answer. Of several GPUs, the LLM servers get the last ones, trainer and
-searcher the first. A part that dies stops everything, and the end of its log is shown; Ctrl-C and
-SIGTERM stop everything cleanly: the trainer, then the gateway, then the LLMs.
+searcher the first. A server that dies stops everything, and the end of its log is shown. A trainer
+that fails (a training diverges, a disk is full, an LLM does not answer) is no reason to stop
+serving: it starts again after ``continual.retry_seconds``, and goes on from where it was. Ctrl-C
+and SIGTERM stop everything cleanly: the trainer, then the gateway, then the LLMs.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ import httpx
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.files import RunLocked, run_lock
-from memshare.gateway.supervisor import Supervisor, shared_cores
+from memshare.gateway.supervisor import Restarted, Supervisor, shared_cores
 from memshare.llm.base import LLMError
 from memshare.llm.plan import gpus_left, plan_servers
 from memshare.progress import log
+from memshare.training.outcome import EXIT_USAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 _POLL_SECONDS = 1.0
@@ -62,23 +65,26 @@ def is_up(state: dict[str, Any]) -> bool:
     return bool(state.get("ready")) and not any(s.startswith(("unre", "unkn")) for s in llms)
 
 
-def check(supervisor: Supervisor) -> None:
-    """Raise `Failed` with its log's end if a part has died.
+def check(supervisor: Supervisor, trainer: Restarted | None = None) -> None:
+    """Raise `Failed` with its log's end if a part has died, other than the ``trainer``.
 
-    Two may end with 0 while the rest serves on: a trainer that has done ``continual.rounds``
-    rounds, and serve/llm.py where every LLM server runs already.
+    The trainer, too, where its command line or the configuration is wrong. Two may end with 0 while
+    the rest serves on: a trainer that has done ``continual.rounds`` rounds, and serve/llm.py where
+    every LLM server runs already.
     """
     part = supervisor.dead()
     if part is None:
         return
-    if part.process.returncode == 0 and part.name in ("continual", "llm"):
+    code = part.process.returncode
+    if code == 0 and part.name in ("continual", "llm"):
         log(f"{part.name} has nothing more to do; serving goes on")
         supervisor.parts.remove(part)
         return
-    raise Failed(
-        f"{part.name} ended with exit code {part.process.returncode}; the end of "
-        f"{part.log_file}:\n{part.tail()}"
-    )
+    end = f"{part.name} ended with exit code {code}; the end of {part.log_file}:\n{part.tail()}"
+    if trainer is None or part is not trainer.part or code == EXIT_USAGE:
+        raise Failed(end)
+    pause = trainer.put_off()
+    log(f"{end}\nserving goes on; the trainer starts again in {pause:g} s")
 
 
 def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stopping: Event) -> None:
@@ -107,17 +113,27 @@ def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stoppi
         if stopping.wait(_POLL_SECONDS):
             return
     log(f"serving on {url}")
-    if not args.no_train:
-        supervisor.start("continual", command("train/continual.py", args), env)
+    trainer, words, pause = (
+        None,
+        command("train/continual.py", args),
+        config.continual.retry_seconds,
+    )
+    if pause is not None and not args.no_train:
+        trainer = Restarted(supervisor, "continual", words, env, pause)
+    elif not args.no_train:
+        supervisor.start("continual", words, env)
     shown = ""
-    while not stopping.wait(_POLL_SECONDS):
-        check(supervisor)
+    while not stopping.is_set():
+        if trainer is not None:
+            trainer.start_if_due()
+        check(supervisor, trainer)
         state = state_of(url)
         llms = ", ".join(f"{name} {value}" for name, value in state.get("llm", {}).items())
         status = f"generation {state.get('generation')}, LLMs: {llms}" if state else "no answer"
         if status != shown:
             shown = status
             log(f"status: {status}")
+        stopping.wait(_POLL_SECONDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
     except ConfigError as error:
         log(f"up: {error}")
-        return 2
+        return EXIT_USAGE
     # The gateway takes that time twice: for open requests, then for the scoring queue.
     grace = 2 * config.gateway.shutdown_seconds + 15.0
     supervisor = Supervisor(config.run.dir / "logs", grace)
@@ -154,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 clean = supervisor.stop()
     except RunLocked as error:
         log(f"up: {error}")
-        return 2
+        return EXIT_USAGE
     return code if clean else 1
 
 

@@ -1,4 +1,7 @@
-"""Child processes that live and die together: started, watched, stopped in order."""
+"""Child processes that live and die together: started, watched, stopped in order.
+
+One that may fail on its own is started again (`Restarted`).
+"""
 
 from __future__ import annotations
 
@@ -26,17 +29,18 @@ def shared_cores() -> dict[str, str]:
 
 @dataclass
 class Part:
-    """One child: its name, its log file, its process."""
+    """One child: its name, its log file, its process, and where in the log its own words begin."""
 
     name: str
     log_file: Path
     process: subprocess.Popen[bytes]
+    begin: int
 
     def tail(self, lines: int = 20) -> str:
-        """The last lines of its log."""
+        """The last lines that it wrote to its log."""
         with open(self.log_file, "rb") as handle:
             handle.seek(0, os.SEEK_END)
-            handle.seek(max(0, handle.tell() - _TAIL_BYTES))
+            handle.seek(max(self.begin, handle.tell() - _TAIL_BYTES))
             text = handle.read().decode("utf-8", errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
@@ -62,6 +66,7 @@ class Supervisor:
         path = self._log_dir / f"{name}.log"
         output: IO[bytes]
         with open(path, "ab") as output:
+            begin = output.tell()
             process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.DEVNULL,
@@ -70,7 +75,7 @@ class Supervisor:
                 env=None if env is None else dict(env),
                 start_new_session=True,
             )
-        part = Part(name, path, process)
+        part = Part(name, path, process, begin)
         self.parts.append(part)
         log(f"started {name} (pid {process.pid}, log {path})")
         return part
@@ -102,6 +107,47 @@ class Supervisor:
         process.wait()
         log(f"stopped {part.name} (exit {process.returncode})")
         return clean
+
+
+class Restarted:
+    """A part that may fail while the others go on: it is started again, after a pause.
+
+    The pause is ``first`` seconds, and twice as long after each failure in a row, up to an hour;
+    ``first`` again for one that ran for longer than that.
+    """
+
+    LONGEST = 3600.0
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str] | None,
+        first: float,
+    ) -> None:
+        """Starts nothing yet."""
+        self.part: Part | None = None
+        self._supervisor = supervisor
+        self._start = (name, command, env)
+        self._first, self._pause = first, 0.0
+        self._due = self._started = time.monotonic()
+
+    def start_if_due(self) -> None:
+        """Start it, unless it runs, has ended well, or has to wait."""
+        if self.part is None and time.monotonic() >= self._due:
+            self.part = self._supervisor.start(*self._start)
+            self._started = time.monotonic()
+
+    def put_off(self) -> float:
+        """Have it started again, now that it has failed; in how many seconds."""
+        assert self.part is not None
+        self._supervisor.parts.remove(self.part)
+        now, self.part = time.monotonic(), None
+        anew = not self._pause or now - self._started > self.LONGEST
+        self._pause = self._first if anew else min(2 * self._pause, self.LONGEST)
+        self._due = now + self._pause
+        return self._pause
 
 
 def _kill_session(leader: int) -> None:

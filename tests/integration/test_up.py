@@ -1,4 +1,4 @@
-"""serve/up.py: everything at once, stopped cleanly, and down together when a part dies."""
+"""serve/up.py: everything at once, stopped cleanly, and down together when a server dies."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from memshare.training.journal import Journal, Round
 from tests.loop import loop_config_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,8 +24,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-def launch(run_dir: Path, models: Path, *more: str) -> subprocess.Popen[bytes]:
-    config = loop_config_file(run_dir, models, wandb={"mode": "disabled"})
+def launch(
+    run_dir: Path, models: Path, *more: str, **continual: float | None
+) -> subprocess.Popen[bytes]:
+    sections = {"wandb": {"mode": "disabled"}, "continual": continual}
+    config = loop_config_file(run_dir, models, **sections)
     command = [sys.executable, str(ROOT / "serve/up.py"), "--config", str(config), *more]
     with open(run_dir / "up.log", "wb") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -95,3 +99,43 @@ def test_a_part_that_dies_takes_the_rest_down(tmp_path: Path, models: Path) -> N
     log = (tmp_path / "up.log").read_text()
     assert "gateway ended with exit code -9" in log
     assert "listening on http://127.0.0.1" in log.split("exit code -9")[1]  # its own last words
+
+
+@pytest.mark.slow
+def test_a_trainer_that_fails_is_started_again_while_serving_goes_on(
+    tmp_path: Path, models: Path
+) -> None:
+    journal = tmp_path / "continual.json"
+    journal.write_text("no journal")
+    process = launch(tmp_path, models, "--port", free_port(), rounds=1, retry_seconds=0.5)
+    try:
+        log = wait_for("the trainer starts again in 1 s", tmp_path, process)
+        first, second = log.split("serving goes on; the trainer starts again in 0.5 s")
+        for words in (first, second):
+            assert "continual ended with exit code 1" in words
+            assert words.split("ended with exit code")[1].count(f"error: {journal}") == 1
+        url = json.loads((tmp_path / "gateway.json").read_text())["url"]
+        assert httpx.get(f"{url}/readyz").json()["ready"]
+        Journal().begin(Round(1, {}, "start")).advance({}, outcome="empty").save(journal)
+        log = wait_for("continual has nothing more to do; serving goes on", tmp_path, process)
+        assert log.count("started gateway") == 1 < log.count("started continual")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(120)
+    assert code == 0, (tmp_path / "up.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_trainer_that_fails_ends_everything_where_that_is_asked_for(
+    tmp_path: Path, models: Path
+) -> None:
+    (tmp_path / "continual.json").write_text("no journal")
+    process = launch(tmp_path, models, "--port", free_port(), retry_seconds=None)
+    try:
+        assert process.wait(180) == 1
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(120)
+    log = (tmp_path / "up.log").read_text()
+    assert "continual ended with exit code 1" in log and "stopped gateway" in log

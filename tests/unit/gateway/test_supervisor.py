@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from memshare.gateway.supervisor import Part, Supervisor
+from memshare.gateway.supervisor import Part, Restarted, Supervisor
 
 POLITE = (
     "import signal, sys, time\n"
@@ -84,6 +84,9 @@ def test_death_is_noticed_and_its_last_words_kept(tmp_path: Path) -> None:
     ill.process.wait(30)
     assert supervisor.dead() is ill
     assert ill.tail() == "out of luck" and ill.process.returncode == 1
+    again = supervisor.start("ill", [sys.executable, "-c", "raise SystemExit('again')"])
+    again.process.wait(30)
+    assert again.tail() == "again"  # and nothing of who had the log before
     assert supervisor.stop()
 
 
@@ -104,3 +107,34 @@ def test_up_waits_for_a_gateway_that_takes_its_whole_time_twice(tmp_path: Path) 
     with pytest.raises(Noted):
         main(["--config", str(config)])
     assert graces == [95]
+
+
+def test_what_fails_again_and_again_is_started_less_and_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("memshare.gateway.supervisor.time.monotonic", lambda: now)
+    supervisor = Supervisor(tmp_path, 20)
+    part = Restarted(supervisor, "ill", [sys.executable, "-c", "raise SystemExit(1)"], None, 60.0)
+
+    def fails_after(seconds: float) -> float:
+        nonlocal now
+        part.start_if_due()
+        assert part.part is not None and supervisor.parts == [part.part]
+        part.part.process.wait(30)
+        now += seconds
+        pause = part.put_off()
+        assert part.part is None and supervisor.parts == []
+        now += pause - 1
+        part.start_if_due()
+        assert part.part is None  # not before its time
+        now += 1
+        return pause
+
+    assert [fails_after(5) for _ in range(8)] == [60, 120, 240, 480, 960, 1920, 3600, 3600]
+    assert fails_after(3601) == 60  # it had done something
+    assert fails_after(5) == 120
+    part.start_if_due()
+    started = part.part
+    part.start_if_due()
+    assert part.part is started  # it runs
