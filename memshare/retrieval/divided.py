@@ -50,8 +50,10 @@ def deal(
     Spans of equally many memories, at most ``most``. `engage` comes first, `dismiss` at the end.
     """
     total = store.stats(pool).memories
+    if not total:  # all that it had was deleted
+        return
     rounds = math.ceil(total / (peers.size * most))
-    count = math.ceil(total / max(1, peers.size * rounds))  # the last round is as full as the first
+    count = math.ceil(total / (peers.size * rounds))  # the last round is as full as the first
     shown = track(
         _cut(store, pool, position, count, peers.size),
         f"encoding {pool} by {peers.size} processes",

@@ -122,6 +122,18 @@ def test_small_pools_are_divided_too(
     assert group.rounds == 2
 
 
+def test_a_pool_whose_memories_were_all_deleted_is_not_divided(
+    store: PoolStore, config: Config, encoders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL refuses to find the end of a span of no memories."""
+    monkeypatch.setattr(PoolStore, "span_end", lambda *_: pytest.fail("nothing to divide"))
+    for pool in ("p", "q"):
+        for memory in list(store.iter(pool, include_held=True)):
+            store.delete(memory.id)
+    built, group = together(store, config, [encoders[0]] * 2)
+    assert group.rounds == 0 and not built.ids
+
+
 def test_nobody_helps_where_vectors_are_copied(
     store: PoolStore, config: Config, encoders: list[Path]
 ) -> None:
