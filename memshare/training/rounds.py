@@ -15,6 +15,7 @@ from pathlib import Path
 from memshare.config import Config
 from memshare.files import write_json
 from memshare.pool.store import PoolStore
+from memshare.progress import log
 from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.manifest import folder_name
 from memshare.retrieval.shelf import home_of, read_current
@@ -78,8 +79,15 @@ def count_new(
 def open_spans(
     store: PoolStore, positions: Mapping[str, int], pools: Sequence[str]
 ) -> dict[str, Span]:
-    """From ``positions`` to each pool's present end."""
-    return {pool: Span(positions.get(pool, 0), store.last_seq(pool)) for pool in pools}
+    """From ``positions`` to each pool's present end.
+
+    A pool whose log ends before its position is another one than was mined, or restored from a
+    backup: it counts from its beginning, since nothing tells how much of it is known.
+    """
+    ends = {pool: store.last_seq(pool) for pool in pools}
+    begins = {pool: positions.get(pool, 0) for pool in pools}
+    return {pool: Span(begins[pool] if begins[pool] <= end else 0, end)
+            for pool, end in ends.items()}  # fmt: skip
 
 
 def training_dir(run_dir: Path, number: int, iteration: int = 1) -> Path:
@@ -109,7 +117,13 @@ def next_round(config: Config, store: PoolStore, journal: Journal) -> Round:
     """The round over all that is new; it trains the encoder that serves on."""
     numbers = [item.number for item in journal.rounds]
     number = max([*numbers, last_begun(config.examples_dir)]) + 1
-    spans = open_spans(store, covered(config, journal), config.served_pools)
+    known = covered(config, journal)
+    spans = open_spans(store, known, config.served_pools)
+    for pool in (pool for pool, span in spans.items() if span.since < known[pool]):
+        log(
+            f"{pool}: mined up to {known[pool]}, and its log ends at {spans[pool].until}: it was "
+            "restored, or is another one; all of it is mined again"
+        )
     home = home_of(config.generations_dir, config.retriever.name)
     serving, _ = read_current(home)
     encoder, source = config.encoder.model, None

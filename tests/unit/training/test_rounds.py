@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from memshare.training.examples import (
 from memshare.training.journal import Journal, Round, Span
 from memshare.training.rounds import (
     count_new,
+    covered,
     forget_stale_checkpoints,
     last_begun,
     last_mined,
@@ -110,6 +112,24 @@ def test_a_round_begins_where_the_loop_or_mining_by_hand_ended(
     by_loop = next_round(config, store, Journal((before,)))
     assert by_loop.number == 6
     assert by_loop.spans == {"one": Span(11, 12), "two": Span(1, 2)}
+
+
+def test_a_pool_that_was_restored_is_mined_again_and_silences_no_other(
+    store: PoolStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(None, [f"run.dir={tmp_path}", "pools={one: {}, two: {}}"])
+    add(store, "one", "a", "b", "c")
+    add(store, "two", "m", "n")
+    before = Round(1, {"one": Span(0, 1000), "two": Span(0, 1)}, "start", "done", "published")
+    journal = Journal((before,))
+    assert count_new(store, covered(config, journal), config.served_pools) == 4
+    found = next_round(config, store, journal)
+    assert found.spans == {"one": Span(0, 3), "two": Span(1, 2)}
+    assert "one: mined up to 1000, and its log ends at 3" in capsys.readouterr().err
+    after = journal.begin(replace(found, step="done", outcome="empty"))
+    assert count_new(store, covered(config, after), config.served_pools) == 0
+    write_round(config.examples_dir, 1, "x")  # by its marker, one is at 10
+    assert next_round(config, store, Journal()).spans["one"] == Span(0, 3)
 
 
 def test_the_last_iteration_of_the_last_round_has_the_latest_encoder(tmp_path: Path) -> None:
