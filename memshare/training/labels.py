@@ -185,10 +185,13 @@ async def _reward(
 
     async def measure(query: Memory, candidate: Memory | None) -> float | None:
         shown = [] if candidate is None else [candidate]
+        # Without a memory an answer that can't be graded is one that nobody can use: worth nothing.
+        # With one it measures nothing, since another draw might say more.
+        unusable = 0.0 if candidate is None else None
         answer = await agent.answer(query.prompt, shown, seed=config.run.seed)
         if answer.cut_off or len(answer.used) < len(shown):
-            return None  # cut off by length, or the candidate did not fit: nothing was measured
+            return unusable  # cut off by length, or the candidate did not fit
         grade = await scorer.grade(query.prompt, answer.text, rubrics[query.pool])
-        return None if grade.value is None else grade.value / 100
+        return unusable if grade.value is None else grade.value / 100
 
     return measure

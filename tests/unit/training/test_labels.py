@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +78,19 @@ def test_a_reward_is_the_grade_of_an_answer_that_is_whole_and_was_shown_the_cand
     query, *others = store.iter("main")
     baseline, worth = measured("reward", store, query, None, *others)
     assert baseline and worth == [pytest.approx(0.1), pytest.approx(0.3), None, None, None]
+
+
+def test_a_bare_answer_that_nobody_can_use_is_worth_nothing(
+    store: PoolStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what helps out of that would have no baseline to beat, and any candidate would be good."""
+    monkeypatch.setattr(labels, "Agent", Echo)
+    monkeypatch.setattr(labels, "make_scorer", lambda *_: Counts())
+    query, other, *_ = store.iter("main")
+    for unusable in ("a long", "an odd"):
+        asked = replace(query, prompt=f"{unusable} question")
+        _, (bare, shown) = measured("reward", store, asked, None, other)
+        assert (bare, shown) == (0.0, None)
 
 
 def test_prompted_is_the_log_of_what_the_scorer_states(
