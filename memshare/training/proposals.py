@@ -87,6 +87,7 @@ def open_proposer(config: Config, name: int | str | None) -> Iterator[Proposer |
     if generation is None:
         yield Proposer(Encoder.load(config.encoder), None, FROZEN)
         return
+    generation.encoder.compute_as(config.encoder)
     try:
         yield Proposer(generation.encoder, generation, generation.number)
     finally:

@@ -121,6 +121,22 @@ def test_a_generation_proposes_with_its_own_vectors(
     assert frozen != encoded
 
 
+@pytest.mark.parametrize("name", [None, 1])
+def test_a_generation_proposes_in_the_configured_batches_and_precision(
+    config: Config, store: PoolStore, name: int | None
+) -> None:
+    encoder = Encoder.load(config.encoder)
+    publish(
+        config.generations_dir, config.retriever.name, encoder=encoder,
+        **build_generation(store, config, encoder).parts(), metrics={}, parent=None, keep=3,
+    )  # fmt: skip
+    small = config.encoder.model_copy(update={"batch_tokens": 77, "precision": "bf16"})
+    config = config.model_copy(update={"encoder": small})
+    with open_proposer(config, name) as proposer:
+        assert proposer is not None and proposer.name == 1
+        assert (proposer.encoder.batch_tokens, proposer.encoder.bf16) == (77, True)
+
+
 def test_what_came_after_the_round_s_position_is_not_proposed(
     config: Config, store: PoolStore
 ) -> None:
