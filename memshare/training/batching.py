@@ -65,7 +65,9 @@ class Batches:
         }
         self._order = Order(items, global_batch=global_batch, seed=seed, **shares)
         self.steps_per_epoch = self._order.steps_per_epoch
-        self.steps = settings.max_steps or math.ceil(settings.epochs * self.steps_per_epoch)
+        # 1.1 * 50 is 55.00000000000001 in floats, and no 56th step.
+        asked = math.ceil(settings.epochs * self.steps_per_epoch - 1e-9)
+        self.steps = settings.max_steps or asked
         self.table = TokenTable(self._texts(), encoder)
         how = (seed, global_batch, shares, self._drawn, self._prefixes)
         self._numbers = ItemTable()

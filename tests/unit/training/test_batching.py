@@ -58,6 +58,12 @@ def test_epochs_may_be_parts_of_one(encoder: Encoder, epochs: float, steps: int)
     assert Batches(items, encoder, global_batch=8, seed=0, settings=config).steps == steps
 
 
+def test_no_step_more_than_was_asked_for(encoder: Encoder) -> None:
+    items = select(examples(50), TrainingConfig()).items
+    asked = TrainingConfig(epochs=1.1)  # times 50 that is 55.00000000000001 in floats
+    assert Batches(items, encoder, global_batch=1, seed=0, settings=asked).steps == 55
+
+
 def test_a_batch_is_of_one_pool(encoder: Encoder) -> None:
     data = batches(encoder, examples(20) + examples(12, pool="other"))
     pools = [{q.split("-")[0] for q in batch.query_ids} for batch in epoch(data)]
