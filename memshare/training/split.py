@@ -146,23 +146,27 @@ def assign(
 def kept_split(path: Path, memories: Iterable[_Prompted], config: SplitConfig) -> dict[str, Fate]:
     """`assign`, with fates remembered in the JSON file ``path`` from one call to the next.
 
-    Deleting a cluster's earliest memory would otherwise move the rest of it. When the settings
-    change, everything is split anew. Raises `SplitError` if the file is damaged.
+    Deleting a cluster's earliest memory would otherwise move the rest of it, and other settings
+    would judge by what has been trained on: they hold for memories that come after them. Raises
+    `SplitError` if the file is damaged.
     """
     settings = config.model_dump()
     known: dict[str, Fate] = {}
+    same = False
     if path.exists():
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record["settings"] == settings:
-                known = record["fates"]
-            else:
-                log(f"{path}: split settings changed; memories are split anew")
+            known, same = record["fates"], record["settings"] == settings
+            if not same:
+                log(
+                    f"{path}: split settings changed, for memories that come from now on: those "
+                    "known have been trained on, or judged by. Delete the file to split all anew"
+                )
         except (ValueError, KeyError, TypeError) as error:
             raise SplitError(
                 f"{path}: the split on record is damaged ({error}); delete the file to split anew"
             ) from error
     fates = assign(memories, config, known)
-    if fates != known:
+    if not same or fates != known:
         write_json(path, {"settings": settings, "fates": fates})
     return fates

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import time
 from dataclasses import dataclass
@@ -140,9 +139,25 @@ def test_kept_split_remembers_fates(tmp_path: Path) -> None:
     )
     first = kept_split(path, rows(cluster), HALF)
     assert kept_split(path, left, HALF) == {row.id: first[row.id] for row in left}
-    changed = HALF.model_copy(update={"held_out": 1.0})
-    assert set(kept_split(path, rows(cluster), changed).values()) == {"held_out"}
-    assert json.loads(path.read_text())["settings"]["held_out"] == 1.0
     path.write_text("{")
     with pytest.raises(SplitError, match="damaged"):
         kept_split(path, rows(cluster), HALF)
+
+
+def test_other_settings_hold_for_memories_that_come_after_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What has been trained on never judges."""
+    path = tmp_path / "split.json"
+    texts = [f"question {i} about {i * i} and {i + 7} more of them" for i in range(20)]
+    before = kept_split(path, rows(texts[:10]), HALF)
+    assert set(before.values()) == {"train", "held_out"}
+    capsys.readouterr()
+    changed = HALF.model_copy(update={"held_out": 1.0})
+    after = kept_split(path, rows(texts), changed)
+    assert after == before | {row.id: "held_out" for row in rows(texts)[10:]}
+    assert "split settings changed, for memories that come from now on" in capsys.readouterr().err
+    assert kept_split(path, rows(texts), changed) == after
+    assert not capsys.readouterr().err  # told once
+    path.unlink()
+    assert set(kept_split(path, rows(texts), changed).values()) == {"held_out"}
