@@ -52,7 +52,16 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
 
 def _again(path: Path) -> str:
     inside = next((folder for folder in path.parents if folder.name.isdecimal()), None)
-    return f"run train/mine.py --round {inside.name}" if inside else "write it again"
+    if inside is None:
+        return "write it again"
+    command = f"run train/mine.py --round {inside.name}"
+    later = next((f.name for f in path.parents if f.name.startswith("iteration-")), None)
+    if later is None:
+        return command
+    return (
+        f"{command} --iteration {later.removeprefix('iteration-')} --proposer FOLDER, with the "
+        "encoder that the iteration before it has trained"
+    )
 
 
 def _formed(path: Path, table: pa.Table, schema: pa.Schema) -> pa.Table:

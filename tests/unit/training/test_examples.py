@@ -149,6 +149,14 @@ def test_missing_shard_is_named(tmp_path: Path, name: str, again: str) -> None:
         load_examples([folder])
 
 
+def test_a_missing_shard_of_a_later_iteration_is_named_with_it(tmp_path: Path) -> None:
+    folder = write_round(tmp_path / "000007" / "iteration-2", [example("a")], [example("b")])
+    shard_path(folder, 1).unlink()
+    again = r"run train/mine\.py --round 000007 --iteration 2 --proposer FOLDER, with the encoder"
+    with pytest.raises(ExamplesError, match=again):
+        load_examples([folder])
+
+
 def _polars(kind: pa.DataType) -> pa.DataType:
     """What polars writes for the same values."""
     if pa.types.is_string(kind):
