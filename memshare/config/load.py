@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -151,17 +152,34 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return init_settings, env_settings, InitSettingsSource(settings_cls, tree)
 
+    lines = [f"  {name}: no such section{_nearest((section,))}" for name, section in _strangers()]
     try:
-        return FromFile(**override_tree)
+        config = FromFile(**override_tree)
     except ValidationError as error:
-        lines = [
+        lines += [
             f"  {'.'.join(str(part) for part in item['loc']) or '(top)'}: {item['msg']}"
             + (_nearest(item["loc"]) if item["type"] == "extra_forbidden" else "")
             for item in error.errors()
         ]
+    if lines:
         raise ConfigError(
             f"{path or 'configuration'}: {len(lines)} problem(s)\n" + "\n".join(lines)
         ) from None
+    return config
+
+
+def _strangers() -> list[tuple[str, str]]:
+    """Environment variables that look like settings, and the section that they name in vain.
+
+    Nothing else would tell: an unknown key within a section is refused, an unknown section is not.
+    """
+    prefix, delimiter = "MEMSHARE_", "__"
+    named = (
+        (name, name.upper().removeprefix(prefix).partition(delimiter)[0].lower())
+        for name in sorted(os.environ)
+        if name.upper().startswith(prefix) and delimiter in name
+    )
+    return [(name, section) for name, section in named if section not in Config.model_fields]
 
 
 def positive(text: str) -> int:

@@ -110,6 +110,21 @@ def test_an_environment_mistake_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         load_config()
 
 
+def test_an_environment_variable_for_no_section_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMSHARE_TRANING__LR", "1.0")
+    monkeypatch.setenv("MEMSHARE_RUN__SEED", "2")
+    monkeypatch.setenv("MEMSHARE_URL", "http://localhost")  # the client's
+    monkeypatch.setenv("MEMSHARE_AGENT__SHOTS", "many")
+    with pytest.raises(ConfigError) as caught:
+        load_config()
+    told = str(caught.value)
+    assert "2 problem(s)" in told and "agent.shots" in told
+    assert "MEMSHARE_TRANING__LR: no such section; did you mean training?" in told
+    monkeypatch.delenv("MEMSHARE_AGENT__SHOTS")
+    with pytest.raises(ConfigError, match="MEMSHARE_TRANING__LR"):
+        load_config()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [("training.lr", "expected key=value"), ("run.seed.x=1", "run.seed"), ("a=[", "--set a")],
