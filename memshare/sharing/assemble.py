@@ -11,6 +11,7 @@ from memshare.llm.factory import make_llm
 from memshare.llm.rubric import RubricError, load_rubric
 from memshare.llm.scorer import make_scorer
 from memshare.pool.store import PoolStore
+from memshare.progress import log
 from memshare.retrieval.encoder import EncoderError
 from memshare.retrieval.searcher import Searcher
 from memshare.sharing.shared import SharedMemory
@@ -34,7 +35,14 @@ def assemble(config: Config) -> SharedMemory:
                 load_rubric(settings.rubric)
             except RubricError as error:
                 raise ConfigError(f"pools.{name}.rubric: {error}") from error
-            store.create_pool(name, settings.rubric, settings.threshold)
+            kept = store.create_pool(name, settings.rubric, settings.threshold)
+            if (kept.rubric, kept.threshold) != (settings.rubric, settings.threshold):
+                log(
+                    f"pools.{name}: the pool keeps rubric {kept.rubric} and threshold "
+                    f"{kept.threshold:g}, with which it was made; `memshare pool create --pool "
+                    f"{name} --rubric {settings.rubric} --threshold {settings.threshold:g}` "
+                    "changes that"
+                )
         llms = [make_llm(config.agent_llm)]
         if uses_scorer_llm(config) and config.scorer_llm != config.agent_llm:
             llms.append(make_llm(config.scorer_llm))

@@ -223,6 +223,19 @@ def test_missing_rubric_is_found_before_anything_starts(tmp_path: Path, models: 
         assemble(config)
 
 
+def test_settings_that_a_pool_does_not_take_over_are_told(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It keeps those with which it was made: what was stored was graded by them."""
+    for threshold, told in ((50, False), (20, True)):
+        config = loop_config(tmp_path / "run", models, pools={"keep": {"threshold": threshold}})
+        asyncio.run(assemble(config).aclose())
+        said = "pools.keep: the pool keeps rubric general and threshold 50" in (
+            capsys.readouterr().err
+        )
+        assert said is told
+
+
 def test_stages_are_spans_of_the_request_without_any_text(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
