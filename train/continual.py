@@ -22,12 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
-from memshare.files import RunLocked, run_lock
+from memshare.files import RunLocked, disk_full, run_lock
 from memshare.pool.errors import PoolError, PoolUnavailable
 from memshare.pool.patience import when_available
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.pruning.prune import PruneError, check_caps, hold_caps
+from memshare.retrieval.errors import EncoderError
+from memshare.retrieval.manifest import GenerationError
 from memshare.training import outcome as outcomes
 from memshare.training.child import ChildFailed, Stopped, check_launch
 from memshare.training.erasing import erase_deleted
@@ -38,7 +40,10 @@ from memshare.training.rounds import count_new, covered, next_round
 from memshare.training.steps import Steps
 
 PROGRAMS = Path(__file__).resolve().parent
-EXPECTED = (ChildFailed, ExamplesError, JournalError, PoolError, PruneError, RunLocked)
+EXPECTED = (
+    ChildFailed, EncoderError, ExamplesError, GenerationError, JournalError, PoolError, PruneError,
+    RunLocked,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         log("stopped while the database was away; the next start goes on from here")
     except EXPECTED as error:
         return outcomes.tell(error)
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        return outcomes.tell(error)
     return 0
 
 
@@ -79,6 +88,7 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
     path = config.run.dir / "continual.json"
     journal = Journal.load(path)
     delete_weights(config, journal)  # in case a loop was killed before it did
+    rehearsed = False
     while not stop.is_set():
         # 1. Between two rounds: wait until enough memories are new, then put a round on record.
         if journal.open_round is None:
@@ -91,14 +101,18 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
                 stop.wait(config.continual.poll_seconds)
                 continue
             opened = when_available(stop, next_round, config, store, journal)
-            if not journal.rounds:  # or hours of mining might be for a training that can't begin
+            if not rehearsed:  # or hours of mining might be for a training that can't begin
                 steps.rehearse(opened.encoder)
+                rehearsed = True
             journal = journal.begin(opened)
             journal.save(path)
 
         # 2. Within one: mine, train, index, as often as it has iterations, each step to its end.
         now = journal.open_round
         assert now is not None
+        if now.step == "mine" and not rehearsed:  # one that an earlier loop has put on record
+            steps.rehearse(now.encoder)
+            rehearsed = True
         log(f"round {now.number}: {now.name}")
         begun = time.monotonic()
         step = {"mine": steps.mine, "train": steps.train, "index": steps.index}[now.step]

@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with (
             ExitStack() as at_end,  # W&B, whose end waits until everything else is written
             outcome.attempt(args.output, EXPECTED, writes, args.stop_file) as stop,
+            memory_told(),
         ):
             code = train(args, config, accelerator, world, stop, at_end)
         world.end()  # nobody leaves before all of it stands: a launcher ends the rest at once
@@ -154,9 +155,8 @@ def train(
         frozen=FrozenMemories.of(encoder, batches, world, settings, accelerator.autocast),
     )  # fmt: skip
     validation = Validation(held_out, encoder, world, tracker, settings, steps=steps, weights=best)
-    shown = LogInterval()
-    with without_ruined(root, world.main), memory_told(), batches.ahead() as batch_of:
-        state = validation.first(state)
+    with without_ruined(root, world.main), batches.ahead() as batch_of:
+        state, shown = validation.first(state), LogInterval()
         todo = range(state.step, state.step if validation.finished(state) else steps)
         for step in track(todo, "training") if world.main else todo:
             began = time.perf_counter()
