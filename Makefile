@@ -64,5 +64,6 @@ gpu-bench: setup
 	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} \
 		$(BIN)/python benchmarks/gpu_train.py --json benchmarks/results/$(GPU)/gpu_train.json
 
+# Not runs/: pools are in it.
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
