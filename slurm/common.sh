@@ -6,7 +6,7 @@
 #   MEMSHARE_PYTHON   the command that runs Python, in words: a virtual environment's, or one that
 #                     begins with a container's (default: .venv/bin/python of the work tree)
 #   MEMSHARE_LOGS     folder of the logs (default: runs/slurm)
-#   MEMSHARE_GRACE    seconds from the scheduler's warning until what runs is ended (default: 150)
+#   MEMSHARE_GRACE    seconds from the scheduler's warning until what runs gets SIGTERM (default: 150)
 #   MEMSHARE_PROCESSES, MEMSHARE_ACCELERATE
 #                     of train: processes a node (default: one a GPU, or one), and accelerate's
 #                     configuration (default: the one in configs/accelerate/ that fits)
@@ -96,8 +96,9 @@ llm_ports() {
 }
 
 # Run a command to its end; its exit code is then in `code`. Once the scheduler warns (SIGUSR1) or
-# cancels (SIGTERM), `$1 PID` asks it to stop; what still runs MEMSHARE_GRACE seconds later is
-# ended, so that there is time left to requeue the job.
+# cancels (SIGTERM), `$1 PID` asks it to stop; what still runs MEMSHARE_GRACE seconds later gets
+# SIGTERM, so that there is time left to requeue the job. (serve/up.py, which that asked already,
+# goes on stopping in order.)
 supervise() {
     local ask=$1 deadline='' child
     shift
