@@ -20,6 +20,17 @@ from memshare.config.base import (
 class MiningConfig(Section):
     """Step 5 of the loop: who proposes candidates per memory, and what labels them.
 
+    ``labels``: what a candidate is worth to a query (`memshare.training.labels`).
+
+    * ``none``: nothing is measured; the query's own memory is the positive.
+    * ``given``: whether both have the same label, ``metadata[given_key]``, or, where one has none,
+      the same answer.
+    * ``likelihood``: mean log-likelihood per token of the query's answer with the candidate shown.
+    * ``prompted``: log of the probability that the scorer states when it is asked.
+    * ``reward``: the scorer's grade, as a share of 100, of what the agent answers with it shown.
+
+    ``training.margin`` and ``gate.gain`` are in the units of what was chosen: see there.
+
     ``candidates``: BM25's best; ``dense_candidates``: the serving retriever's best, beside them (0:
     BM25 alone; so, too, with ``labels: none``). ``replay``: earlier memories mined again, with
     today's retriever, per new one, so that nothing is forgotten. ``min_standing``: memories
@@ -27,9 +38,9 @@ class MiningConfig(Section):
     memory below -0.34. ``held_out_queries``: at most so many held-out memories are labelled a
     round, where ``training.eval_every`` asks for them. ``iterations``: how often a round mines and
     trains. The second time the encoder that the first has trained proposes, and training starts
-    once more from where the first started (LLM-R). ``baseline``: what the answer is worth with no
-    example is labelled, too, for ``training.margin`` to compare with. ``shard_rows``: queries of a
-    shard, which is written when it is complete.
+    once more from where the first started (LLM-R). ``baseline``: with ``likelihood`` and
+    ``reward``, what the answer is worth with no example is labelled, too, for ``training.margin``
+    to compare with. ``shard_rows``: queries of a shard, which is written when it is complete.
     """
 
     labels: Literal["none", "given", "likelihood", "prompted", "reward"] = "likelihood"
@@ -76,10 +87,13 @@ class TrainingConfig(Section):
     ``positives``: at most so many (v) a query, its best candidates; ``hard_negatives``: so many of
     its worst ones; ``temperature``: what cosines are divided by before the softmax.
     ``positives_per_step`` draws so many of the v positives afresh at each step (None: all of them),
-    as EPR and LLM-R do: a small set is learned by heart later. ``margin``: nats per token by which
-    a positive must beat the likelihood with no example, or the example is dropped.
-    ``false_negative_margin``: candidates within it of the worst positive chosen are masked out of
-    the negatives. ``batch_tokens``: tokens of a micro-batch, padding included where there is any;
+    as EPR and LLM-R do: a small set is learned by heart later. ``margin``: by how much a positive
+    must beat what was measured with no example; an example of which no candidate does is dropped.
+    In nats per token with ``mining.labels: likelihood``, a share of 100 with ``reward``; without
+    effect otherwise, and without ``mining.baseline``. ``false_negative_margin``: candidates within
+    it of the worst positive chosen are masked out of the negatives; in the same units, with
+    ``prompted`` in nats; without effect with ``given`` and ``none``.
+    ``batch_tokens``: tokens of a micro-batch, padding included where there is any;
     ``graph_tokens``: tokens whose activations are kept for the backward pass, the rest of a step is
     encoded twice (gradient caching), so that memory does not grow with the batch. ``compile``: the
     encoder's layers by torch.compile, which takes a minute or so at the start; dropout draws other
@@ -154,7 +168,8 @@ class TrainingConfig(Section):
 class SplitConfig(Section):
     """Held-out queries: split off by hash, near-duplicate clusters kept together.
 
-    ``held_out``: share of the memories that judges and does not train.
+    ``held_out``: share of the memories that judges and does not train. ``near_duplicate``: of
+    prompts; from it on, an answer also counts as a copy of a shown memory's (``max_copies``).
     """
 
     held_out: Fraction = 0.1
@@ -166,7 +181,11 @@ class GateConfig(Section):
 
     ``margin``: how much worse it may be, in a metric's own units, all from 0 to 1; ``confidence``:
     of the interval (0.95: 95 %); ``resamples``: draws of the bootstrap. ``max_queries``: at most so
-    many held-out questions are asked, ``depth``: so many memories each are looked at.
+    many held-out questions are asked, ``depth``: so many memories each are looked at. ``gain``: a
+    memory must have more of it to be relevant to a question. With ``mining.labels: likelihood``
+    that is nats per token over no example, with ``reward`` a share of 100 over none, with
+    ``prompted`` the stated probability, with ``none`` the share of words in common; ``given`` has 1
+    for the same label and 0 for another, so that any value below 1 does.
     ``canaries``: a file of questions and the memories that must be found for them
     (`memshare.retrieval.canaries`), on which the mean difference must not be below -margin either.
     """
@@ -176,7 +195,7 @@ class GateConfig(Section):
     resamples: PositiveInt = 2000
     max_queries: PositiveInt = 200
     depth: PositiveInt = 10
-    gain: Annotated[float, Field(ge=0.0)] = 0.05  # nats per token over no example to be relevant
+    gain: Annotated[float, Field(ge=0.0)] = 0.05
     canaries: Path | None = None
 
 

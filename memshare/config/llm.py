@@ -18,8 +18,9 @@ class VLLMServerConfig(Section):
     ``tensor_parallel_size`` of the GPUs, in the order of ``CUDA_VISIBLE_DEVICES``.
     ``python``: of vLLM's environment. ``max_model_len`` (tokens of prompt and answer; None: the
     model's), ``dtype``, ``gpu_memory_utilization`` (share of a card) and ``enable_prefix_caching``
-    are vLLM's own; ``env``: environment variables for it. ``start_timeout_seconds``: how long it
-    may take until it answers.
+    are vLLM's own, but a server that is the scorer's alone never has a prefix cache; ``env``:
+    environment variables for it, their values text (in YAML, numbers in quotes).
+    ``start_timeout_seconds``: how long it may take until it answers.
     """
 
     python: Path = Path(".venv-vllm/bin/python")
@@ -39,7 +40,7 @@ class LLMConfig(Section):
     """One LLM. ``model``: a folder, a hub name, or ``pocket`` (the small one trained here).
 
     ``url``: its server, or a list of equal ones, which get requests in turn; one that can't be
-    reached is left out for a while.
+    reached, times out, or answers 502, 503 or 504 is left out for a while.
 
     ``openai``: any OpenAI-compatible endpoint, by its own name for the model; it gives no
     likelihoods, and ``context_length`` says how much fits, since it can't be asked.
@@ -47,8 +48,8 @@ class LLMConfig(Section):
     ``backend``: ``transformers`` runs the model in this process, in texts of ``batch_size`` at a
     time, on ``device`` (auto: a GPU where there is one) in ``dtype`` (auto: the model's own, on a
     CPU float32). The others are asked: at most ``max_concurrency`` requests at one time, each up to
-    ``timeout_seconds`` and ``retries`` times more, with the key in the environment variable
-    ``api_key_env``.
+    ``timeout_seconds`` and ``retries`` times more on each server, with the key in the environment
+    variable ``api_key_env``.
     """
 
     backend: Literal["transformers", "vllm", "openai"] = "transformers"

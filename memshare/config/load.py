@@ -44,14 +44,19 @@ class ConfigError(ValueError):
 
 
 class Config(BaseSettings):
-    """The whole tree; `load_config` makes one. ``pools``: by name."""
+    """The whole tree; `load_config` makes one. ``pools``: by name.
+
+    ``database_url``: ``sqlite:///PATH`` (four slashes before an absolute one), or
+    ``postgresql://USER@HOST/DATABASE``, also as ``postgresql+psycopg://``, of a database that is
+    there; None: SQLite in the run folder.
+    """
 
     model_config = SettingsConfigDict(
         extra="forbid", frozen=True, env_prefix="MEMSHARE_", env_nested_delimiter="__"
     )
 
     run: RunConfig = RunConfig()
-    database_url: str | None = None  # None: SQLite in the run folder
+    database_url: str | None = None
     pools: dict[str, PoolSettings] = Field(default_factory=lambda: {"main": PoolSettings()})
     encoder: EncoderConfig = EncoderConfig()
     retriever: RetrieverConfig = RetrieverConfig()

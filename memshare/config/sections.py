@@ -35,7 +35,9 @@ class RunConfig(Section):
 class PoolSettings(Section):
     """One pool: a rubric (name of a shipped one, or a file) and the score that admits a memory.
 
-    ``rubric``: what the scorer grades by; ``threshold``: the least score, of 100.
+    ``rubric``: what the scorer grades by; ``threshold``: the least score, of 100. Both count when
+    the pool is made; one that is there keeps what it has until it is changed by
+    ``memshare pool create --pool NAME --rubric R --threshold N --config FILE``.
     ``near_duplicate``: the cosine from which a written memory counts as one that is there already
     (None: never). Then, by ``near_duplicate_action``, the new one is dropped, or they are merged:
     the better graded one stays.
@@ -45,9 +47,10 @@ class PoolSettings(Section):
     is, so the share binds from ``principal_floor / max_principal_share`` memories on. It takes more
     than ``1 / max_principal_share`` principals to grow a pool beyond that. ``max_copies``: memories
     that repeat one memory's answer under other questions, by agents that were shown it (None: any
-    number). ``hold_suspicious``: written text that seems meant for a model's eyes waits on hold for
-    a review. ``hold_below``: a memory whose standing sinks below it is put on hold (None: never);
-    at -0.4 it takes two principals at least.
+    number); ``split.near_duplicate`` says how near an answer that is. ``hold_suspicious``: written
+    text that seems meant for a model's eyes waits on hold for a review. ``hold_below``: a memory
+    whose standing sinks below it is put on hold (None: never); at -0.4 it takes two principals at
+    least.
     """
 
     rubric: str = "general"
@@ -153,7 +156,8 @@ class GatewayConfig(Section):
     ``host`` and ``port``: where it listens; ``default_pool``: for requests that name none (None:
     they must). ``max_text_chars``: characters of a text, ``max_k``: memories of a search, both of
     one request. ``scoring_workers``: pairs graded at one time. ``visible_timeout_seconds``: how
-    long a write waits until it is searchable.
+    long a write waits until it is searchable; beyond it the reply is 503 `search_unavailable`, with
+    the memory stored, so that a retry finds a duplicate.
     ``keys``: callers need one, ``auto`` everywhere but on a loopback address.
     ``requests_per_minute`` (None: no limit) and ``max_body_bytes`` hold for each key that has no
     limit of its own. ``max_requests`` and ``max_chats`` bound what is answered at one time.
