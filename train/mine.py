@@ -104,7 +104,7 @@ async def run(
             store.create_pool(pool, config.pools[pool].rubric, config.pools[pool].threshold)
 
         # 1. What is new: the spans of the change log that no round has covered yet.
-        last, done = last_mined(examples)
+        last, done = last_mined(examples, pools)
         number = args.round or max(last_begun(examples), last + 1)
         folder = round_dir(examples, number, args.iteration)
         if is_whole(folder):

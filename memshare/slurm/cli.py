@@ -53,7 +53,7 @@ def _next_round(config: Config) -> int:
     """The round that train/mine.py would mine; named now, so that all tasks mine the same one."""
     from memshare.training.rounds import last_begun, last_mined
 
-    return max(last_begun(config.examples_dir), last_mined(config.examples_dir)[0] + 1)
+    return max(last_begun(config.examples_dir), last_mined(config.examples_dir, ())[0] + 1)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -25,18 +25,24 @@ from memshare.training.journal import Journal, Round, Span, read_spans
 _PAGE = 10_000
 
 
-def last_mined(examples_dir: Path) -> tuple[int, dict[str, int]]:
-    """Number of the last finished round of mining (0: none), and each pool's position after it."""
+def last_mined(examples_dir: Path, pools: Sequence[str]) -> tuple[int, dict[str, int]]:
+    """Number of the last finished round of mining (0: none), and the position of ``pools`` then.
+
+    The last round first, and no more of them than it takes: a loop looks every few seconds.
+    """
     positions: dict[str, int] = {}
     number = 0
-    for folder in round_dirs(examples_dir):
+    for folder in reversed(round_dirs(examples_dir)):
         marker = read_marker(folder)
         try:
-            number = int(marker["round"])
-            positions |= {name: span.until for name, span in read_spans(marker["spans"]).items()}
+            number = number or int(marker["round"])
+            found = read_spans(marker["spans"]).items()
         except (KeyError, TypeError, ValueError) as error:
             raise ExamplesError(f"{folder}: its marker names no round or spans") from error
-    return number, positions
+        positions = {name: span.until for name, span in found} | positions
+        if positions.keys() >= set(pools):
+            break
+    return number, {pool: positions[pool] for pool in pools if pool in positions}
 
 
 def last_begun(examples_dir: Path) -> int:
@@ -109,8 +115,9 @@ def latest_encoder(run_dir: Path) -> Path:
 
 def covered(config: Config, journal: Journal) -> dict[str, int]:
     """Up to where each pool is mined already, by the loop or by hand."""
-    mined, begun = last_mined(config.examples_dir)[1], journal.positions
-    return {pool: max(begun.get(pool, 0), mined.get(pool, 0)) for pool in config.served_pools}
+    pools, begun = config.served_pools, journal.positions
+    mined = last_mined(config.examples_dir, pools)[1]
+    return {pool: max(begun.get(pool, 0), mined.get(pool, 0)) for pool in pools}
 
 
 def next_round(config: Config, store: PoolStore, journal: Journal) -> Round:

@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memshare.config import Config
+from memshare.files import RunLocked, run_lock
 from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolUnavailable
 from memshare.pool.store import PoolStore
 from memshare.progress import log
-from memshare.training.child import ChildFailed, accelerate_command, run_child, stop_orphan
+from memshare.training.child import (
+    ChildFailed,
+    Stopped,
+    accelerate_command,
+    run_child,
+    stop_orphan,
+)
 from memshare.training.erasing import erase_deleted
 from memshare.training.examples import read_marker, round_dir
 from memshare.training.journal import Round
@@ -68,6 +75,7 @@ class Steps:
         for pool, span in now.spans.items():
             arguments += ["--since-seq", f"{pool}={span.since}"]
             arguments += ["--until-seq", f"{pool}={span.until}"]
+        self._await_turn("mining")
         if now.iteration > 1:
             arguments += ["--proposer", str(self._trained(now, now.iteration - 1) / "encoder")]
         self._run(now, [sys.executable, f"{self._programs}/mine.py", *self._settings, *arguments])
@@ -108,11 +116,29 @@ class Steps:
         arguments += ["--result", str(report)]
         if _outcome(report) in (None, DATABASE_AWAY):
             report.unlink(missing_ok=True)
+            self._await_turn("index")
             start = accelerate_command(self._config.continual, always=False)
             command = [*start, f"{self._programs}/index.py", *self._settings, *arguments]
             self._run(now, command, report)
         result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return Done(result, str(result["outcome"]))
+
+    def _await_turn(self, role: str) -> None:
+        """Wait until nobody else has ``role`` on the run folder: who mines by hand, say.
+
+        Raises `Stopped` once the loop is asked to stop.
+        """
+        told = False
+        while True:
+            try:
+                with run_lock(self._config.run.dir, role):
+                    return
+            except RunLocked as error:
+                if not told:
+                    log(f"{error}; the loop waits for it")
+                told = True
+            if self._stop.wait(self._config.continual.poll_seconds):
+                raise Stopped
 
     def _examples(self, now: Round) -> Path:
         return round_dir(self._config.examples_dir, now.number, now.iteration)

@@ -89,11 +89,12 @@ def write_round(folder: Path, number: int, *ids: str, finish: bool = True) -> Pa
 
 
 def test_last_rounds(tmp_path: Path) -> None:
-    assert last_mined(tmp_path) == (0, {}) and last_begun(tmp_path) == 0
+    assert last_mined(tmp_path, ["one"]) == (0, {}) and last_begun(tmp_path) == 0
     write_round(tmp_path, 1, "x")
     write_round(tmp_path, 2, "y")
     write_round(tmp_path, 3, "z", finish=False)
-    assert last_mined(tmp_path) == (2, {"one": 20})
+    assert last_mined(tmp_path, ["one"]) == (2, {"one": 20})
+    assert last_mined(tmp_path, ["one", "new"]) == (2, {"one": 20})
     assert last_begun(tmp_path) == 3
 
 
@@ -166,7 +167,10 @@ def test_what_is_deleted_leaves_the_held_out_examples(store: PoolStore, tmp_path
     assert load_examples([held_out])["query_id"] == [ids[2]]
     assert ids[1].encode() not in shard_path(held_out, 0).read_bytes()
     assert forget_stale_checkpoints(output, folder)  # the best was chosen by it
-    assert last_mined(tmp_path / "examples") == (1, {"one": 10})  # and it is no round of its own
+    assert last_mined(tmp_path / "examples", ["one"]) == (
+        1,
+        {"one": 10},
+    )  # and it is no round of its own
 
 
 def test_changed_examples_start_training_afresh(tmp_path: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from memshare.config import Config, load_config
+from memshare.files import run_lock
 from memshare.pool.errors import PoolUnavailable
 from memshare.pool.store import PoolStore
-from memshare.training.child import ChildFailed
+from memshare.training.child import ChildFailed, Stopped
 from memshare.training.journal import Round, Span
 from memshare.training.outcome import DATABASE_AWAY, write_result
 from memshare.training.steps import Steps
@@ -41,7 +44,7 @@ if "mine" in sys.argv[0]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return load_config(None, [f"run.dir={tmp_path / 'run'}"])
+    return load_config(None, [f"run.dir={tmp_path / 'run'}", "continual.poll_seconds=0.02"])
 
 
 @pytest.fixture
@@ -145,3 +148,34 @@ def test_a_report_says_that_the_database_was_away_where_exit_codes_are_lost(
     (tmp_path / "report").write_text(json.dumps({"outcome": "published"}))
     assert steps.index(now).outcome == "published"
     assert len(calls(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(("step", "role"), [("mine", "mining"), ("index", "index")])
+def test_the_loop_waits_for_who_does_the_same_by_hand(
+    steps: Steps, config: Config, tmp_path: Path, step: str, role: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "run/training/000001").mkdir(parents=True)
+    if step == "index":
+        (tmp_path / "report").write_text(json.dumps({"outcome": "published"}))
+    now = Round(1, {}, "start")
+    told = f"another {role} is running there"
+    with ThreadPoolExecutor(1) as threads:
+        with run_lock(config.run.dir, role):
+            waiting = threads.submit(getattr(steps, step), now)
+            deadline = time.monotonic() + 30
+            while told not in (said := capsys.readouterr().err):
+                assert time.monotonic() < deadline and not waiting.done()
+                time.sleep(0.01)
+            assert "; the loop waits for it" in said
+            assert not (tmp_path / "calls.jsonl").exists()
+        waiting.result(60)
+    assert len(calls(tmp_path)) == 1
+
+
+def test_a_loop_that_waits_for_its_turn_stops_when_asked(
+    steps: Steps, config: Config, tmp_path: Path
+) -> None:
+    steps._stop.set()
+    with run_lock(config.run.dir, "mining"), pytest.raises(Stopped):
+        steps.mine(Round(1, {}, "start"))
