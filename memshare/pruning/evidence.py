@@ -117,12 +117,17 @@ class Evidence:
 
     @contextmanager
     def _serving(self) -> Iterator[tuple[Encoder, Generation | None]]:
-        """The encoder that serves, or would, and its generation, if there is one."""
-        config = self._config
-        generation = load_current(config.generations_dir, config.retriever.name, device="cpu")
+        """The encoder that serves, or would, and its generation, if there is one.
+
+        On the CPU: a loop prunes in its own process, which must leave the GPU to its programs.
+        """
+        config, device = self._config, "cpu"
+        generation = load_current(config.generations_dir, config.retriever.name, device)
         try:
-            encoder = Encoder.load(config.encoder) if generation is None else generation.encoder
-            yield encoder, generation
+            if generation is not None:
+                yield generation.encoder, generation
+            else:
+                yield Encoder.load(config.encoder.model_copy(update={"device": device})), None
         finally:
             if generation is not None:
                 generation.close()

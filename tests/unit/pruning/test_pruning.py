@@ -159,6 +159,19 @@ def test_leave_one_out_takes_what_the_pool_itself_contradicts(
     assert prune(store, config, "p", "leave-one-out", 40).ids == (wrong.id,)
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_pruning_leaves_the_gpu_alone(
+    store: PoolStore, config: Config, folder: Path, published: bool
+) -> None:
+    """It runs in the loop's process, beside programs that want all of it."""
+    add(store, "a", "b")
+    if published:
+        publish_now(store, config, Encoder.from_folder(folder, device="cpu"))
+    on_gpu = config.encoder.model_copy(update={"device": "cuda"})
+    evidence = policies.Evidence(store, config.model_copy(update={"encoder": on_gpu}), "p")
+    assert len(evidence.questions) == len(evidence.vectors) == 2
+
+
 def test_a_policy_is_told_how_many_are_to_go(store: PoolStore, config: Config) -> None:
     add(store, "a", "b", "c")
     assert [policies.Evidence(store, config, "p", cap).excess for cap in (0, 2, 5)] == [3, 1, 0]
