@@ -44,7 +44,8 @@ class Connected(Generic[H]):
         """``url`` and ``key`` default to MEMSHARE_URL and MEMSHARE_KEY in the environment.
 
         What the gateway refuses for the moment (429, 503), and a connection that can't be made, is
-        tried again ``retries`` times: nothing was done then, so nothing is done twice.
+        tried again ``retries`` times. Nothing was done then, but for a write that was stored and is
+        not searchable yet (503), whose items come back as duplicates; so nothing is done twice.
         """
         key = key or os.environ.get("MEMSHARE_KEY")
         self._retries = retries
