@@ -35,9 +35,9 @@ from memshare.retrieval.divided import engage, serve
 from memshare.retrieval.encoder import Encoder, EncoderError
 from memshare.retrieval.gate import GateResult
 from memshare.retrieval.gate_run import gate_built
-from memshare.retrieval.generation import GenerationError, current, generations
-from memshare.retrieval.manifest import folder_name
+from memshare.retrieval.generation import GenerationError, current
 from memshare.retrieval.publish import publish, record_rejection
+from memshare.retrieval.published import published_before
 from memshare.training.gate_report import report_gate
 from memshare.training.gather import World, launch, leave
 from memshare.training.mining_plan import split_memories
@@ -105,7 +105,7 @@ def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World
     for pool in pools:
         store.create_pool(pool, config.pools[pool].rubric, config.pools[pool].threshold)
     source, encoder = load_encoder(config, args.encoder, world)
-    if (earlier := recorded(config, args.round, source)) is not None:
+    if (earlier := published_before(config, args.round, source, encoder)) is not None:
         engage(world, None)
         log(f"round {args.round}: generation {earlier['generation']} was published before")
         return earlier
@@ -174,23 +174,6 @@ def training_of(source: str) -> dict[str, Any] | None:
     """What the training of an encoder's folder reported, for the record and the model card."""
     result = None if source == FROZEN else read_result(Path(source).parent)
     return result if result is not None and result["status"] == "trained" else None
-
-
-def recorded(config: Config, number: int | None, source: str) -> dict[str, Any] | None:
-    """What this round came to, if an earlier run of it was killed after deciding."""
-    if number is None:
-        return None
-    home = config.generations_dir / config.retriever.name
-    for manifest in reversed(generations(config.generations_dir, config.retriever.name)):
-        path = home / folder_name(manifest.number) / "metrics.json"
-        try:
-            metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError) as error:  # damaged: nothing will load it either
-            log(f"generation {manifest.number} can't tell of which round it is ({path}: {error})")
-            continue
-        if (metrics.get("round"), metrics.get("encoder")) == (number, source):
-            return {"outcome": "published", "generation": manifest.number, **metrics}
-    return None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The order makes every crash harmless: all files under a temporary name, fsynced; the manifest last;
 one rename; CURRENT last of all. Before the rename nothing is there, between the two a whole
-generation that nobody serves yet, afterwards the new one.
+generation that nobody serves yet (`complete` ends what was killed there), afterwards the new one.
 """
 
 from __future__ import annotations
@@ -120,11 +120,36 @@ def publish(
         needed = index_bytes(vectors.shape, settings) + sum(map(len, ids)) + _SLACK
         raise _explain(home, error, weight_bytes(encoder) + needed) from error
     if pinned:
-        log(
-            f"{retriever}: published generation {number}, but {held} is pinned and stays CURRENT; "
-            "`memshare generations unpin` lets the next one through"
-        )
+        _tell_of_pin(retriever, number, held)
     return number
+
+
+def complete(root: Path, retriever: str, number: int, keep: int) -> None:
+    """The end of a publish that was killed between its two renames: ``number`` becomes CURRENT.
+
+    As a publisher would have done, unless a pin says otherwise, and old generations are pruned.
+    Nothing changes where CURRENT is as far already. Every byte is verified first; raises
+    `NoGeneration` or `DamagedGeneration`, and `PublishError` where CURRENT can't be written.
+    """
+    home = home_of(root, retriever)
+    if (read_current(home)[0] or 0) >= number:
+        return
+    verify_generation(root, retriever, number)
+    with locked(home):
+        manifest = read_manifest(home / folder_name(number))  # it may have been pruned in between
+        held, pinned = read_current(home)
+        if (held or 0) >= number:
+            return
+        if pinned:
+            _tell_of_pin(retriever, number, held)
+            return
+        try:
+            fsync_dir(home)  # the generation's rename first: who was killed may not have come to it
+            write_current(home, stage_current(home, number, pinned=False))
+        except OSError as error:
+            raise PublishError(f"{home}: CURRENT can't be moved to {number}: {error}") from error
+        _prune(home, keep, manifest.best)
+    log(f"{retriever}: publishing generation {number} was cut short; CURRENT is moved to it now")
 
 
 def activate(root: Path, retriever: str, number: int) -> None:
@@ -187,6 +212,13 @@ def _rename(home: Path, folder: Path, number: int, staged: Path | None) -> None:
     except OSError:
         discard(home, number)  # all or nothing: a failed publish leaves no generation behind
         raise
+
+
+def _tell_of_pin(retriever: str, number: int, held: int | None) -> None:
+    log(
+        f"{retriever}: published generation {number}, but {held} is pinned and stays CURRENT; "
+        "`memshare generations unpin` lets the next one through"
+    )
 
 
 def _prune(home: Path, keep: int, best: int) -> None:

@@ -1,44 +1,135 @@
-"""train/index.py after a run of the same round that was killed once it had decided."""
+"""train/index.py where the round was indexed before, whole or killed, or is indexed poorly."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from memshare.retrieval.generation import current, verify_generation
+from memshare.config import Config
+from memshare.retrieval.generation import current, generations, verify_generation
 from memshare.retrieval.manifest import folder_name
+from memshare.retrieval.publish import activate
+from memshare.retrieval.shelf import numbers
 from tests.retrieving import fill, make_config, open_store
 from tests.tiny import tiny_encoder
 from tests.training_runs import ROOT, load_program
 
+Index = Callable[..., dict[str, Any]]
 
-def test_a_round_is_published_once_and_a_damaged_generation_is_passed_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = make_config(tmp_path / "run", tiny_encoder(tmp_path / "encoder"))
-    with open_store(config) as store:
+
+class Killed(BaseException):
+    """In place of a SIGKILL: nobody handles it, and what is on disk is what a kill would leave."""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    made = make_config(tmp_path / "run", tiny_encoder(tmp_path / "encoder"))
+    with open_store(made) as store:
         fill(store, "p", 5)
+    return made
+
+
+@pytest.fixture
+def index(tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]) -> Index:
+    """Runs the program for a round and returns what it printed, with what it logged as `log`."""
+    program = load_program(ROOT / "train" / "index.py")
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    program = load_program(ROOT / "train" / "index.py")
 
-    def index(number: int) -> int:
-        words = ["--encoder", "frozen", "--no-gate", "--round", str(number)]
-        assert program.main(["--config", str(file), *words]) == 0
-        outcome = json.loads(capsys.readouterr().out)
-        assert (outcome["outcome"], outcome["round"]) == ("published", number)
-        return int(outcome["generation"])
+    def run(number: int, *words: str, encoder: object = "frozen") -> dict[str, Any]:
+        arguments = ["--encoder", str(encoder), "--round", str(number), *words]
+        assert program.main(["--config", str(file), *arguments]) == 0
+        told = capsys.readouterr()
+        outcome: dict[str, Any] = json.loads(told.out)
+        assert outcome["round"] == number
+        return {**outcome, "log": told.err}
 
+    return run
+
+
+def published(outcome: dict[str, Any]) -> int:
+    """The generation's number; fails for any other outcome."""
+    assert outcome["outcome"] == "published"
+    return int(outcome["generation"])
+
+
+def test_a_round_is_published_once_and_a_damaged_generation_is_passed_over(
+    config: Config, index: Index
+) -> None:
     def metrics(generation: int) -> Path:
         return config.generations_dir / "main" / folder_name(generation) / "metrics.json"
 
-    assert [index(number) for number in (1, 2, 1)] == [1, 2, 1]
+    assert [published(index(number, "--no-gate")) for number in (1, 2, 1)] == [1, 2, 1]
     metrics(2).write_text(metrics(2).read_text()[:8])
-    assert [index(number) for number in (1, 2)] == [1, 3]
+    assert [published(index(number, "--no-gate")) for number in (1, 2)] == [1, 3]
     verify_generation(config.generations_dir, "main", 3)
     metrics(3).unlink()
-    assert index(1) == 1
+    assert published(index(1, "--no-gate")) == 1
     assert current(config.generations_dir, "main") == 3  # nothing more was published
+
+
+@pytest.fixture
+def kill(index: Index, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Runs the program for a round and kills it when its generation is there, and CURRENT due."""
+
+    def killed(home: Path, staged: Path) -> None:
+        raise Killed
+
+    def run(number: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("memshare.retrieval.publish.write_current", killed)
+            with pytest.raises(Killed):
+                index(number, "--no-gate")
+
+    return run
+
+
+def test_a_publish_that_was_killed_before_current_moved_is_completed(
+    config: Config, index: Index, kill: Callable[[int], None]
+) -> None:
+    root = config.generations_dir
+    kill(1)
+    assert numbers(root / "main") == [1] and current(root, "main") is None
+    assert published(index(1, "--no-gate")) == 1 == current(root, "main")
+    for number in range(2, config.retriever.keep + 2):
+        kill(number)
+        assert current(root, "main") == number - 1
+        assert published(index(number, "--no-gate")) == number == current(root, "main")
+    assert len(numbers(root / "main")) == config.retriever.keep  # the oldest is pruned, too
+
+    kill(9)
+    latest = numbers(root / "main")[-1]
+    weights = root / "main" / folder_name(latest) / "encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert published(index(9, "--no-gate")) == latest + 1 == current(root, "main")
+    verify_generation(root, "main", latest + 1)
+
+
+def test_a_publish_that_was_killed_is_completed_by_nobody_where_a_pin_holds(
+    config: Config, index: Index, kill: Callable[[int], None]
+) -> None:
+    root = config.generations_dir
+    index(1, "--no-gate")
+    kill(2)
+    activate(root, "main", 1)
+    outcome = index(2, "--no-gate")
+    assert published(outcome) == 2 and "1 is pinned and stays CURRENT" in outcome["log"]
+    assert current(root, "main") == 1 and numbers(root / "main") == [1, 2]
+
+
+def test_a_folder_that_was_trained_into_again_is_published_again(
+    tmp_path: Path, config: Config, index: Index
+) -> None:
+    folder = tiny_encoder(tmp_path / "trained" / "encoder", seed=1)
+    assert [published(index(1, "--no-gate", encoder=folder)) for _ in range(2)] == [1, 1]
+    tiny_encoder(folder, seed=2)
+    assert [published(index(1, "--no-gate", encoder=folder)) for _ in range(2)] == [2, 2]
+    assert current(config.generations_dir, "main") == 2
+    first, second = generations(config.generations_dir, "main")
+    assert first.query_fingerprint != second.query_fingerprint
+    assert first.memory_fingerprint != second.memory_fingerprint
