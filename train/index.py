@@ -4,8 +4,9 @@
 
 encodes the pools with the encoder trained last, compares the result with the generation that serves
 on held-out memories, and publishes it if it is not worse; serving processes swap it in by
-themselves. A rejection is put on record in ``generations/<retriever>/rejected.jsonl`` and is no
-error. ``--encoder frozen --no-gate`` publishes a first generation of the configured encoder.
+themselves. A rejection, by the gate or because an index finds less than
+``retriever.index.recall_floor``, is put on record in ``generations/<retriever>/rejected.jsonl`` and
+is no error. ``--encoder frozen --no-gate`` publishes a first generation of the configured encoder.
 Under ``accelerate launch``, all processes encode; the first one does the rest.
 """
 
@@ -16,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from memshare.llm.rubric import RubricError
 from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolError, PoolUnavailable
 from memshare.pool.store import PoolStore
 from memshare.progress import log
+from memshare.retrieval.blobs import PoorIndex
 from memshare.retrieval.build import build_generation
 from memshare.retrieval.canaries import CanaryError, read_canaries
 from memshare.retrieval.card import base_model
@@ -142,22 +145,26 @@ def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World
     }
 
     # 3. Publish, or put the rejection on record.
-    generation: int | None
+    generation = current(root, name)
     if verdict.passed:
-        outcome, generation = "published", publish(
-            root, name, encoder=encoder, **built.parts(), metrics=metrics,
-            parent=current(root, name), keep=config.retriever.keep, best=verdict.best,
-            index=config.retriever.index,
-        )  # fmt: skip
+        try:
+            generation = publish(
+                root, name, encoder=encoder, **built.parts(), metrics=metrics, parent=generation,
+                keep=config.retriever.keep, best=verdict.best, index=config.retriever.index,
+            )  # fmt: skip
+        except PoorIndex as error:  # an error would end the loop, here again at every start
+            verdict = replace(verdict, passed=False, reason=str(error))
+            metrics["gate"] = verdict.record()
+    if verdict.passed:
         log(f"published generation {generation} ({len(built.ids)} memories; {verdict.reason})")
     else:
-        outcome, generation = "rejected", current(root, name)
-        log(f"not published: the gate rejected it ({verdict.reason}); the current one serves on")
+        log(f"rejected, and the current generation serves on: {verdict.reason}")
         record_rejection(root / name / "rejected.jsonl", metrics)
 
     # 4. Tell the run of the training, where nothing waits for it any more.
     if not args.no_gate and metrics["training"] is not None:
         report_gate(Path(source).parent, metrics["training"], verdict, config.wandb)
+    outcome = "published" if verdict.passed else "rejected"
     return {"outcome": outcome, "generation": generation, **metrics}
 
 

@@ -41,6 +41,10 @@ _BUILDS = {
 _CARD_FILE = f"encoder/{CARD}"  # each generation's own: it tells of the gate and of the pools
 
 
+class PoorIndex(GenerationError):
+    """An index finds less than ``retriever.index.recall_floor``; it says what to change."""
+
+
 def write_files(
     home: Path,
     folder: Path,
@@ -53,8 +57,8 @@ def write_files(
 ) -> Manifest:
     """All files but the manifest, fsynced; raises OSError early where they can't fit.
 
-    Returns ``manifest`` with what is known of the indexes. Raises `GenerationError` where one finds
-    less than ``settings.recall_floor``.
+    Returns ``manifest`` with what is known of the indexes. Raises `PoorIndex` where one finds less
+    than ``settings.recall_floor``.
     """
     manifest = replace(manifest, index=settings.model_dump(include=_BUILDS))
     blob = np.array([item.encode() for item in ids] or [b""], dtype=np.bytes_)[: len(ids)]
@@ -99,13 +103,13 @@ def _build(
 
 
 def _check_recall(recall: Mapping[str, float], floor: float) -> None:
-    """Raise `GenerationError` where a pool's index finds less than ``floor``."""
+    """Raise `PoorIndex` where a pool's index finds less than ``floor``."""
     low = [f"{pool} {found:.3f}" for pool, found in recall.items() if found < floor]
     if low:
-        raise GenerationError(
+        raise PoorIndex(
             f"recall@10 against exact search is below retriever.index.recall_floor {floor:g}: "
-            f"{', '.join(low)}; nothing was published. Raise retriever.index.nprobe (ivf) or "
-            "ef_search, ef_construction and links (hnsw), or choose kind flat"
+            f"{', '.join(low)}. Raise retriever.index.nprobe (ivf) or ef_search, ef_construction "
+            "and links (hnsw), lower recall_floor, or choose kind flat"
         )
 
 

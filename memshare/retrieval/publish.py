@@ -77,9 +77,9 @@ def publish(
     ``keep``, CURRENT, the best and the leased ones are deleted. Files that equal the parent's are
     hard links to them. ``index``: the kind of index (None: flat).
 
-    Raises `GenerationError` for an index below its recall floor, and `PublishError` for parts that
-    do not belong together and where the files can't be written, a full disk among them; nothing but
-    the old state is left then.
+    Raises `PoorIndex` for an index below its recall floor, and `PublishError` for parts that do not
+    belong together and where the files can't be written, a full disk among them; nothing but the
+    old state is left then.
     """
     memory_fingerprint = encoder.memory_fingerprint()
     if built_by is not None and built_by != memory_fingerprint:
@@ -240,7 +240,7 @@ def _explain(home: Path, error: Exception, needed: int) -> PublishError:
 
 
 def record_rejection(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Append what the gate found of a generation that it refused to ``path``, durably."""
+    """Append what is known of a generation that was rejected to ``path``, durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(metrics, ensure_ascii=False) + "\n")

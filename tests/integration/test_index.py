@@ -133,3 +133,24 @@ def test_a_folder_that_was_trained_into_again_is_published_again(
     first, second = generations(config.generations_dir, "main")
     assert first.query_fingerprint != second.query_fingerprint
     assert first.memory_fingerprint != second.memory_fingerprint
+
+
+def test_a_generation_whose_index_finds_too_little_is_rejected(
+    config: Config, index: Index
+) -> None:
+    with open_store(config) as store:
+        fill(store, "p", 195)
+    root = config.generations_dir
+    index(1, "--no-gate")
+    poor = {"kind": "ivf", "approximate_from": 100, "nlist": 5, "nprobe": 1, "recall_floor": 1.0}
+    words = [f"--set=retriever.index.{key}={value}" for key, value in poor.items()]
+    outcome = index(2, "--no-gate", *words)
+    assert (outcome["outcome"], outcome["generation"]) == ("rejected", 1)
+    (line,) = (root / "main" / "rejected.jsonl").read_text().splitlines()
+    rejection = json.loads(line)
+    assert rejection["round"] == 2 and rejection["gate"]["passed"] is False
+    for told in (outcome["gate"]["reason"], rejection["gate"]["reason"], outcome["log"]):
+        assert "below retriever.index.recall_floor 1: p 0." in told
+        assert "Raise retriever.index.nprobe" in told
+    assert current(root, "main") == 1 and numbers(root / "main") == [1]
+    assert published(index(2, "--no-gate", *words, "--set=retriever.index.nprobe=5")) == 2

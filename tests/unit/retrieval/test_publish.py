@@ -16,11 +16,11 @@ import torch
 
 from memshare.config import Config, IndexConfig
 from memshare.pool.store import PoolStore
+from memshare.retrieval.blobs import PoorIndex
 from memshare.retrieval.build import Built, build_generation
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import (
     DamagedGeneration,
-    GenerationError,
     NoGeneration,
     best,
     current,
@@ -184,7 +184,7 @@ def test_recall_is_in_the_manifest_and_a_floor_refuses_the_build(
     assert files[0].samefile(files[1])
     poor = {**good, "nprobe": 1, "nlist": 10, "links": 4, "ef_search": 1, "ef_construction": 1}
     strict = IndexConfig.model_validate({**poor, "recall_floor": 1.0})
-    with pytest.raises(GenerationError, match=r"p 0\.\d+; nothing was published\. Raise .*nprobe"):
+    with pytest.raises(PoorIndex, match=r"recall_floor 1: p 0\.\d+\. Raise .*nprobe"):
         publish_now(store, config, encoder, parent=again, index=strict)
     assert current(config.generations_dir, "main") == again and leftovers(config) == []
     flat = publish_now(store, config, encoder, parent=again)
