@@ -113,15 +113,13 @@ def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stoppi
         if stopping.wait(_POLL_SECONDS):
             return
     log(f"serving on {url}")
-    trainer, words, pause = (
-        None,
-        command("train/continual.py", args),
-        config.continual.retry_seconds,
-    )
-    if pause is not None and not args.no_train:
-        trainer = Restarted(supervisor, "continual", words, env, pause)
-    elif not args.no_train:
-        supervisor.start("continual", words, env)
+    trainer, pause = None, config.continual.retry_seconds
+    if not args.no_train:
+        words = command("train/continual.py", args)
+        if pause is None:
+            supervisor.start("continual", words, env)
+        else:
+            trainer = Restarted(supervisor, "continual", words, env, pause)
     shown = ""
     while not stopping.is_set():
         if trainer is not None:
