@@ -92,22 +92,6 @@ def test_rejected_and_empty_rounds_are_on_record(make_run: Any) -> None:
     assert json.loads(line)["gate"]["passed"] is False
 
 
-def test_an_index_that_finds_too_little_ends_its_round_and_not_the_loop(make_run: Any) -> None:
-    poor = {"kind": "ivf", "approximate_from": 100, "nlist": 3, "nprobe": 1, "recall_floor": 1.0}
-    run = make_run(
-        retriever={"index": poor}, training={"max_steps": 1}, mining={"dense_candidates": 0}
-    )
-    for number, start in enumerate((0, 20), 1):
-        run.store.append(banking(start, start + 20))
-        child = run.start("--once")
-        assert child.wait(150) == 0
-        assert [item["outcome"] for item in run.rounds()] == ["rejected"] * number
-    lines = (run.config.generations_dir / "main" / "rejected.jsonl").read_text().splitlines()
-    reasons = [json.loads(line)["gate"]["reason"] for line in lines]
-    assert len(reasons) == 2 and all("Raise retriever.index.nprobe" in each for each in reasons)
-    assert current(run.config.generations_dir, "main") is None
-
-
 def test_a_pool_is_kept_under_its_cap(make_run: Any) -> None:
     run = make_run(
         pools={"main": {"max_memories": 20, "prune_by": "near-duplicates"}},

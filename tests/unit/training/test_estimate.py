@@ -35,6 +35,7 @@ LEFT = {
     "h200.yaml": 141e9 * (1 - 0.3 - 0.2),
     "cluster.yaml": 80e9,
     "paper.yaml": 141e9 * (1 - 0.35 - 0.35),
+    "cpu.yaml": 2 * GIB,
     "pocket.yaml": 2 * GIB,
     "eval.yaml": 2 * GIB,
     "eval-vllm.yaml": 2 * GIB,
