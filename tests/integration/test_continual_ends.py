@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from memshare.retrieval.generation import current
+from memshare.training.journal import Journal, Round, Span
 from tests.continual_runs import DATA, banking
 
 pytestmark = [
@@ -73,6 +74,33 @@ def test_what_cannot_be_trained_is_told_before_anything_is_mined(
     errors = child.communicate(timeout=60)[1]
     assert child.returncode == 1 and f"error: {told}" in errors, errors
     assert not run.rounds() and not [*(run.folder / "examples").rglob("*.parquet")]
+
+
+@pytest.mark.parametrize("step", ["done", "mine"])
+def test_a_later_start_finds_out_before_it_mines_as_well(make_run: Any, step: str) -> None:
+    """Between two rounds, and in one that an earlier start has put on record."""
+    run = make_run()
+    run.store.append(banking(0, 8))
+    outcome = "empty" if step == "done" else None
+    before = Round(1, {"main": Span(0, 0)}, str(run.folder / "tiny"), step, outcome)  # type: ignore[arg-type]
+    Journal((before,)).save(run.folder / "continual.json")
+    child = run.start("--once", "--set", "training.matryoshka=[8, 500]")
+    errors = child.communicate(timeout=60)[1]
+    assert child.returncode == 1 and "error: training.matryoshka: [500]" in errors, errors
+    assert [item["step"] for item in run.rounds()] == [step]
+    assert not [*(run.folder / "examples").rglob("*.parquet")]
+
+
+def test_a_current_generation_that_can_not_be_read_is_told(make_run: Any) -> None:
+    run = make_run()
+    run.store.append(banking(0, 8))
+    home = run.config.generations_dir / "main"
+    home.mkdir(parents=True)
+    (home / "CURRENT").write_text("not one of ours")
+    child = run.start("--once")
+    errors = child.communicate(timeout=60)[1]
+    assert child.returncode == 1 and "Traceback" not in errors, errors
+    assert f"error: {home / 'CURRENT'}" in errors, errors
 
 
 def test_rejected_and_empty_rounds_are_on_record(make_run: Any) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from memshare.files import run_lock
 from memshare.training import checkpoint
@@ -34,6 +35,27 @@ def test_divergence_names_the_batch_and_keeps_the_last_checkpoint(
     assert program.main([*options(base, output, often, steps=8), "--allow-config-change"]) == 0
     assert f"continuing from {kept}" in capsys.readouterr().err
     assert result(output)["steps"] == 8
+
+
+@pytest.mark.parametrize("place", ["FrozenMemories.of", "spread", "ContrastiveStep.backward"])
+def test_a_device_that_is_full_is_told_wherever_it_happens(
+    base: Path, tmp_path: Path, program: ModuleType, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, place: str,
+) -> None:  # fmt: skip
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has some.")
+
+    name, _, method = place.partition(".")
+    if method:
+        monkeypatch.setattr(getattr(program, name), method, full)
+    else:
+        monkeypatch.setattr(program, name, full)
+    output = tmp_path / "out"
+    assert program.main(options(base, output, steps=2)) == 1
+    told = "CUDA out of memory. Tried to allocate 2 GiB. Lower training.graph_tokens"
+    assert f"error: {told}" in capsys.readouterr().err
+    ended = result(output)
+    assert ended["status"] == "failed" and str(ended["error"]).startswith(told)
 
 
 @pytest.mark.parametrize("end", ["last step", "stopped", "evaluated"])
