@@ -75,14 +75,18 @@ def few(domain: Domain) -> Domain:
     return Domain(domain.name, domain.pool[:30], domain.problems[:6], tests)
 
 
-def folds(memories: Sequence[Memory], count: int, seed: int) -> list[list[Memory]]:
-    """``memories`` in ``count`` parts of about the same size, near-duplicates in the same one."""
+def folds(memories: Sequence[Memory], count: int, seed: int, least: float) -> list[list[Memory]]:
+    """``memories`` in ``count`` parts of about the same size, near-duplicates in the same one.
+
+    ``least``: from that similarity of their prompts on they are (``split.near_duplicate``).
+    """
+    sets = {memory.id: grams(memory.prompt) for memory in memories}
     clusters: list[list[Memory]] = []
     for memory in memories:
         near = (
             cluster
             for cluster in clusters
-            if any(jaccard(grams(memory.prompt), grams(other.prompt)) >= 0.8 for other in cluster)
+            if any(jaccard(sets[memory.id], sets[other.id]) >= least for other in cluster)
         )
         cluster = next(near, None)
         if cluster is None:
@@ -121,7 +125,7 @@ def measure_domain(
     if name.endswith(HELD_OUT):
         parts = [
             Part(fold, usable(examples, training, {memory.id for memory in fold}))
-            for fold in folds(memories, FOLDS, seeds[0])
+            for fold in folds(memories, FOLDS, seeds[0], work.config.split.near_duplicate)
         ]
     else:
         parts = [Part(reference_questions(domain, domain.name), usable(examples, training))]

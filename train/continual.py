@@ -88,7 +88,6 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
     path = config.run.dir / "continual.json"
     journal = Journal.load(path)
     delete_weights(config, journal)  # in case a loop was killed before it did
-    rehearsed = False
     while not stop.is_set():
         # 1. Between two rounds: wait until enough memories are new, then put a round on record.
         if journal.open_round is None:
@@ -101,18 +100,15 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
                 stop.wait(config.continual.poll_seconds)
                 continue
             opened = when_available(stop, next_round, config, store, journal)
-            if not rehearsed:  # or hours of mining might be for a training that can't begin
-                steps.rehearse(opened.encoder)
-                rehearsed = True
+            steps.rehearse(opened.encoder)  # or hours of mining might be for nothing
             journal = journal.begin(opened)
             journal.save(path)
 
         # 2. Within one: mine, train, index, as often as it has iterations, each step to its end.
         now = journal.open_round
         assert now is not None
-        if now.step == "mine" and not rehearsed:  # one that an earlier loop has put on record
+        if now.step == "mine":  # in a round that an earlier loop has put on record
             steps.rehearse(now.encoder)
-            rehearsed = True
         log(f"round {now.number}: {now.name}")
         begun = time.monotonic()
         step = {"mine": steps.mine, "train": steps.train, "index": steps.index}[now.step]

@@ -178,7 +178,8 @@ def _strangers() -> list[tuple[str, str]]:
 
     Nothing else would tell: an unknown key within a section is refused, an unknown section is not.
     """
-    prefix, delimiter = "MEMSHARE_", "__"
+    known = Config.model_config
+    prefix, delimiter = known["env_prefix"], known["env_nested_delimiter"] or ""
     named = (
         (name, name.upper().removeprefix(prefix).partition(delimiter)[0].lower())
         for name in sorted(os.environ)

@@ -40,8 +40,8 @@ def assemble(config: Config) -> SharedMemory:
                 log(
                     f"pools.{name}: the pool keeps rubric {kept.rubric} and threshold "
                     f"{kept.threshold:g}, with which it was made; `memshare pool create --pool "
-                    f"{name} --rubric {settings.rubric} --threshold {settings.threshold:g}` "
-                    "changes that"
+                    f"{name} --rubric {settings.rubric} --threshold {settings.threshold:g} "
+                    "--config FILE` changes that"
                 )
         llms = [make_llm(config.agent_llm)]
         if uses_scorer_llm(config) and config.scorer_llm != config.agent_llm:

@@ -28,8 +28,8 @@ from memshare.training.token_table import TokenTable
 _ROWS_AT_ONCE = 2**20
 
 _SMALLEST = 1 / 8  # of batch_tokens: what keeps a device busy
-_MUCH_UNREAD = 0.05  # of all tokens: some emoji and names are no trouble
 _MUCH_SHORTER = 0.85  # of a micro-batch's longest text
+_MUCH_UNREAD = 0.05  # of all tokens: some emoji and names are no trouble
 
 
 class Batches:
@@ -81,7 +81,7 @@ class Batches:
 
     def __str__(self) -> str:
         cut, out = self.table.truncated, self._order.left_out()
-        unread = self.table.unknown / int(self.table.lengths.sum())
+        unread = self.table.unknown / max(1, int(self.table.lengths.sum()))
         many = "" if self.steps_per_epoch == 1 else "s"
         told = [f"{self.steps_per_epoch} step{many} an epoch"]
         if cut:

@@ -54,16 +54,23 @@ class Steps:
         self._config, self._store, self._programs = config, store, programs
         self._settings, self._stop = list(settings), stop
         self._record = config.run.dir / "continual.child.json"
+        self._rehearsed = False
 
     def stop_orphan(self) -> bool:
         """Stop the program that a killed loop left running; whether there was one."""
         return stop_orphan(self._record)
 
     def rehearse(self, encoder: str) -> None:
-        """Raises `ChildFailed` where no training could begin with ``encoder``."""
+        """Raises `ChildFailed` where no training could begin with ``encoder``; once a loop's start.
+
+        What could change afterwards, the encoder, comes from a training with these settings.
+        """
+        if self._rehearsed:
+            return
         command = [sys.executable, "-m", "memshare.training.rehearsal", *self._settings]
         log_file = self._config.run.dir / "logs" / "rehearsal.log"
         run_child([*command, "--encoder", encoder], log_file, self._record, self._stop, Path.cwd())
+        self._rehearsed = True
 
     def mine(self, now: Round) -> Done:
         """Step 5: examples from the new memories, and from a sample of the earlier ones.

@@ -167,10 +167,8 @@ def test_what_is_deleted_leaves_the_held_out_examples(store: PoolStore, tmp_path
     assert load_examples([held_out])["query_id"] == [ids[2]]
     assert ids[1].encode() not in shard_path(held_out, 0).read_bytes()
     assert forget_stale_checkpoints(output, folder)  # the best was chosen by it
-    assert last_mined(tmp_path / "examples", ["one"]) == (
-        1,
-        {"one": 10},
-    )  # and it is no round of its own
+    mined = last_mined(tmp_path / "examples", ["one"])
+    assert mined == (1, {"one": 10})  # and it is no round of its own
 
 
 def test_changed_examples_start_training_afresh(tmp_path: Path) -> None:
