@@ -6,8 +6,9 @@ encodes the pools with the encoder trained last, compares the result with the ge
 on held-out memories, and publishes it if it is not worse; serving processes swap it in by
 themselves. A rejection, by the gate or because an index finds less than
 ``retriever.index.recall_floor``, is put on record in ``generations/<retriever>/rejected.jsonl`` and
-is no error. ``--encoder frozen --no-gate`` publishes a first generation of the configured encoder.
-Under ``accelerate launch``, all processes encode; the first one does the rest.
+is no error; the encoder that serves on then gets a new index, if much has come since its own was
+made. ``--encoder frozen --no-gate`` publishes a first generation of the configured encoder. Under
+``accelerate launch``, all processes encode; the first one does the rest.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from memshare.retrieval.gate_run import gate_built
 from memshare.retrieval.generation import GenerationError, current
 from memshare.retrieval.publish import publish, record_rejection
 from memshare.retrieval.published import published_before
+from memshare.retrieval.refresh import refresh
 from memshare.training.gate_report import report_gate
 from memshare.training.gather import World, launch, leave
 from memshare.training.mining_plan import split_memories
@@ -84,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with run_lock(config.run.dir, "index"), PoolStore.open(config.url) as store:
             outcome = run(config, store, args, world)
+            if args.result is not None:
+                write_json(args.result, outcome)
+            print(json.dumps(outcome, ensure_ascii=False), flush=True)
+            if outcome["outcome"] == "rejected":  # the round is over: nothing below changes that
+                refresh(store, config)
     except PoolUnavailable as error:
         log(f"error: {error}")
         if args.result is not None:  # accelerate makes every exit code but 0 a 1
@@ -94,9 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     finally:
         leave(accelerator, world)
-    if args.result is not None:
-        write_json(args.result, outcome)
-    print(json.dumps(outcome, ensure_ascii=False))
     return 0
 
 

@@ -66,7 +66,7 @@ def leave(accelerator: Accelerator, world: World) -> None:
     that wait for it, so it just ends, and the launcher the others.
     """
     gc.collect()
-    if world.ended or world.backend != "nccl":
+    if world.ended or "nccl" not in (world.backend or ""):  # FSDP has "cuda:nccl,cpu:gloo", too
         accelerator.end_training()
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from memshare.config import Config
+from memshare.retrieval.gate import GateResult
 from memshare.retrieval.generation import current, generations, verify_generation
 from memshare.retrieval.manifest import folder_name
 from memshare.retrieval.publish import activate
@@ -133,6 +134,27 @@ def test_a_folder_that_was_trained_into_again_is_published_again(
     first, second = generations(config.generations_dir, "main")
     assert first.query_fingerprint != second.query_fingerprint
     assert first.memory_fingerprint != second.memory_fingerprint
+
+
+def test_a_rejected_rounds_memories_are_published_under_the_encoder_that_serves(
+    tmp_path: Path, config: Config, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, report = config.generations_dir, tmp_path / "index.json"
+    index(1, "--no-gate")
+    (served,) = generations(root, "main")
+    with open_store(config) as store:
+        fill(store, "p", 6, seed=1)
+    monkeypatch.setattr("memshare.retrieval.gate_run.run_gate", lambda *_: GateResult(False, "", 3))
+    monkeypatch.setattr("memshare.retrieval.refresh.MAX_DELTA", 5)
+    folder = tiny_encoder(tmp_path / "trained" / "encoder", seed=1)
+    outcome = index(2, "--result", str(report), encoder=folder)
+    assert (outcome["outcome"], outcome["generation"]) == ("rejected", 1)
+    assert json.loads(report.read_text())["outcome"] == "rejected"
+    (fresh,) = generations(root, "main")
+    assert fresh.number == 2 == current(root, "main") and fresh.rows == served.rows + 6
+    assert fresh.query_fingerprint == served.query_fingerprint
+    assert published(index(1, "--no-gate")) == 2  # round 1 is what serves, as before
+    assert len((root / "main" / "rejected.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_generation_whose_index_finds_too_little_is_rejected(

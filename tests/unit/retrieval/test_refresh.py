@@ -1,0 +1,148 @@
+"""The encoder that serves gets a new index where rounds are rejected and memories come on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memshare.config import Config
+from memshare.pool.store import PoolStore
+from memshare.retrieval import refresh as module
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.generation import best, current, generations, load
+from memshare.retrieval.manifest import folder_name
+from memshare.retrieval.publish import activate
+from memshare.retrieval.refresh import refresh
+from memshare.retrieval.shelf import Lease, numbers
+from tests.retrieving import fill, make_config, open_store, publish_now
+from tests.tiny import tiny_encoder
+
+ENOUGH = 5  # changes
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return make_config(tmp_path / "run", tiny_encoder(tmp_path / "encoder"), keep=2)
+
+
+@pytest.fixture
+def store(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[PoolStore]:
+    monkeypatch.setattr(module, "MAX_DELTA", ENOUGH)
+    with open_store(config) as opened:
+        fill(opened, "p", 8)
+        yield opened
+
+
+@pytest.fixture
+def encoder(config: Config) -> Encoder:
+    return Encoder.load(config.encoder)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many memories each call of an encoder encodes."""
+    counts: list[int] = []
+    whole = Encoder.encode_memories
+
+    def counting(self: Encoder, pairs: Sequence[tuple[str, str]]) -> Any:
+        counts.append(len(pairs))
+        return whole(self, pairs)
+
+    monkeypatch.setattr(Encoder, "encode_memories", counting)
+    return counts
+
+
+def home(config: Config) -> Path:
+    return config.generations_dir / "main"
+
+
+def test_todays_memories_are_published_under_the_encoder_that_serves(
+    config: Config, store: PoolStore, encoder: Encoder, encoded: list[int]
+) -> None:
+    old = publish_now(store, config, encoder, metrics={"round": 7, "gate": {"passed": True}})
+    (first,) = generations(config.generations_dir, "main")
+    gone = next(store.iter("p"))
+    new = fill(store, "p", ENOUGH + 1, seed=1)
+    store.delete(gone.id)
+    encoded.clear()
+    assert refresh(store, config) == old + 1 == current(config.generations_dir, "main")
+    assert sum(encoded) == len(new)  # the others' vectors are copied
+    (second,) = generations(config.generations_dir, "main")  # the old one is of no more use
+    assert second.query_fingerprint == first.query_fingerprint
+    assert second.positions == {"p": store.last_seq("p")}
+    told = json.loads((home(config) / folder_name(old + 1) / "metrics.json").read_text())
+    assert told["round"] == 7 and told["gate"] == {"passed": True}
+    generation = load(config.generations_dir, "main")
+    try:
+        held = {id_.decode() for id_ in generation.ids["p"].tolist()}
+    finally:
+        generation.close()
+    assert held == {memory.id for memory in store.iter("p")} and gone.id not in held
+    assert refresh(store, config) is None  # nothing has come since
+
+
+def test_an_older_index_that_somebody_reads_goes_the_next_time(
+    config: Config, store: PoolStore, encoder: Encoder
+) -> None:
+    publish_now(store, config, Encoder.load(config.encoder.model_copy(update={"max_length": 7})))
+    publish_now(store, config, encoder)
+    reader = Lease(home(config), 2)
+    for seed in (1, 2):
+        fill(store, "p", ENOUGH + 1, seed=seed)
+        refresh(store, config)
+        # keep=2, and the other encoder's generation, though the oldest, is still to be had.
+        assert numbers(home(config)) == ([1, 2, 3] if seed == 1 else [1, 4])
+        reader.release()
+
+
+def test_the_best_so_far_stays_the_best(config: Config, store: PoolStore, encoder: Encoder) -> None:
+    other = Encoder.load(config.encoder.model_copy(update={"max_length": 7}))
+    for best_is, expected in ((None, 3), (1, 1), (0, 0)):
+        config = config.model_copy(update={"run": config.run.model_copy(
+            update={"dir": config.run.dir.parent / f"run-{best_is}"})})  # fmt: skip
+        publish_now(store, config, other)
+        publish_now(store, config, encoder, best=best_is)
+        fill(store, "p", ENOUGH + 1, seed=expected + 1)
+        assert refresh(store, config) == 3
+        assert best(config.generations_dir, "main") == expected
+
+
+def test_nothing_is_published_where_little_has_come_or_an_operator_decides(
+    config: Config, store: PoolStore, encoder: Encoder
+) -> None:
+    assert refresh(store, config) is None  # the configured encoder serves
+    publish_now(store, config, encoder)
+    fill(store, "p", ENOUGH, seed=1)
+    assert refresh(store, config) is None
+    fill(store, "p", 1, seed=2)
+    activate(config.generations_dir, "main", 1)
+    assert refresh(store, config) is None
+    assert numbers(home(config)) == [1]
+
+
+def test_a_failure_leaves_the_old_index_and_is_told(
+    config: Config,
+    store: PoolStore,
+    encoder: Encoder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    publish_now(store, config, encoder)
+    fill(store, "p", ENOUGH + 1, seed=1)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("memshare.retrieval.publish.write_files", full)
+        assert refresh(store, config) is None
+    assert "stays as it is" in (told := capsys.readouterr().err) and "the disk is full" in told
+    weights = home(config) / folder_name(1) / "encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert refresh(store, config) is None
+    assert "stays as it is" in capsys.readouterr().err
+    assert numbers(home(config)) == [1]
