@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
+from memshare.retrieval.manifest import MANIFEST, METRIC, Manifest, folder_name
 from memshare.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -93,3 +94,12 @@ def logged(output: Path) -> list[dict[str, float]]:
     keys = ("step", "loss", "lr", "grad_norm")
     lines = (output / "log.jsonl").read_text().splitlines()
     return [{key: json.loads(line)[key] for key in keys} for line in lines]
+
+
+def refreshed(home: Path, number: int, *, origin: int) -> None:
+    """Generation ``number`` without its files: the encoder of ``origin``, with newer rows."""
+    manifest = Manifest(
+        number, "main", "", origin, number, 4, METRIC, "q", "m", {}, {}, {}, origin=origin
+    )
+    (home / folder_name(number)).mkdir(parents=True)
+    (home / folder_name(number) / MANIFEST).write_text(manifest.dump())

@@ -52,6 +52,7 @@ class Manifest:
     ``positions``: the change log position of each pool that the vectors stand for. ``spans``: the
     rows ``[start, stop)`` of ``ids.npy`` and ``index.faiss`` that belong to each pool; they tile
     all rows. ``best``: the number of the best generation so far by the gate, itself perhaps.
+    ``origin``: the generation that brought this encoder, where this one only brings it new rows.
     ``created_at``: ISO 8601, UTC. ``index``: the settings (`IndexConfig`) that decide what is in
     ``index.faiss``; ``recall_at_10``: of each pool whose index is not exact, against exact search.
     """
@@ -70,6 +71,7 @@ class Manifest:
     files: dict[str, Blob]
     index: dict[str, Any] = field(default_factory=dict)
     recall_at_10: dict[str, float] = field(default_factory=dict)
+    origin: int | None = None
 
     @property
     def rows(self) -> int:
@@ -124,6 +126,14 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedGeneration(f"{folder}: {MANIFEST} is damaged: {error}") from error
     return manifest
+
+
+def first_with(home: Path, number: int) -> int:
+    """The generation that brought generation ``number``'s encoder; itself if it can't be read."""
+    try:
+        return read_manifest(home / folder_name(number)).origin or number
+    except GenerationError:
+        return number
 
 
 def in_order(spans: Mapping[str, tuple[int, int]]) -> list[tuple[str, tuple[int, int]]]:

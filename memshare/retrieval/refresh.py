@@ -16,11 +16,11 @@ from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.build import build_generation
 from memshare.retrieval.encoder import EncoderError
-from memshare.retrieval.generation import GenerationError, best, generations, load
-from memshare.retrieval.manifest import folder_name, read_manifest
+from memshare.retrieval.generation import GenerationError, best, load
+from memshare.retrieval.manifest import first_with, folder_name, read_manifest
 from memshare.retrieval.publish import publish
 from memshare.retrieval.serving import MAX_DELTA
-from memshare.retrieval.shelf import discard, home_of, locked, read_current
+from memshare.retrieval.shelf import discard, home_of, locked, numbers, read_current
 
 
 def refresh(store: PoolStore, config: Config) -> int | None:
@@ -28,8 +28,8 @@ def refresh(store: PoolStore, config: Config) -> int | None:
 
     Only where the pools' logs are more than `MAX_DELTA` changes ahead of it: fewer are no trouble.
     There is nothing to judge, since readers add what an index lacks by the same encoder. Vectors
-    that CURRENT holds are copied. Older generations of this encoder are of no more use and go, so
-    that `retriever.keep` goes on counting encoders.
+    that CURRENT holds are copied. Of this encoder's generations only the last two are left, so that
+    `retriever.keep` goes on counting encoders, near enough.
 
     None where nothing was published, or an operator has pinned CURRENT, or it fails, which the log
     says: the round has ended by then.
@@ -67,26 +67,27 @@ def _publish(store: PoolStore, config: Config, number: int) -> int:
         metrics |= {"build_seconds": time.monotonic() - began, "created": time.time()}
         return publish(
             root, name, encoder=encoder, **built.parts(), metrics=metrics, parent=number,
-            keep=config.retriever.keep + len(_same(config, number)),  # which go in a moment
+            keep=config.retriever.keep + len(_same(config, number)),  # one of them is left
             best=None if champion == number else champion, index=config.retriever.index,
+            origin=generation.manifest.origin or number,
         )  # fmt: skip
     finally:
         generation.close()
 
 
 def _same(config: Config, number: int) -> list[int]:
-    """All generations of generation ``number``'s encoder, itself among them."""
-    made = {
-        manifest.number: (manifest.query_fingerprint, manifest.memory_fingerprint)
-        for manifest in generations(config.generations_dir, config.retriever.name)
-    }
-    return [other for other, by in made.items() if by == made[number]]
+    """The generations of generation ``number``'s encoder, oldest first."""
+    home = home_of(config.generations_dir, config.retriever.name)
+    return [other for other in numbers(home) if first_with(home, other) == first_with(home, number)]
 
 
 def _retire(config: Config, fresh: int) -> None:
-    """Delete older generations of ``fresh``'s encoder; leased ones are left for the next time."""
+    """Delete the generations of ``fresh``'s encoder before the one that was current until now.
+
+    That one is in use: by readers, and by a round that trains its encoder further.
+    """
     home = home_of(config.generations_dir, config.retriever.name)
     with locked(home):
         for number in _same(config, fresh):
-            if number < fresh and number != read_current(home)[0]:
+            if number < (read_manifest(home / folder_name(fresh)).parent or 0):
                 discard(home, number)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from memshare.config import Config
 from memshare.progress import log
-from memshare.retrieval.manifest import DamagedGeneration
+from memshare.retrieval.manifest import DamagedGeneration, first_with
 from memshare.retrieval.shelf import home_of, numbers, read_current
 from memshare.training.journal import Journal
 from memshare.training.rounds import training_dir
@@ -52,7 +52,8 @@ def _read_again(config: Config, journal: Journal) -> set[int]:
     home = home_of(config.generations_dir, config.retriever.name)
     serving, _ = read_current(home)
     served = {serving, *(numbers(home) if config.training.warm_optimizer else ())}
-    sources = [journal.published_by(number) for number in served if number is not None]
+    brought = {first_with(home, number) for number in served if number is not None}
+    sources = [journal.published_by(number) for number in brought]
     trained = [item.number for item in journal.rounds if item.outcome in ("published", "rejected")]
     return {*trained[-1:], *(item.number for item in sources if item is not None)}
 

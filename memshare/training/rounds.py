@@ -17,7 +17,7 @@ from memshare.files import write_json
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.errors import EncoderError
-from memshare.retrieval.manifest import folder_name
+from memshare.retrieval.manifest import first_with, folder_name
 from memshare.retrieval.shelf import home_of, read_current
 from memshare.training.examples import ExamplesError, read_marker, round_dir, round_dirs
 from memshare.training.journal import Journal, Round, Span, read_spans
@@ -136,7 +136,7 @@ def next_round(config: Config, store: PoolStore, journal: Journal) -> Round:
     encoder, source = config.encoder.model, None
     if serving is not None:
         encoder = str(home / folder_name(serving) / "encoder")
-        source = journal.published_by(serving)
+        source = journal.published_by(first_with(home, serving))
     warm = None
     if config.training.warm_optimizer and source is not None:
         # Of the iteration that trained it: the last one may have found nothing to learn from.

@@ -150,7 +150,7 @@ def test_a_rejected_rounds_memories_are_published_under_the_encoder_that_serves(
     outcome = index(2, "--result", str(report), encoder=folder)
     assert (outcome["outcome"], outcome["generation"]) == ("rejected", 1)
     assert json.loads(report.read_text())["outcome"] == "rejected"
-    (fresh,) = generations(root, "main")
+    _, fresh = generations(root, "main")
     assert fresh.number == 2 == current(root, "main") and fresh.rows == served.rows + 6
     assert fresh.query_fingerprint == served.query_fingerprint
     assert published(index(1, "--no-gate")) == 2  # round 1 is what serves, as before

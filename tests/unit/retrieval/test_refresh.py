@@ -14,7 +14,7 @@ from memshare.pool.store import PoolStore
 from memshare.retrieval import refresh as module
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import best, current, generations, load
-from memshare.retrieval.manifest import folder_name
+from memshare.retrieval.manifest import first_with, folder_name
 from memshare.retrieval.publish import activate
 from memshare.retrieval.refresh import refresh
 from memshare.retrieval.shelf import Lease, numbers
@@ -71,7 +71,7 @@ def test_todays_memories_are_published_under_the_encoder_that_serves(
     encoded.clear()
     assert refresh(store, config) == old + 1 == current(config.generations_dir, "main")
     assert sum(encoded) == len(new)  # the others' vectors are copied
-    (second,) = generations(config.generations_dir, "main")  # the old one is of no more use
+    _, second = generations(config.generations_dir, "main")
     assert second.query_fingerprint == first.query_fingerprint
     assert second.positions == {"p": store.last_seq("p")}
     told = json.loads((home(config) / folder_name(old + 1) / "metrics.json").read_text())
@@ -85,18 +85,20 @@ def test_todays_memories_are_published_under_the_encoder_that_serves(
     assert refresh(store, config) is None  # nothing has come since
 
 
-def test_an_older_index_that_somebody_reads_goes_the_next_time(
+def test_of_one_encoders_generations_two_are_left_and_other_encoders_stay(
     config: Config, store: PoolStore, encoder: Encoder
 ) -> None:
     publish_now(store, config, Encoder.load(config.encoder.model_copy(update={"max_length": 7})))
     publish_now(store, config, encoder)
-    reader = Lease(home(config), 2)
-    for seed in (1, 2):
+    left = {1: [1, 2, 3], 2: [1, 3, 4], 3: [1, 3, 4, 5], 4: [1, 5, 6]}
+    for seed, present in left.items():
         fill(store, "p", ENOUGH + 1, seed=seed)
+        reader = Lease(home(config), 3) if seed == 3 else None
         refresh(store, config)
-        # keep=2, and the other encoder's generation, though the oldest, is still to be had.
-        assert numbers(home(config)) == ([1, 2, 3] if seed == 1 else [1, 4])
-        reader.release()
+        assert numbers(home(config)) == present
+        assert {first_with(home(config), number) for number in present} == {1, 2}
+        if reader is not None:
+            reader.release()
 
 
 def test_the_best_so_far_stays_the_best(config: Config, store: PoolStore, encoder: Encoder) -> None:

@@ -13,6 +13,7 @@ from memshare.retrieval.manifest import folder_name
 from memshare.training.journal import Journal, Round
 from memshare.training.leftovers import delete_weights
 from memshare.training.rounds import latest_encoder, training_dir
+from tests.training_runs import refreshed
 
 Make = Callable[..., Config]
 
@@ -60,6 +61,15 @@ def test_weights_are_kept_of_the_last_round_and_of_what_serves(make: Make) -> No
     config = make()
     delete_weights(config, JOURNAL)
     assert left(config) == {3, 5, 6, 7}  # 6 and 7 are none of this journal's
+    delete_weights(config, JOURNAL)
+    assert left(config) == {3, 5, 6, 7}
+
+
+def test_the_training_of_an_encoder_that_serves_with_newer_rows_is_kept(make: Make) -> None:
+    config = make()
+    home = config.generations_dir / config.retriever.name
+    refreshed(home, 3, origin=2)
+    (home / "CURRENT").write_text("3\n")
     delete_weights(config, JOURNAL)
     assert left(config) == {3, 5, 6, 7}
 

@@ -10,6 +10,7 @@ import pytest
 from memshare.config import load_config
 from memshare.pool.store import PoolStore
 from memshare.records import Candidate, Example, NewMemory
+from memshare.retrieval.manifest import folder_name
 from memshare.training import rounds as rounds_module
 from memshare.training.erasing import erase_deleted
 from memshare.training.examples import (
@@ -33,6 +34,7 @@ from memshare.training.rounds import (
     open_spans,
 )
 from tests.training_data import example
+from tests.training_runs import refreshed
 
 
 @pytest.fixture
@@ -191,12 +193,13 @@ def test_a_warm_round_goes_on_from_the_training_of_what_serves(
     changes = [f"training.warm_optimizer={warm}", "pools={one: {}, two: {}}"]
     config = load_config(None, [f"run.dir={tmp_path / 'run'}", *changes])
     home = config.generations_dir / config.retriever.name
-    home.mkdir(parents=True)
-    (home / "CURRENT").write_text("7\n")
     published = {"generation": 7, "encoder": "run/training/000004/encoder"}
     before = Round(
         4, {}, "start", "done", "published", {"index": published}, iterations=2, iteration=2
     )
-    following = next_round(config, store, Journal((before,)))
-    assert following.warm == source
-    assert following.encoder == str(home / "000007" / "encoder")
+    for serving in (7, 8):  # 8: the same encoder, with newer rows
+        refreshed(home, serving, origin=7)
+        (home / "CURRENT").write_text(f"{serving}\n")
+        following = next_round(config, store, Journal((before,)))
+        assert following.warm == source
+        assert following.encoder == str(home / folder_name(serving) / "encoder")
