@@ -88,6 +88,7 @@ def _retire(config: Config, fresh: int) -> None:
     """
     home = home_of(config.generations_dir, config.retriever.name)
     with locked(home):
+        before = read_manifest(home / folder_name(fresh)).parent or 0
         for number in _same(config, fresh):
-            if number < (read_manifest(home / folder_name(fresh)).parent or 0):
+            if number < before and number != read_current(home)[0]:
                 discard(home, number)
