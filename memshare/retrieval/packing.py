@@ -23,9 +23,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from memshare.retrieval.ragged import Ragged, on_device
 
 NAME = "memshare_packed"
-# Families whose positions are a table that is looked up by `position_ids`, and which hand what they
-# are called with down to attention. Relative positions would run over the borders of texts.
-_FAMILIES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
+# Families that count positions by `position_ids`, looked up in a table or rotated by, and that hand
+# what they are called with down to attention. Relative positions would run over texts' borders.
+_ROTARY = frozenset({"modernbert", "qwen2", "qwen3"})
+_FAMILIES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"}) | _ROTARY
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -37,7 +38,7 @@ def possible(models: Sequence[Any], device: torch.device, *, half: bool, dropout
     """
     if any(model.config.model_type not in _FAMILIES for model in models):
         return False
-    if dropout and any(model.config.attention_probs_dropout_prob for model in models):
+    if dropout and any(attention_dropout(model.config) for model in models):
         return False
     return device.type != "cuda" or half
 
@@ -57,6 +58,12 @@ def enable(models: Sequence[Any], device: torch.device, *, half: bool, dropout: 
     return True
 
 
+def attention_dropout(config: Any) -> float:
+    """What a transformers configuration says of attention weights' dropout; 0.1 if nothing."""
+    name = "attention_dropout" if config.model_type in _ROTARY else "attention_probs_dropout_prob"
+    return float(getattr(config, name, 0.1))
+
+
 def forward(model: Any, ids: Tensor, positions: Tensor, lengths: Tensor, borders: Tensor) -> Tensor:
     """Token vectors (tokens, dim) of texts that follow each other.
 
@@ -64,12 +71,13 @@ def forward(model: Any, ids: Tensor, positions: Tensor, lengths: Tensor, borders
     text; ``lengths`` (texts,) int64 on the CPU, ``borders`` (texts + 1,) int32 their running sum on
     the device. The model must have been given to `enable`.
     """
-    table = model.embeddings.position_embeddings
-    # RoBERTa and its kin count positions from the padding index + 1.
-    first = 0 if table.padding_idx is None else table.padding_idx + 1
-    output = model(
-        input_ids=ids, position_ids=positions + first, text_lengths=lengths, text_borders=borders
-    )
+    how: dict[str, Any] = {"text_lengths": lengths, "text_borders": borders}
+    if model.config.model_type in _ROTARY:
+        # No masks: theirs would be of all tokens by all tokens, and keep apart what is apart.
+        how["attention_mask"] = dict.fromkeys(("full_attention", "sliding_attention"))
+    elif (padding := model.embeddings.position_embeddings.padding_idx) is not None:
+        positions = positions + padding + 1  # where RoBERTa and its kin begin to count
+    output = model(input_ids=ids, position_ids=positions, **how)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 
@@ -85,12 +93,15 @@ def attention(
     scaling: float | None = None,
     text_lengths: Tensor | None = None,
     text_borders: Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, within texts where their lengths are given.
 
-    ``query``, ``key`` and ``value`` are (1, heads, tokens, width); returns (1, tokens, heads,
-    width). ``text_borders`` (texts + 1,) int32 are the lengths' running sum on the device.
+    ``query``, ``key`` and ``value`` are (1, heads, tokens, width), of the last two fewer heads
+    where queries share them; returns (1, tokens, heads, width). ``text_borders`` (texts + 1,) int32
+    are the lengths' running sum on the device. ``sliding_window``: a token sees those that are
+    fewer than so many away. In a decoder (``module.is_causal``) it sees none that follow.
     """
     if text_lengths is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -99,19 +110,35 @@ def attention(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
         return result
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    causal = bool(getattr(module, "is_causal", False))
+    back = -1 if sliding_window is None else sliding_window - 1
+    window = (back, 0 if causal else back)  # how far a token sees, back and ahead; -1: all
     if text_borders is not None and query.is_cuda and query.dtype in _HALF and dropout == 0.0:
-        return _flash(query, key, value, text_lengths, text_borders, scaling), None
+        return _flash(query, key, value, text_lengths, text_borders, scaling, window), None
     sizes = text_lengths.tolist()
     # Cut where a text's tokens lie together in memory: so do their gradients then, and putting
     # those together again is one plain copy, which the layers before take as it is.
     by_token = (torch.split(x.transpose(1, 2), sizes, dim=1) for x in (query, key, value))
     found = []
-    for text in zip(*by_token, strict=True):
+    for size, text in zip(sizes, zip(*by_token, strict=True), strict=True):
         q, k, v = (x.transpose(1, 2) for x in text)
-        found.append(
-            scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2)
+        far = 0 <= back < size - 1
+        seen = _band(size, window, query.device) if far else None
+        weighed = scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling, is_causal=causal and not far
         )
+        found.append(weighed.transpose(1, 2))
     return torch.cat(found, dim=1), None
+
+
+def _band(size: int, window: tuple[int, int], device: torch.device) -> Tensor:
+    """Which of ``size`` tokens (column) each of them (row) sees."""
+    back, ahead = window
+    seen = torch.ones(size, size, dtype=torch.bool, device=device)
+    return seen.tril(ahead).triu(-back)
 
 
 def _flash(
@@ -121,12 +148,13 @@ def _flash(
     lengths: Tensor,
     borders: Tensor,
     scaling: float | None,
+    window: tuple[int, int],
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, width)
     most = int(lengths.max())
-    found = varlen_attn(q, k, v, borders, borders, most, most, scale=scaling)
+    found = varlen_attn(q, k, v, borders, borders, most, most, scale=scaling, window_size=window)
     assert isinstance(found, Tensor)  # a pair only where more is asked for
     return found.unsqueeze(0)
 

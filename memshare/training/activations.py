@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from memshare.retrieval.packing import attention_dropout
+
 _FLOAT = 4  # bytes
 
 
@@ -105,6 +107,6 @@ def of(tower: Any, device: torch.device, *, half: bool, packed: bool, dropout: b
         half=half,
         packed=packed,
         drops=dropout and getattr(config, "hidden_dropout_prob", 0.1) > 0,
-        drops_attention=dropout and getattr(config, "attention_probs_dropout_prob", 0.1) > 0,
+        drops_attention=dropout and attention_dropout(config) > 0,
         kind=device.type,
     )

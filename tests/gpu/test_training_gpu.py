@@ -94,8 +94,15 @@ def test_texts_without_padding_equal_padded_ones(
     assert cosine(packed, padded) > 0.99
 
 
-def test_flash_attention_within_texts_is_one_call_a_text() -> None:
+@pytest.mark.parametrize("heads", [4, 2], ids=["own", "shared"])  # of keys and values
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attention_within_texts_is_one_call_a_text(
+    causal: bool, window: int | None, heads: int
+) -> None:
     torch.manual_seed(0)
+    module = torch.nn.Identity()
+    module.is_causal = causal  # type: ignore[assignment]
     lengths = torch.tensor([1, 37, 8, 200])
     borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to("cuda", torch.int32)
     shape = (3, 1, 4, int(lengths.sum()), 32)  # query, key, value of 4 heads
@@ -103,9 +110,11 @@ def test_flash_attention_within_texts_is_one_call_a_text() -> None:
     found = []
     for inputs in (values.clone(), values.float()):  # float32 has no such kernel
         inputs.requires_grad_()
+        query, key, value = inputs
         out, _ = packing.attention(
-            torch.nn.Identity(), *inputs, None, text_lengths=lengths, text_borders=borders
-        )
+            module, query, key[:, :heads], value[:, :heads], None, text_lengths=lengths,
+            text_borders=borders, sliding_window=window,
+        )  # fmt: skip
         out.float().square().sum().backward()
         assert inputs.grad is not None
         found.append((out.float(), inputs.grad.float()))
