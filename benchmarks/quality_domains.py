@@ -148,7 +148,7 @@ def measure_domain(
     gains = asyncio.run(judge_all(work, memories, questions, list(ranks.values())))
     ranks["oracle"] = [sorted(row, key=lambda id_: -row[id_])[:10] for row in gains]
     runs = {name: {str(i): row for i, row in enumerate(rows)} for name, rows in ranks.items()}
-    judged = judge(runs, {str(i): row for i, row in enumerate(gains)}, work.config.gate.gain)
+    judged = judge(runs, {str(i): row for i, row in enumerate(gains)}, work.config.relevant_above)
     rows: list[Metrics] = [
         {name: judged[f"{name} {seed}" if name in TRAINED else name]
          for name in (*FLOORS, *TRAINED, "oracle")}
@@ -159,7 +159,7 @@ def measure_domain(
             "unknown_tokens": unknown_tokens(work, parts[0].items),
             "without_relevant": len(questions) - len(rows[0]["oracle"]),
             "judged": sum(map(len, gains)),
-            "relevant_share": fmean(gain > work.config.gate.gain for row in gains
+            "relevant_share": fmean(gain > work.config.relevant_above for row in gains
                                     for gain in row.values()),
             "seconds": seconds}  # fmt: skip
     return rows, told

@@ -182,10 +182,11 @@ class GateConfig(Section):
     ``margin``: how much worse it may be, in a metric's own units, all from 0 to 1; ``confidence``:
     of the interval (0.95: 95 %); ``resamples``: draws of the bootstrap. ``max_queries``: at most so
     many held-out questions are asked, ``depth``: so many memories each are looked at. ``gain``: a
-    memory must have more of it to be relevant to a question. With ``mining.labels: likelihood``
-    that is nats per token over no example, with ``reward`` a share of 100 over none, with
-    ``prompted`` the stated probability, with ``none`` the share of words in common; ``given`` has 1
-    for the same label and 0 for another, so that any value below 1 does.
+    memory must have more of it to be relevant to a question (None: 0.5 with ``mining.labels:
+    prompted``, else 0.05). With ``likelihood`` that is nats per token over no example, with
+    ``reward`` a share of 100 over none, with ``prompted`` the stated probability, with ``none`` the
+    share of words in common; ``given`` has 1 for the same label and 0 for another, so that any
+    value below 1 does.
     ``canaries``: a file of questions and the memories that must be found for them
     (`memshare.retrieval.canaries`), on which the mean difference must not be below -margin either.
     """
@@ -195,7 +196,7 @@ class GateConfig(Section):
     resamples: PositiveInt = 2000
     max_queries: PositiveInt = 200
     depth: PositiveInt = 10
-    gain: Annotated[float, Field(ge=0.0)] = 0.05
+    gain: Annotated[float, Field(ge=0.0)] | None = None
     canaries: Path | None = None
 
 

@@ -111,6 +111,13 @@ class Config(BaseSettings):
         """The pools this run's retriever serves."""
         return self.retriever.pools or tuple(self.pools)
 
+    @property
+    def relevant_above(self) -> float:
+        """``gate.gain``, by the kind of labels where it is not set."""
+        if self.gate.gain is not None:
+            return self.gate.gain
+        return 0.5 if self.mining.labels == "prompted" else 0.05
+
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read and check a configuration.

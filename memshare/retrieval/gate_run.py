@@ -88,7 +88,7 @@ def _judge_held_out(
     runs = {name: _search(rival, chosen, depth, copies) for name, rival in rivals.items()}
     runs["bm25"] = _search_bm25(store, config, chosen, depth, copies)
     gains = _gains(store, chosen, runs, relevance)
-    metrics = judge(runs, gains, config.gate.gain)
+    metrics = judge(runs, gains, config.relevant_above)
     verdict = decide(
         metrics["current"], metrics["next"], metrics.get("best"), config.gate, config.run.seed
     )

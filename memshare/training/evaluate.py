@@ -113,7 +113,7 @@ def read_held_out(
         for id in (item.query_id, *(p.id for p in (*item.positives, *item.negatives)))
     }
     mined = (example for folder in folders for example in read_examples(folder))
-    return HeldOut.of(mined, config.gate.gain, seen)
+    return HeldOut.of(mined, config.relevant_above, seen)
 
 
 def evaluate(held_out: HeldOut, encoder: Encoder, world: World) -> dict[str, float]:

@@ -51,6 +51,13 @@ def test_without_an_llm(memories: tuple[PoolStore, list[Memory]]) -> None:
     assert judge(*memories, "mining.labels=none") == [[pytest.approx(2 / 3), 0.4, 1.0]]
 
 
+def test_a_stated_probability_must_be_more_likely_than_not() -> None:
+    above = {labels: load_config(None, [f"mining.labels={labels}"]).relevant_above
+             for labels in ("prompted", "likelihood", "none")}  # fmt: skip
+    assert above == {"prompted": 0.5, "likelihood": 0.05, "none": 0.05}
+    assert load_config(None, ["mining.labels=prompted", "gate.gain=0.0"]).relevant_above == 0.0
+
+
 def test_likelihood_gain_over_no_example(
     memories: tuple[PoolStore, list[Memory]], tmp_path: Path
 ) -> None:
