@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from memshare.pool.rows import ALIVE
+from memshare.pool.rows import ALIVE, size_of
 from memshare.pool.schema import authors, copies, memories, pools
 from memshare.records import NewMemory
 
@@ -57,9 +57,7 @@ class Tally:
         self._connection = connection
         self._pool = pool
         self._limits = limits
-        self._size = connection.execute(
-            sa.select(pools.c.size).where(pools.c.name == pool)
-        ).scalar_one()
+        self._size = size_of(connection, pool)
         self._before = _counts(connection, pool, agents)
         self._new: Counter[str] = Counter()
         self._copies: list[tuple[str, str]] = []

@@ -34,6 +34,12 @@ def need_pool(connection: sa.Connection, name: str, lock: bool = False) -> PoolI
     return info
 
 
+def size_of(connection: sa.Connection, name: str) -> int:
+    """How many living memories a pool has, held ones too: its row says so, none is counted."""
+    size: int = connection.execute(sa.select(pools.c.size).where(pools.c.name == name)).scalar_one()
+    return size
+
+
 def pool_info(row: Any) -> PoolInfo:
     """A row of ``pools``."""
     return PoolInfo(row.name, row.rubric, row.threshold, row.last_seq)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from memshare.pool import decisions
+from memshare.pool.rows import ALIVE
 from memshare.pool.schema import memories
 from memshare.records import PoolInfo
 
@@ -37,10 +38,17 @@ class PoolStats:
     decisions: dict[str, int]
 
 
+def held(connection: sa.Connection, pool: str) -> int:
+    """How many memories of a pool are on hold."""
+    query = sa.select(sa.func.count()).where(memories.c.pool == pool, ALIVE, memories.c.held)
+    count: int = connection.execute(query).scalar_one()
+    return count
+
+
 def collect(connection: sa.Connection, pool: PoolInfo) -> PoolStats:
     """Read the figures in the snapshot of ``connection``."""
     mine = memories.c.pool == pool.name
-    alive = sa.and_(mine, memories.c.deleted_at.is_(None))
+    alive = sa.and_(mine, ALIVE)
     total, held, scored, mean, low, high = connection.execute(
         sa.select(
             sa.func.count(),

@@ -29,6 +29,7 @@ from memshare.pool.rows import (
     page_of,
     pool_info,
     read_cursor,
+    size_of,
     span_end,
 )
 from memshare.pool.schema import changes, memories, pools
@@ -146,8 +147,20 @@ class PoolStore:
         """The pool's position: the seq of its latest change, 0 for an empty pool."""
         return self.pool(pool).last_seq
 
+    def size(self, pool: str) -> int:
+        """How many living memories it has, held ones too; known without counting them."""
+        with self._db.read() as connection:
+            need_pool(connection, pool)
+            return size_of(connection, pool)
+
+    def held(self, pool: str) -> int:
+        """How many of them are on hold."""
+        with self._db.read() as connection:
+            need_pool(connection, pool)
+            return figures.held(connection, pool)
+
     def stats(self, pool: str) -> PoolStats:
-        """Counts, scores and decisions of one pool."""
+        """Counts, scores and decisions of one pool, whose every row is read for them."""
         with self._db.read() as connection:
             return figures.collect(connection, need_pool(connection, pool))
 

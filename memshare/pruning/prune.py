@@ -72,8 +72,9 @@ def hold_caps(store: PoolStore, config: Config) -> list[PruneReport]:
     for name, settings in config.pools.items():
         if settings.max_memories is None:
             continue
-        stats = store.stats(name)
-        if stats.memories - stats.held <= settings.max_memories:
+        # The size is known without counting; held ones are counted only where they matter.
+        excess = store.size(name) - settings.max_memories
+        if excess <= 0 or excess <= store.held(name):
             continue
         cap = int(settings.max_memories * (1 - SLACK))
         report = prune(store, config, name, settings.prune_by, cap)

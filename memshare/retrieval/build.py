@@ -87,7 +87,7 @@ def build_generation(
 def _alone(store: PoolStore, vectors: MemoryVectors, pool: str, position: int) -> Iterator[Rows]:
     """Ids and vectors of the living memories of ``pool`` up to ``position``, in blocks."""
     memories = store.iter(pool, until_seq=position)
-    shown = track(memories, f"encoding {pool}", store.stats(pool).memories)
+    shown = track(memories, f"encoding {pool}", store.size(pool))
     while block := list(islice(shown, _BLOCK)):
         yield [item.id for item in block], vectors.of(block)
 

@@ -49,7 +49,7 @@ def deal(
 
     Spans of equally many memories, at most ``most``. `engage` comes first, `dismiss` at the end.
     """
-    total = store.stats(pool).memories
+    total = store.size(pool)
     if not total:  # all that it had was deleted
         return
     rounds = math.ceil(total / (peers.size * most))

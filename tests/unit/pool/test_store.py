@@ -65,6 +65,8 @@ def test_an_unknown_pool_is_named_with_those_that_exist(store: PoolStore) -> Non
         lambda: store.list("nope"),
         lambda: store.changes("nope", 0),
         lambda: store.stats("nope"),
+        lambda: store.size("nope"),
+        lambda: store.held("nope"),
         lambda: store.set_pool("nope", "general"),
         lambda: store.append([new("a"), new("b", pool="nope")]),
         lambda: store.decisions("nope"),
@@ -230,6 +232,7 @@ def test_stats_and_decisions(store: PoolStore) -> None:
             decisions.record(connection, "nope", "stored", "h", 1, None, None)
     stats = store.stats("main")
     assert (stats.memories, stats.held, stats.deleted) == (3, 1, 1)
+    assert (store.size("main"), store.held("main")) == (3, 1)
     assert stats.by_agent == {"x": 2, "y": 1}
     assert (stats.scores.count, stats.scores.mean) == (2, 80)
     assert (stats.scores.min, stats.scores.max) == (70, 90)
@@ -239,6 +242,7 @@ def test_stats_and_decisions(store: PoolStore) -> None:
     store.create_pool("empty")
     empty = store.stats("empty")
     assert (empty.memories, empty.scores.mean, empty.decisions) == (0, None, {})
+    assert (store.size("empty"), store.held("empty")) == (0, 0)
 
 
 def test_threads_share_one_store(store: PoolStore) -> None:

@@ -140,6 +140,8 @@ class Pools(RuleBasedStateMachine):
             len(self.alive),
             len(self.given) - len(self.alive),
         )
+        assert store.size(self.pool) == len(self.alive)
+        assert store.held(self.pool) == sum(row["held"] for row in self.alive.values())
 
 
 @pytest.fixture(scope="module", params=DATABASES)

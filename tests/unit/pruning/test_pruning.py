@@ -246,6 +246,27 @@ def test_a_cap_is_held_with_some_slack(store: PoolStore, config: Config) -> None
     assert hold_caps(store, capped) == []
 
 
+def test_held_memories_do_not_fill_a_pool(store: PoolStore, config: Config) -> None:
+    capped = with_pool(config, max_memories=4, prune_by="age")
+    ids = add(store, *"abcdef")
+    for id in ids[:2]:
+        store.hold(id)
+    assert hold_caps(store, capped) == []
+    store.release(ids[0])
+    (report,) = hold_caps(store, capped)
+    assert report.ids == (ids[0], ids[2])
+
+
+def test_looking_at_a_cap_reads_no_memory(
+    store: PoolStore, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop does it every few seconds, and a database ends a query that takes long."""
+    add(store, *"abc")
+    for counting in ("stats", "held"):
+        monkeypatch.setattr(PoolStore, counting, lambda *_: pytest.fail("the pool was counted"))
+    assert hold_caps(store, with_pool(config, max_memories=3)) == []
+
+
 def test_a_cap_with_a_policy_that_is_not_there_is_found_at_once(config: Config) -> None:
     wrong = Config(
         **{**config.model_dump(), "pools": {"p": {"max_memories": 4, "prune_by": "luck"}}}

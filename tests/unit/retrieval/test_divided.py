@@ -114,6 +114,16 @@ def test_several_processes_build_what_one_builds(
     assert group.rounds >= 3
 
 
+def test_nothing_counts_a_pool_that_is_encoded(
+    store: PoolStore, config: Config, encoders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes as long as the pool is large, and a database ends a query that takes long."""
+    monkeypatch.setattr(PoolStore, "stats", lambda *_: pytest.fail("the pool was counted"))
+    alone = build_generation(store, config, Encoder.from_folder(encoders[0], device="cpu"))
+    built, _ = together(store, config, [encoders[0]] * 2)
+    assert built.ids == alone.ids
+
+
 def test_small_pools_are_divided_too(
     store: PoolStore, config: Config, encoders: list[Path]
 ) -> None:
