@@ -7,7 +7,7 @@ among them a loop that waits while somebody mines by hand. All of them write und
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -20,24 +20,27 @@ from memshare.files import run_lock, write_json
 from memshare.pool.store import PoolStore
 from memshare.records import Example
 from memshare.training.examples import SCHEMA, read_shard, write_shard
+from memshare.training.mining_plan import PLAN, read_plan
 from memshare.training.shard import read_table
 
+RECORD = "erased.json"
 _PAGE = 10_000
 
 
 def erase_deleted(store: PoolStore, examples_dir: Path, pools: Sequence[str]) -> int:
     """Erase what was deleted or put on hold since the last call from all examples on disk.
 
-    A memory that is released later is mined again. Returns the number of shards rewritten. Raises
-    `ExamplesError` naming a damaged shard.
+    Those are from ``pools``, and from others that were served once. A memory that is released later
+    is mined again. Returns the number of shards rewritten. Raises `ExamplesError` naming a damaged
+    shard or plan.
     """
-    path = examples_dir / "erased.json"
-    if _ends(store, pools) == _only(pools, _erased(path)):
+    if not _behind(store, pools, _erased(examples_dir)):
         return 0  # the loop asks at every look: where nothing came, nobody is kept waiting
     with _writing(examples_dir):
-        done, upto = _erased(path), _ends(store, pools)
+        done = _erased(examples_dir)
+        upto = _behind(store, pools, done)
         gone: set[str] = set()
-        for pool in pools:
+        for pool in upto:
             since = done.get(pool, 0)
             while since < upto[pool] and (page := store.changes(pool, since, _PAGE)):
                 gone |= {change.id for change in page if change.kind in ("delete", "hold")}
@@ -46,8 +49,8 @@ def erase_deleted(store: PoolStore, examples_dir: Path, pools: Sequence[str]) ->
         if gone:  # who was killed while writing has left a part of a shard
             for part in examples_dir.glob("[0-9]*/**/.shard-*.tmp"):
                 part.unlink()
-        if upto != _only(pools, done):
-            write_json(path, {**done, **upto})
+        if upto:
+            write_json(examples_dir / RECORD, {**done, **upto})
     return rewritten
 
 
@@ -131,21 +134,25 @@ def _writing(examples_dir: Path) -> AbstractContextManager[None]:
     return run_lock(examples_dir, "erasing", wait=True, setting="examples in")
 
 
-def _erased(path: Path) -> dict[str, int]:
+def _erased(examples_dir: Path) -> dict[str, int]:
     """Up to where each pool's log has been looked at for deletions."""
     try:
-        done: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
+        done: dict[str, int] = json.loads((examples_dir / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        done = {}  # erasing from the beginning again does no harm
+        # Erasing from the beginning again does no harm, in whatever was mined.
+        plans = examples_dir.glob(f"[0-9]*/**/{PLAN}")
+        done = {pool: 0 for path in plans for pool in read_plan(path.parent).spans}
     return done
 
 
-def _ends(store: PoolStore, pools: Iterable[str]) -> dict[str, int]:
-    return {pool: store.last_seq(pool) for pool in pools}
+def _behind(store: PoolStore, pools: Iterable[str], done: Mapping[str, int]) -> dict[str, int]:
+    """Where the logs end of those of ``pools``, and of those in ``done``, that end elsewhere now.
 
-
-def _only(pools: Iterable[str], done: dict[str, int]) -> dict[str, int]:
-    return {pool: done.get(pool, 0) for pool in pools}
+    One that is in the database no more is none of them.
+    """
+    known = {*pools, *done}
+    ends = {info.name: info.last_seq for info in store.pools() if info.name in known}
+    return {pool: end for pool, end in ends.items() if end != done.get(pool, 0)}
 
 
 def _without(examples: Iterable[Example], gone: set[str]) -> list[Example]:

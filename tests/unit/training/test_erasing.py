@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from memshare.training.labels import Labeller
 from memshare.training.mining import mine
 from memshare.training.mining_plan import plan_round, split_memories
 from memshare.training.rounds import open_spans
-from tests.mining import open_pool
+from tests.mining import make_config, mine_round, open_pool
 from tests.training_data import candidate, write_round
 from tests.training_data import example as made
 
@@ -189,6 +190,40 @@ def test_nobody_erases_between_the_look_and_the_writing(tmp_path: Path) -> None:
         erase_deleted(store, examples, ("main",))
     (left,) = read_shard(path)
     assert [each.id for each in left.candidates] == [ids[2]]
+
+
+@pytest.mark.parametrize("record", ["there", "lost", "damaged"])
+def test_a_pool_that_is_served_no_more_is_erased_from_too(tmp_path: Path, record: str) -> None:
+    """Its examples are still there, and those of other pools may be trained on with them."""
+    config = make_config(tmp_path)
+    examples = config.examples_dir
+    with open_pool(config, [NewMemory("main", f"thing {i}", "so") for i in range(40)]) as store:
+        store.create_pool("other")
+        assert erase_deleted(store, examples, ("main",)) == 0
+        mined, _ = mine_round(store, config)
+        store.delete(mined[0].query_id)
+        if record != "there":
+            (examples / "erased.json").write_text("{")
+        if record == "lost":
+            (examples / "erased.json").unlink()
+        assert erase_deleted(store, examples, ("other",)) > 0
+        left = list(read_examples(round_dir(examples, 1)))
+        assert len(left) == len(mined) - 1
+        assert mined[0].query_id not in {c.id for each in left for c in each.candidates}
+        store.hold(mined[1].query_id)
+        assert erase_deleted(store, examples, ("other",)) > 0
+        assert erase_deleted(store, examples, ("other",)) == 0
+
+
+def test_a_pool_that_is_in_the_database_no_more_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples/erased.json").write_text('{"gone": 7}')
+    with PoolStore.open(f"sqlite:///{tmp_path / 'pool.db'}") as store:
+        store.create_pool("main")
+        assert erase_deleted(store, tmp_path / "examples", ("main",)) == 0
+        store.append([NewMemory("main", "a", "yes")])
+        assert erase_deleted(store, tmp_path / "examples", ("main",)) == 0
+    assert json.loads((tmp_path / "examples/erased.json").read_text()) == {"gone": 7, "main": 1}
 
 
 def test_what_a_killed_writer_has_left_goes_too(tmp_path: Path) -> None:

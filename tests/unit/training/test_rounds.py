@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from memshare.training.examples import (
     write_shard,
 )
 from memshare.training.journal import Journal, Round, Span
+from memshare.training.mining_plan import Plan
 from memshare.training.rounds import (
     count_new,
     covered,
@@ -83,9 +85,10 @@ def write_round(folder: Path, number: int, *ids: str, finish: bool = True) -> Pa
         for i in ids
     ]  # fmt: skip
     write_shard(shard_path(target, 0), rows)
-    (target / "plan.json").write_text("{}")
+    spans = {"one": {"since": 0, "until": 10 * number}}
+    plan = Plan(number, {"one": Span(**spans["one"])}, {}, None, {}, 0, ())
+    (target / "plan.json").write_text(json.dumps(asdict(plan)))
     if finish:
-        spans = {"one": {"since": 0, "until": 10 * number}}
         write_marker(target, {"shards": 1, "round": number, "spans": spans})
     return target
 
