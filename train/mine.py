@@ -34,7 +34,13 @@ from memshare.training.examples import ExamplesError, is_whole, read_marker, rou
 from memshare.training.journal import Span
 from memshare.training.labels import Share, merge_caches, open_labeller
 from memshare.training.mining import mine
-from memshare.training.mining_plan import PLAN, plan_round, read_plan, split_memories
+from memshare.training.mining_plan import (
+    PLAN,
+    plan_round,
+    planned_split,
+    read_plan,
+    split_memories,
+)
 from memshare.training.proposals import open_proposer
 from memshare.training.rounds import last_begun, last_mined, open_spans
 from memshare.training.split import SplitError
@@ -98,7 +104,7 @@ async def run(
     share: Share | None = args.share
     pools, examples = config.served_pools, config.examples_dir
     with ExitStack() as opened, ExitStack() as planning:
-        if share is not None:  # one plans, the others read its plan
+        if share is not None:  # one plans: spans, split and proposer are the same for all
             planning.enter_context(run_lock(config.run.dir, "mining", wait=True))
         for pool in pools:
             store.create_pool(pool, config.pools[pool].rubric, config.pools[pool].threshold)
@@ -111,6 +117,8 @@ async def run(
             log(f"round {number}: mined already, in {folder}")
             return read_marker(folder)
         begun = read_plan(folder) if (folder / PLAN).exists() else None
+        if begun:
+            planning.close()  # nobody waits for what each does by itself
         spans = dict(begun.spans) if begun else open_spans(store, done, pools)
         spans = {
             pool: Span(since.get(pool, span.since), until.get(pool, span.until))
@@ -122,7 +130,7 @@ async def run(
         rewritten = erase_deleted(store, examples, pools)
         if rewritten:
             log(f"deleted memories were erased from {rewritten} shard(s) of earlier examples")
-        fates = split_memories(store, config)
+        fates = planned_split(store, config) if begun else split_memories(store, config)
 
         # 3. BM25 and the serving retriever propose, the labeller measures, and each shard is
         # written when it is complete.

@@ -27,7 +27,7 @@ from memshare.training.examples import ExamplesError
 from memshare.training.journal import Span
 from memshare.training.proposals import disliked
 from memshare.training.rounds import new_ids
-from memshare.training.split import Fate, kept_split
+from memshare.training.split import Fate, kept_split, recorded_split
 
 PLAN = "plan.json"
 
@@ -67,7 +67,19 @@ def split_memories(store: PoolStore, config: Config) -> dict[str, Fate]:
     memories = (
         memory for pool in config.served_pools for memory in store.iter(pool, include_held=True)
     )
-    return kept_split(config.run.dir / "split.json", memories, config.split)
+    return kept_split(_split_file(config), memories, config.split)
+
+
+def planned_split(store: PoolStore, config: Config) -> dict[str, Fate]:
+    """The fates on record, for a round that is planned already: no memory is read for them.
+
+    What came after the plan may be missing. Where the record is gone, all are split again.
+    """
+    return recorded_split(_split_file(config))[0] or split_memories(store, config)
+
+
+def _split_file(config: Config) -> Path:
+    return config.run.dir / "split.json"
 
 
 def plan_round(

@@ -106,14 +106,17 @@ class PoolProposals:
         fates: Mapping[str, Fate],
         proposer: Proposer | None,
     ) -> None:
-        """Reads the pool; encodes what the proposer's generation lacks."""
+        """Reads the pool; encodes what the proposer's generation lacks.
+
+        A memory without a fate came after the plan, and may be held out: it is no candidate.
+        """
         self.pool = pool
         self._counts = config.mining.candidates, config.mining.dense_candidates
         out = disliked(store, config, pool)
         memories = [
             memory
             for memory in store.iter(pool, until_seq=until)
-            if fates.get(memory.id) != "held_out" and memory.id not in out
+            if fates.get(memory.id, "held_out") != "held_out" and memory.id not in out
         ]
         self._ids = [memory.id for memory in memories]
         self._copies: dict[str, set[str]] = defaultdict(set)

@@ -23,7 +23,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from memshare.config import SplitConfig
 from memshare.files import write_json
@@ -151,22 +151,29 @@ def kept_split(path: Path, memories: Iterable[_Prompted], config: SplitConfig) -
     `SplitError` if the file is damaged.
     """
     settings = config.model_dump()
-    known: dict[str, Fate] = {}
-    same = False
-    if path.exists():
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            known, same = record["fates"], record["settings"] == settings
-            if not same:
-                log(
-                    f"{path}: split settings changed, for memories that come from now on: those "
-                    "known have been trained on, or judged by. Delete the file to split all anew"
-                )
-        except (ValueError, KeyError, TypeError) as error:
-            raise SplitError(
-                f"{path}: the split on record is damaged ({error}); delete the file to split anew"
-            ) from error
+    known, before = recorded_split(path)
+    if before not in (None, settings):
+        log(
+            f"{path}: split settings changed, for memories that come from now on: those known have "
+            "been trained on, or judged by. Delete the file to split all anew"
+        )
     fates = assign(memories, config, known)
-    if not same or fates != known:
+    if before != settings or fates != known:
         write_json(path, {"settings": settings, "fates": fates})
     return fates
+
+
+def recorded_split(path: Path) -> tuple[dict[str, Fate], dict[str, Any] | None]:
+    """What `kept_split` left in ``path``: fates, and the settings of then; neither without a file.
+
+    Raises `SplitError` if the file is damaged.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record["fates"], record["settings"]
+    except FileNotFoundError:
+        return {}, None
+    except (ValueError, KeyError, TypeError) as error:
+        raise SplitError(
+            f"{path}: the split on record is damaged ({error}); delete the file to split anew"
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,16 @@ def store(config: Config) -> PoolStore:
     store.create_pool("main")
     store.append(memories())
     return store
+
+
+class _Train(dict[str, Fate]):
+    """Nothing is held out."""
+
+    def get(self, *_: Any) -> Fate:
+        return "train"
+
+
+TRAIN = _Train()
 
 
 def fates_of(found: list[Memory]) -> dict[str, Fate]:
@@ -107,17 +118,19 @@ def test_a_generation_proposes_with_its_own_vectors(
     until = store.last_seq("main")
     with open_proposer(config, None) as proposer:
         assert proposer is not None and proposer.name == 1
-        by_generation = PoolProposals(store, config, "main", until, {}, proposer).propose(found)
+        by_generation = PoolProposals(store, config, "main", until, TRAIN, proposer).propose(found)
     encoded = PoolProposals(
-        store, config, "main", until, {}, Proposer(other, None, "other")
+        store, config, "main", until, TRAIN, Proposer(other, None, "other")
     ).propose(found)
     assert by_generation == encoded
     with open_proposer(config, str(tmp_path / "two")) as proposer:  # an encoder that is in none
         assert proposer is not None and proposer.name == str(tmp_path / "two")
-        assert PoolProposals(store, config, "main", until, {}, proposer).propose(found) == encoded
+        assert (
+            PoolProposals(store, config, "main", until, TRAIN, proposer).propose(found) == encoded
+        )
     with open_proposer(config, 0) as proposer:  # a round that was begun before the generation
         assert proposer is not None and proposer.generation is None
-        frozen = PoolProposals(store, config, "main", until, {}, proposer).propose(found)
+        frozen = PoolProposals(store, config, "main", until, TRAIN, proposer).propose(found)
     assert frozen != encoded
 
 
@@ -143,9 +156,18 @@ def test_what_came_after_the_round_s_position_is_not_proposed(
     found = list(store.iter("main"))
     with open_proposer(config, None) as proposer:
         for by in (None, proposer):
-            proposals = PoolProposals(store, config, "main", 3, {}, by)
+            proposals = PoolProposals(store, config, "main", 3, TRAIN, by)
             (row,) = proposals.propose(found[:1])
             assert {p.id for p in row} == {memory.id for memory in found[1:3]}
+
+
+def test_a_memory_that_was_never_split_is_not_proposed(config: Config, store: PoolStore) -> None:
+    """It came after the round was planned, and may be held out."""
+    found = list(store.iter("main"))
+    fates: dict[str, Fate] = {memory.id: "train" for memory in found[::9]}
+    until = store.last_seq("main")
+    (row,) = PoolProposals(store, config, "main", until, fates, None).propose(found[:1])
+    assert len(row) == 4 and {p.id for p in row} <= fates.keys()
 
 
 @pytest.mark.parametrize("setting", ["mining.dense_candidates=0", "mining.labels=none"])
@@ -154,7 +176,7 @@ def test_bm25_alone(config: Config, store: PoolStore, setting: str) -> None:
     with open_proposer(config, None) as proposer:
         assert proposer is None  # and no encoder was looked for
         until = store.last_seq("main")
-        proposals = PoolProposals(store, config, "main", until, {}, proposer)
+        proposals = PoolProposals(store, config, "main", until, TRAIN, proposer)
         (row,) = proposals.propose(list(store.iter("main"))[:1])
     assert [p.bm25_rank for p in row] == list(range(len(row))) and len(row) == 16
     assert {p.dense_rank for p in row} == {None}
@@ -163,7 +185,7 @@ def test_bm25_alone(config: Config, store: PoolStore, setting: str) -> None:
 def test_an_empty_pool_proposes_nothing(config: Config) -> None:
     with PoolStore.open(config.url) as store, open_proposer(config, None) as proposer:
         store.create_pool("main")
-        proposals = PoolProposals(store, config, "main", 0, {}, proposer)
+        proposals = PoolProposals(store, config, "main", 0, TRAIN, proposer)
         query = Memory("q", "main", "what", "that", None, None, None, "2026-01-01", {}, 1)
         assert proposals.propose([query]) == [[]]
         assert proposals.propose([]) == []
