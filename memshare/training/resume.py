@@ -32,6 +32,9 @@ from memshare.training.step_result import NonFinite
 How = Literal["auto", "same", "must", "never"]
 HOW: tuple[How, ...] = get_args(How)
 FREE = {"log_every", "checkpoint_every"}  # they do not change what is trained
+# Nor do these, which bound a step's memory, but for rounding and for what dropout draws. They are
+# told, since a run that has changed them ends with other bits than one that has not.
+MEMORY = ("training.batch_tokens:", "training.graph_tokens:")
 
 
 def fixed_settings(settings: TrainingConfig, **more: Any) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def find(
     """The checkpoint to continue from, and its state with ``settings`` as they are now.
 
     None where there is none, unless it ``must`` be. Raises `CheckpointError`; `NotContinued` names
-    every setting that changed since, unless told to ``allow_change``.
+    every setting that changed since, unless told to ``allow_change`` or if they are all `MEMORY`.
     """
     folder = latest_intact(root)
     if folder is None:
@@ -74,7 +77,7 @@ def find(
         return None
     state = read_state(folder)
     changed = changed_settings(state.settings, settings)
-    if changed and not allow_change:
+    if not allow_change and not all(each.startswith(MEMORY) for each in changed):
         raise NotContinued(
             "\n  ".join([f"{folder} was made with other settings:", *changed]),
             "--allow-config-change continues all the same, --resume never starts afresh",
@@ -136,7 +139,9 @@ def resume(
         world.divided.follow(optimizer)  # from here on, weights are whole between two steps
     if world.main:
         if found:
-            log(f"continuing from {found[0]}: {state.step} steps are done")
+            changed = changed_settings(read_state(folder).settings, state.settings)
+            told = f"continuing from {folder}: {state.step} steps are done"
+            log("\n  ".join([told + "; since then:", *changed]) if changed else told)
         discard(root, after=state.step if found else -1)
     return state, best
 

@@ -46,7 +46,7 @@ def memory_told() -> Iterator[None]:
         raise OutOfMemory(
             f"{str(error).partition(' GPU ')[0]} Lower training.graph_tokens, then "
             "training.batch_tokens and encoder.batch_tokens (--dry-run estimates what they take), "
-            "and run the same command again with --allow-config-change"
+            "and run the same command again"
         ) from error
 
 

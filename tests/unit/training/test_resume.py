@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from torch import nn
 
 from memshare.config import TrainingConfig
 from memshare.training import checkpoint
-from memshare.training.checkpoint import Best, TrainState
+from memshare.training.checkpoint import Best, NotContinued, TrainState
 from memshare.training.gather import World
 from memshare.training.optimizer import make_optimizer
-from memshare.training.resume import find, fixed_settings, resume
+from memshare.training.resume import How, find, fixed_settings, resume
 
 
 @pytest.fixture
@@ -30,6 +31,37 @@ def test_how_often_it_is_told_and_saved_may_change() -> None:
     plain = fixed_settings(TrainingConfig())
     assert fixed_settings(TrainingConfig(checkpoint_every=7, log_every=9)) == plain
     assert fixed_settings(TrainingConfig(lr=0.1)) != plain
+
+
+@pytest.mark.parametrize("how", ["auto", "same", "must"])
+def test_what_only_takes_less_memory_may_change_and_is_told(
+    tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
+    how: How, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Or a round of the loop would begin anew where its GPU was full."""
+    before, now = (
+        fixed_settings(TrainingConfig(batch_tokens=tokens, graph_tokens=graph), processes=1)
+        for tokens, graph in ((4096, 8192), (2048, 0))
+    )
+    checkpoint.save(tmp_path, model, optimizer, TrainState(5, before, 7, "x"))
+    world = World(torch.device("cpu"))
+
+    def again(settings: dict[str, Any]) -> TrainState:
+        start = TrainState(0, settings, 7, "y")
+        return resume(tmp_path, start, model, optimizer, world, how=how, allow_change=False)[0]
+
+    assert again(now) == TrainState(5, now, 7, "x")
+    told = capsys.readouterr().err
+    assert "5 steps are done; since then:" in told
+    assert "training.batch_tokens: 4096 -> 2048" in told
+    assert "training.graph_tokens: 8192 -> 0" in told
+    assert again(before).step == 5 and "since then" not in capsys.readouterr().err
+    other = {**now, "processes": 2}
+    if how == "same":
+        assert again(other).step == 0
+    else:
+        with pytest.raises(NotContinued, match="processes: 1 -> 2"):
+            again(other)
 
 
 def test_a_best_by_other_held_out_examples_is_forgotten(

@@ -19,6 +19,7 @@ def test_a_gpu_that_is_full_is_told_with_what_to_do() -> None:
     assert str(told.value).startswith(
         "CUDA out of memory. Tried to allocate 20.00 GiB. Lower training.graph_tokens, then "
     )
+    assert str(told.value).endswith("and run the same command again")  # the loop does nothing else
     assert told.value.__cause__ is full
     with pytest.raises(RuntimeError, match=r"^another$"), memory_told():
         raise RuntimeError("another")
