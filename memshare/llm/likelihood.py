@@ -12,6 +12,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from memshare.llm.base import LLM, LogLikelihood
@@ -27,7 +28,12 @@ class LikelihoodCache:
     Raises `sqlite3.Error` where the file can't be opened or written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, base: Path | None = None) -> None:
+        """``base``: another cache's file, which is looked up too, if it is there, and never locked.
+
+        So the nodes of a shared file system may all have it. Who writes it meanwhile costs them
+        entries at most: those that aren't seen are measured again.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._lock = threading.Lock()
@@ -41,14 +47,22 @@ class LikelihoodCache:
             "CREATE TABLE IF NOT EXISTS likelihoods ("
             "key BLOB PRIMARY KEY, sum REAL NOT NULL, tokens INTEGER NOT NULL) WITHOUT ROWID"
         )
+        self._base: sqlite3.Connection | None = None
+        if base is not None and base.exists():
+            # Immutable: without locks, and without the shared memory that a WAL asks for.
+            uri = f"{base.absolute().as_uri()}?mode=ro&immutable=1"
+            self._base = sqlite3.connect(uri, uri=True, check_same_thread=False)
 
     def get(self, key: bytes) -> LogLikelihood | None:
         """What was measured for ``key``, if anything was."""
         with self._lock:
-            row = self._db.execute(
-                "SELECT sum, tokens FROM likelihoods WHERE key = ?", (key,)
-            ).fetchone()
-        return None if row is None else LogLikelihood(float(row[0]), int(row[1]))
+            found = _look_up(self._db, key)
+            if found is None and self._base is not None:
+                # Rows are never changed and lie beside their keys: one that is found is right, also
+                # in a file that is being written. What is not may be an error.
+                with suppress(sqlite3.DatabaseError):
+                    found = _look_up(self._base, key)
+        return found
 
     def put(self, key: bytes, value: LogLikelihood) -> None:
         """Keep ``value``; what another process stored meanwhile stays."""
@@ -78,6 +92,13 @@ class LikelihoodCache:
         """Close the file."""
         with self._lock:
             self._db.close()
+            if self._base is not None:
+                self._base.close()
+
+
+def _look_up(db: sqlite3.Connection, key: bytes) -> LogLikelihood | None:
+    row = db.execute("SELECT sum, tokens FROM likelihoods WHERE key = ?", (key,)).fetchone()
+    return None if row is None else LogLikelihood(float(row[0]), int(row[1]))
 
 
 class Likelihood:

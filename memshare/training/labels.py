@@ -70,13 +70,14 @@ class Share:
 
 
 def open_cache(config: Config, share: Share | None = None) -> LikelihoodCache:
-    """The run's likelihoods. A ``share`` has a copy of its own: SQLite can't be shared by nodes."""
+    """The run's likelihoods. A ``share`` only reads them: SQLite can't be shared by nodes.
+
+    What it measures goes into a file of its own.
+    """
     folder = config.run.dir / "cache"
     if share is None:
         return LikelihoodCache(folder / "likelihood.db")
-    cache = LikelihoodCache(folder / "shares" / f"{share.name}.db")
-    cache.absorb(folder / "likelihood.db")
-    return cache
+    return LikelihoodCache(folder / "shares" / f"{share.name}.db", folder / "likelihood.db")
 
 
 def merge_caches(config: Config) -> None:

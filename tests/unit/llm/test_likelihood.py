@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,63 @@ def test_several_processes_share_one_file(tmp_path: Path) -> None:
     assert len(cache) == 150
     assert cache.get(b"7") == LogLikelihood(-7.0, 2)
     assert cache.get(b"none") is None
+
+
+def test_another_file_is_looked_up_and_left_alone(tmp_path: Path) -> None:
+    """Not even SQLite's own files are made beside it: other nodes read it just then."""
+    folder = tmp_path / "100% a? #1"
+    base = folder / "base.db"
+    with closing(LikelihoodCache(base)) as cache:
+        cache.put(b"known", LogLikelihood(-1.0, 2))
+    before = base.read_bytes()
+    with closing(LikelihoodCache(tmp_path / "own.db", base)) as cache:
+        cache.put(b"own", LogLikelihood(-3.0, 4))
+        assert cache.get(b"known") == LogLikelihood(-1.0, 2)
+        assert cache.get(b"own") == LogLikelihood(-3.0, 4) and cache.get(b"none") is None
+        assert len(cache) == 1 and list(folder.iterdir()) == [base]
+    assert base.read_bytes() == before and list(folder.iterdir()) == [base]
+    with closing(LikelihoodCache(tmp_path / "other.db", folder / "nowhere.db")) as cache:
+        assert cache.get(b"known") is None
+    assert list(folder.iterdir()) == [base]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "overwritten", "no table"])
+def test_what_another_file_does_not_give_is_measured_again(tmp_path: Path, damage: str) -> None:
+    """It is read without a lock: who writes it meanwhile may leave it half changed to the eye."""
+    base = tmp_path / "base.db"
+    keys = [f"{n:0100}".encode() for n in range(400)]
+    with closing(LikelihoodCache(base)) as cache:
+        for n, key in enumerate(keys):
+            cache.put(key, LogLikelihood(-float(n), 1))
+    content = base.read_bytes()
+    assert len(content) > 4096 * 6
+    if damage == "no table":
+        with closing(sqlite3.connect(base)) as db:
+            db.execute("DROP TABLE likelihoods")
+    with closing(LikelihoodCache(tmp_path / "own.db", base)) as cache:
+        if damage != "no table":
+            kept = content[: 0 if damage == "empty" else 4096 * 3]
+            rest = b"\xff" * (len(content) - len(kept)) if damage == "overwritten" else b""
+            base.write_bytes(kept + rest)
+        found = [cache.get(key) for key in keys]
+        assert None in found
+        assert all(f in (None, LogLikelihood(-float(n), 1)) for n, f in enumerate(found))
+
+
+def test_another_file_may_grow_meanwhile(tmp_path: Path) -> None:
+    base = tmp_path / "base.db"
+    known = [f"known {n}".encode() for n in range(500)]
+    with closing(LikelihoodCache(base)) as writing:
+        for n, key in enumerate(known):
+            writing.put(key, LogLikelihood(-float(n), 1))
+    with (
+        closing(LikelihoodCache(tmp_path / "own.db", base)) as cache,
+        closing(LikelihoodCache(base)) as writing,
+    ):
+        for n in range(3000):
+            writing.put(f"{n} more".encode(), LogLikelihood(-1.0, 1))
+            at = n % len(known)
+            assert cache.get(known[at]) in (None, LogLikelihood(-float(at), 1))
 
 
 def test_prompted_reads_a_probability(backend: TransformersBackend) -> None:
