@@ -146,7 +146,7 @@ def test_a_round_of_two_iterations_with_kills_in_the_second(make_run: Any) -> No
 
 
 def test_an_interrupted_training_starts_afresh_with_other_settings(make_run: Any) -> None:
-    """And goes on with those that change nothing of it."""
+    """And goes on with those that change nothing of it, or its memory alone."""
     run = make_run(training={"max_steps": 100_000})
     run.store.append(banking(0, 8))
     log_file = run.folder / "logs" / "round-000001-train.log"
@@ -155,7 +155,8 @@ def test_an_interrupted_training_starts_afresh_with_other_settings(make_run: Any
     run.wait(child, lambda: any(saved.glob("step-*")))
     child.send_signal(signal.SIGTERM)
     assert "stopped" in child.communicate(timeout=60)[1]
-    child = run.start("--once", "--set", "training.log_every=1")
+    free = ("--set", "training.log_every=1", "--set", "training.batch_tokens=512")
+    child = run.start("--once", *free)
     run.wait(child, lambda: "continuing from" in log_file.read_text())
     child.send_signal(signal.SIGTERM)
     assert "stopped" in child.communicate(timeout=60)[1]
@@ -168,6 +169,7 @@ def test_an_interrupted_training_starts_afresh_with_other_settings(make_run: Any
     assert [done["results"]["train"][name] for name in ("steps", "processes")] == [4, 2]
     said = log_file.read_text()
     assert said.count("continuing from") == said.count("made with other settings") == 1
+    assert "are done; since then:\n  training.batch_tokens: 4096 -> 512\n" in said
     for change in ("processes: 1 -> 2", "max_steps: 100000 -> 4", "lr: 0.001 -> 0.002"):
         assert change in said
 
