@@ -116,10 +116,10 @@ async def _start(gateway: Gateway) -> None:
 
 def _sizes(gateway: Gateway) -> Sizes:
     store = gateway.shared.store
-    stats = [store.stats(info.name) for info in store.pools()]
+    pools = store.pools()
     return Sizes(
         scoring_queue=gateway.queue.pending(),
-        memories={item.pool.name: item.memories for item in stats},
-        held={item.pool.name: item.held for item in stats},
-        changes={item.pool.name: item.pool.last_seq for item in stats},
+        memories={pool.name: store.size(pool.name) for pool in pools},
+        held={pool.name: store.held(pool.name) for pool in pools},
+        changes={pool.name: pool.last_seq for pool in pools},
     )
