@@ -105,7 +105,7 @@ def test_metrics_without_the_database_tell_the_rest(
     def away(store: PoolStore, pool: str) -> None:
         raise PoolError("away")
 
-    monkeypatch.setattr(PoolStore, "stats", away)  # which nothing else asks for meanwhile
+    monkeypatch.setattr(PoolStore, "size", away)  # which nothing else asks for meanwhile
     reply = client.get("/metrics")
     assert reply.status_code == 200
     assert "memshare_database_error 1.0" in reply.text
