@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from memshare.config import Config, ConfigError, add_config_arguments, load_config
+from memshare.config import Config, ConfigError, add_config_arguments, load_config, shown_command
 from memshare.llm.base import LLMError
 from memshare.llm.plan import ServerPlan, plan_servers
 from memshare.llm.server import Server, server_command, serves, wait_ready
@@ -61,7 +61,8 @@ def run(config: Config, plans: list[ServerPlan]) -> int:
                 log(f"{plan.name}: {plan.url} serves {plan.model} already")
             elif plan.local:
                 server = Server(plan, config.run.dir / "logs" / f"vllm-{plan.port}.log")
-                log(f"{plan.name}: starting {' '.join(server_command(plan))} (log: {server.log})")
+                shown = shown_command(server_command(plan))
+                log(f"{plan.name}: starting {shown} (log: {server.log})")
                 server.start()
                 servers.append(server)
                 if plan.shares:  # vLLM counts what another one loads meanwhile as its own

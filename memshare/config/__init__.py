@@ -15,7 +15,7 @@ from memshare.config.learning import (
 )
 from memshare.config.llm import AgentConfig, LLMConfig, ScorerConfig, VLLMServerConfig
 from memshare.config.load import Config, ConfigError, add_config_arguments, load_config, positive
-from memshare.config.public import public, without_secrets
+from memshare.config.public import public, shown_command, without_secrets
 from memshare.config.sections import (
     BM25Config,
     BootstrapConfig,
@@ -56,5 +56,6 @@ __all__ = [
     "load_config",
     "positive",
     "public",
+    "shown_command",
     "without_secrets",
 ]

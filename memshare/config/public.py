@@ -45,6 +45,11 @@ def _plain(value: Any) -> Any:
     return without_secrets(str(value))
 
 
+def shown_command(args: Sequence[str]) -> str:
+    """A command line without what `public` hides: of its URLs, and of flags named like secrets."""
+    return without_secrets(" ".join(_flags(args)))
+
+
 def without_secrets(text: str) -> str:
     """``text``, such as a command line, without what `public` hides of URLs in it."""
     return _PARAMETER.sub(rf"\1{HIDDEN}", _USER_INFO.sub(_bare, text))

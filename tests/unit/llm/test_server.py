@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from memshare.llm.plan import gpus_left, on_free_ports, plan_servers
 from memshare.llm.server import Server, server_command, wait_ready
 from tests import fake_vllm
 from tests.fake_vllm import fake_python
+from tests.postgres import free_port
 
 ROOT = Path(__file__).parents[3]
 URL = "http://127.0.0.1:8101"
@@ -46,6 +48,28 @@ def test_a_scorer_nobody_asks_is_not_started(lm_folder: Path) -> None:
         mining={"labels": "none"},
     )
     assert plan_servers(config) == []
+
+
+def test_the_log_of_a_start_has_no_secrets(
+    tmp_path: Path,
+    lm_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the program would keep them
+    python, url = str(tmp_path / "python"), f"http://127.0.0.1:{free_port()}"
+    args = ["--api-key", "s3cret", "--hf-token=s3cret", "--seed", "7"]
+    agent = {"backend": "vllm", "model": str(lm_folder), "url": url}
+    tree = {
+        "run": {"dir": str(tmp_path)},
+        "agent_llm": agent | {"server": {"python": python, "args": args}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    main = runpy.run_path(str(ROOT / "serve/llm.py"))["main"]
+    assert main(["--config", str(tmp_path / "config.yaml")]) == 1  # no such Python
+    (told,) = (line for line in capsys.readouterr().err.splitlines() if "starting" in line)
+    assert "s3cret" not in told
+    assert f"--model {lm_folder}" in told and "--api-key *** --hf-token=*** --seed 7" in told
 
 
 def test_contradictions_are_config_errors(lm_folder: Path) -> None:
