@@ -18,6 +18,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from memshare.config.environment import Environment
 from memshare.config.learning import (
     ContinualConfig,
     GateConfig,
@@ -37,6 +38,13 @@ from memshare.config.sections import (
     RunConfig,
     WandbConfig,
 )
+
+# By pydantic's name for what was expected and not given.
+_WRITTEN = {
+    "tuple_type": "; a list is written [a, b]",
+    "model_type": "; a section is written {key: value}",
+    "dict_type": "; it is written {key: value}",
+}
 
 
 class ConfigError(ValueError):
@@ -150,6 +158,11 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {item}: the value is no YAML: {error}") from error
 
+    trees = [override_tree, tree]
+    if not any("pools" in each for each in trees):
+        trees.append({"pools": {"main": None}})  # the one by default
+    environment = Environment(Config, trees)
+
     class FromFile(Config):
         """`Config` with this file as the source of least priority."""
 
@@ -162,17 +175,19 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, tree)
+            return init_settings, environment, InitSettingsSource(settings_cls, tree)
 
     lines = [f"  {name}: no such section{_nearest((section,))}" for name, section in _strangers()]
+    lines += [f"  {unclear}" for unclear in environment.unclear]
     try:
         config = FromFile(**override_tree)
     except ValidationError as error:
-        lines += [
-            f"  {'.'.join(str(part) for part in item['loc']) or '(top)'}: {item['msg']}"
-            + (_nearest(item["loc"]) if item["type"] == "extra_forbidden" else "")
-            for item in error.errors()
-        ]
+        for wrong in error.errors():
+            where, kind = wrong["loc"], wrong["type"]
+            hint = _nearest(where) if kind == "extra_forbidden" else _WRITTEN.get(kind, "")
+            variable = environment.gave(where, wrong["input"])
+            key = ".".join(map(str, where)) or "(top)"
+            lines.append(f"  {key}: {wrong['msg']}{hint}" + (f" ({variable})" if variable else ""))
     if lines:
         raise ConfigError(
             f"{path or 'configuration'}: {len(lines)} problem(s)\n" + "\n".join(lines)
