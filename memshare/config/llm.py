@@ -75,19 +75,23 @@ class LLMConfig(Section):
                 port = urlsplit(self.url).port
             except ValueError:
                 port = None
-            if port is None:
-                raise ValueError(f"server.replicas counts ports from that of url: {self.url}")
+            if port is None or not _bare(self.url).endswith(f":{port}"):
+                raise ValueError(f"server.replicas counts ports from the end of url: {self.url}")
         return self
 
     @property
     def urls(self) -> tuple[str, ...]:
         """Of every replica, without ``/v1``."""
         given = (self.url,) if isinstance(self.url, str) else self.url
-        bare = tuple(url.rstrip("/").removesuffix("/v1") for url in given)
+        bare = tuple(map(_bare, given))
         if self.server.replicas == 1:
             return bare
         start, colon, port = bare[0].rpartition(":")
         return tuple(f"{start}{colon}{int(port) + i}" for i in range(self.server.replicas))
+
+
+def _bare(url: str) -> str:
+    return url.rstrip("/").removesuffix("/v1")
 
 
 class AgentConfig(Section):

@@ -171,6 +171,16 @@ def test_a_second_iteration_needs_an_encoder_that_proposes() -> None:
     assert load_config(None, ["mining.iterations=2"]).mining.iterations == 2
 
 
+def test_replicas_are_counted_from_a_url_that_ends_in_its_port() -> None:
+    two = "agent_llm.server.replicas=2"
+    for url in ("http://h:8001/x", "http://h:8001?a=1", "http://h", "http://h:8001/v1/x"):
+        with pytest.raises(ConfigError, match=f"agent_llm: .*{re.escape(url)}$"):
+            load_config(None, [two, f"agent_llm.url={url}"])
+    for url in ("http://h:8001", "http://h:8001/", "http://h:8001/v1", "http://h:8001/v1/"):
+        config = load_config(None, [two, f"agent_llm.url={url}"])
+        assert config.agent_llm.urls == ("http://h:8001", "http://h:8002")
+
+
 def test_adapters_have_no_past() -> None:
     with pytest.raises(ConfigError, match=r"training\.lora: .*training\.warm_optimizer"):
         load_config(None, ["training.warm_optimizer=true", "training.lora.enabled=true"])
