@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-import httpx
+import aiohttp
 from fastapi import Depends, Request
 
 from memshare.config import Config, LLMConfig
@@ -16,6 +16,7 @@ from memshare.gateway.access import Access
 from memshare.gateway.background import ScoringQueue
 from memshare.gateway.errors import ApiError
 from memshare.gateway.metrics import Metrics
+from memshare.llm.http import LOST, open_session, proxy_of
 from memshare.sharing import SharedMemory
 
 _PROBE_SECONDS = 2.0
@@ -30,8 +31,7 @@ class LLMProbe:
         self._state = "in process" if config.backend == "transformers" else "unknown"
         self._asked = float("-inf")
         self._lock = asyncio.Lock()
-        # One for all time: making one reads every certificate, for which the event loop stands.
-        self._client = httpx.AsyncClient(timeout=_PROBE_SECONDS, trust_env=False)
+        self._session: aiohttp.ClientSession | None = None
 
     async def state(self) -> str:
         """``in process``, ``reachable`` or ``unreachable: why``."""
@@ -46,18 +46,26 @@ class LLMProbe:
         return self._state
 
     async def _probe(self, url: str) -> str:
-        """``reachable`` or ``unreachable: why``."""
+        """``reachable`` or ``unreachable: why``; by the way that the LLM's client takes."""
+        if self._session is None:
+            # One for all time: making one reads every certificate, for which the event loop stands.
+            self._session = open_session(self._config.urls, _PROBE_SECONDS, {})
         path = f"{url}/v1/models"
         try:
-            reply = await self._client.get(path)
-        except httpx.HTTPError as error:
+            async with (
+                asyncio.timeout(2 * _PROBE_SECONDS),  # names are looked up, too
+                self._session.get(path, proxy=proxy_of(url), allow_redirects=False) as reply,
+            ):
+                status = reply.status
+        except LOST as error:
             return f"unreachable: {path}: {type(error).__name__}"
         # 401 and 403 come from a server that is up; its key is the backend's affair.
-        return "reachable" if reply.status_code < 500 else f"unreachable: HTTP {reply.status_code}"
+        return "reachable" if status < 500 else f"unreachable: HTTP {status}"
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._client.aclose()
+        if self._session is not None:
+            await self._session.close()
 
 
 @dataclass
