@@ -22,13 +22,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import httpx
-
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.evaluation import demo
 from memshare.evaluation.report import Section, print_tables, write_report
 from memshare.evaluation.traffic import Stream, Traffic
 from memshare.files import RunLocked, run_lock, write_json
+from memshare.gateway.readiness import state_of
 from memshare.gateway.supervisor import Supervisor
 from memshare.pocket.lm import RECIPES
 from memshare.pocket.world import Splits, World, write_references
@@ -121,7 +120,7 @@ def serve(config: Config, args: argparse.Namespace, pool: str, splits: Splits) -
         return finished() and number in (first, *stream.traffic.swaps)
 
     try:
-        while not is_ready(url):
+        while not state_of(url).get("ready"):
             check()
             if time.monotonic() - started > START_SECONDS:
                 raise DemoFailed(f"not ready after {START_SECONDS:g} s; see {up.log_file}")
@@ -130,14 +129,6 @@ def serve(config: Config, args: argparse.Namespace, pool: str, splits: Splits) -
         return asyncio.run(stream.run(splits.problems, splits.test, done, progress(splits)))
     finally:
         supervisor.stop()
-
-
-def is_ready(url: str) -> bool:
-    """Whether the gateway answers searches."""
-    try:
-        return httpx.get(f"{url}/readyz", timeout=5.0, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def progress(splits: Splits) -> Callable[[int], None]:

@@ -3,11 +3,12 @@
     python serve/up.py --config configs/pocket.yaml
 
 Each part is a child process with its log under the run folder's logs/. The trainer starts once the
-gateway and its LLMs answer. Of several GPUs, the LLM servers get the last ones, trainer and
-searcher the first. A server that dies stops everything, and the end of its log is shown. A trainer
-that fails (a training diverges, a disk is full, an LLM does not answer) is no reason to stop
-serving: it starts again after ``continual.retry_seconds``, and goes on from where it was. Ctrl-C
-and SIGTERM stop everything cleanly: the trainer, then the gateway, then the LLMs.
+gateway and its LLMs answer; a gateway that still encodes the pool is waited for. Of several GPUs,
+the LLM servers get the last ones, trainer and searcher the first. A server that dies stops
+everything, and the end of its log is shown. A trainer that fails (a training diverges, a disk is
+full, an LLM does not answer) is no reason to stop serving: it starts again after
+``continual.retry_seconds``, and goes on from where it was. Ctrl-C and SIGTERM stop everything
+cleanly: the trainer, then the gateway, then the LLMs.
 """
 
 from __future__ import annotations
@@ -19,12 +20,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
-from typing import Any
-
-import httpx
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.files import RunLocked, run_lock
+from memshare.gateway.readiness import missing, state_of, url_of, written
 from memshare.gateway.supervisor import Restarted, Supervisor, shared_cores
 from memshare.llm.base import LLMError
 from memshare.llm.plan import gpus_left, plan_servers
@@ -33,7 +32,8 @@ from memshare.training.outcome import EXIT_USAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 _POLL_SECONDS = 1.0
-_READY_SECONDS = 5.0
+_SAY_SECONDS = 60.0
+_ANSWER_SECONDS = 120.0
 
 
 class Failed(RuntimeError):
@@ -48,21 +48,6 @@ def command(program: str, args: argparse.Namespace, *more: str) -> list[str]:
     for override in args.overrides:
         line += ["--set", override]
     return [*line, *more]
-
-
-def state_of(url: str) -> dict[str, Any]:
-    """What /readyz says; empty while nobody answers."""
-    try:
-        reply = httpx.get(f"{url}/readyz", timeout=_READY_SECONDS, trust_env=False)
-        return dict(reply.json())
-    except (httpx.HTTPError, ValueError):
-        return {}
-
-
-def is_up(state: dict[str, Any]) -> bool:
-    """The gateway is ready and every LLM it uses is there."""
-    llms = state.get("llm", {}).values()
-    return bool(state.get("ready")) and not any(s.startswith(("unre", "unkn")) for s in llms)
 
 
 def check(supervisor: Supervisor, trainer: Restarted | None = None) -> None:
@@ -87,11 +72,37 @@ def check(supervisor: Supervisor, trainer: Restarted | None = None) -> None:
     log(f"{end}\nserving goes on; the trainer starts again in {pause:g} s")
 
 
+def wait(
+    supervisor: Supervisor, record: Path, before: int, limit: float, stopping: Event
+) -> str | None:
+    """The gateway's URL once it and its LLMs answer; None if ``stopping`` is set first.
+
+    A gateway that loads its models or says that it starts may take its time: to encode a pool takes
+    hours. Only what can't be reached for ``limit`` seconds is given up: raises `Failed`.
+    """
+    said = now = time.monotonic()
+    deadline = now + limit
+    while not stopping.is_set():
+        check(supervisor)
+        url = url_of(record, before)
+        state = state_of(url) if url else {}
+        lacks = missing(state) if url else "the gateway loads its models"
+        if lacks is None:
+            return url
+        now = time.monotonic()
+        if url is None or state.get("reason") == "starting":
+            deadline = now + limit
+        elif now > deadline:
+            raise Failed(f"given up after {limit:g} s: {lacks}")
+        if now - said > _SAY_SECONDS:
+            said = now
+            log(f"waiting: {lacks}")
+        stopping.wait(_POLL_SECONDS)
+    return None
+
+
 def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stopping: Event) -> None:
     """Start the parts in order, then watch them until ``stopping`` is set or one dies."""
-    host = args.host or config.gateway.host
-    port = args.port or config.gateway.port
-    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     uses_vllm = "vllm" in (config.agent_llm.backend, config.scorer_llm.backend)
     env = shared_cores()
     if uses_vllm and not args.no_llm:
@@ -99,19 +110,19 @@ def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stoppi
             log(f"GPUs: {left} for trainer and searcher, the others for LLMs")
             env["CUDA_VISIBLE_DEVICES"] = left
         supervisor.start("llm", command("serve/llm.py", args))
-    options = ["--host", host, "--port", str(port)]
+    options = ["--host", args.host] if args.host else []
+    if args.port is not None:
+        options += ["--port", str(args.port)]
+    record = config.run.dir / "gateway.json"
+    before = written(record)
     supervisor.start("gateway", command("serve/gateway.py", args, *options), env)
-    limit = 120.0
+    limit = _ANSWER_SECONDS
     if uses_vllm:
         servers = (config.agent_llm.server, config.scorer_llm.server)
         limit += max(server.start_timeout_seconds for server in servers)
-    deadline = time.monotonic() + limit
-    while not is_up(state := state_of(url)):
-        check(supervisor)
-        if time.monotonic() > deadline:
-            raise Failed(f"not ready after {limit:g} s: {state or 'the gateway does not answer'}")
-        if stopping.wait(_POLL_SECONDS):
-            return
+    url = wait(supervisor, record, before, limit, stopping)
+    if url is None:
+        return
     log(f"serving on {url}")
     trainer, pause = None, config.continual.retry_seconds
     if not args.no_train:
@@ -139,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_config_arguments(parser)
     parser.add_argument("--host", help="the gateway's address (default: gateway.host)")
-    parser.add_argument("--port", type=int, help="the gateway's port (default: gateway.port)")
+    parser.add_argument("--port", type=int, help="its port, 0 for a free one (gateway.port)")
     parser.add_argument("--no-train", action="store_true", help="serve only, without the trainer")
     parser.add_argument("--no-llm", action="store_true", help="the LLM servers run already")
     args = parser.parse_args(argv)

@@ -87,9 +87,9 @@ def test_everything_runs_and_stops_in_order(tmp_path: Path, models: Path) -> Non
 
 @pytest.mark.slow
 def test_a_part_that_dies_takes_the_rest_down(tmp_path: Path, models: Path) -> None:
-    process = launch(tmp_path, models, "--no-train", "--port", free_port())
+    process = launch(tmp_path, models, "--no-train", "--host", "::1", "--port", "0")
     try:
-        log = wait_for("serving on", tmp_path, process)
+        log = wait_for("serving on http://[::1]:", tmp_path, process)
         os.kill(pids(log)["gateway"], signal.SIGKILL)
         assert process.wait(120) == 1
     finally:
@@ -98,7 +98,7 @@ def test_a_part_that_dies_takes_the_rest_down(tmp_path: Path, models: Path) -> N
             process.wait(120)
     log = (tmp_path / "up.log").read_text()
     assert "gateway ended with exit code -9" in log
-    assert "listening on http://127.0.0.1" in log.split("exit code -9")[1]  # its own last words
+    assert "listening on http://[::1]:" in log.split("exit code -9")[1]  # its own last words
 
 
 @pytest.mark.slow

@@ -1,0 +1,101 @@
+"""serve/up.py while it waits: for how long, for whom, and at which address."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from memshare.gateway.readiness import url_of, written
+
+UP = Path(__file__).parents[3] / "serve" / "up.py"
+UNREACHABLE = {"ready": True, "llm": {"agent": "unreachable: it", "scorer": "in process"}}
+STARTING = {"ready": False, "reason": "starting", "llm": {"agent": "unknown"}}
+READY = {"ready": True, "llm": {"agent": "reachable", "scorer": "in process"}}
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("http://127.0.0.1:4567", "http://127.0.0.1:4567"),
+        ("http://0.0.0.0:4567", "http://127.0.0.1:4567"),
+        ("http://[::1]:4567", "http://[::1]:4567"),
+        ("http://[::]:4567", "http://[::1]:4567"),
+        ("http://node-7:4567", "http://node-7:4567"),
+    ],
+)
+def test_the_gateway_tells_its_address(tmp_path: Path, url: str, asked: str) -> None:
+    record = tmp_path / "gateway.json"
+    assert url_of(record, written(record)) is None
+    record.write_text(json.dumps({"url": url}))
+    assert url_of(record, 0) == asked
+    assert url_of(record, written(record)) is None  # of one that has gone
+
+
+class Waiting:
+    """`wait` of serve/up.py on a clock of its own; ``says(seconds)`` is what /readyz does."""
+
+    def __init__(self, says: Callable[[float], Any]) -> None:
+        self.now, self.lines, self.stop = 0.0, [], float("inf")
+        up = runpy.run_path(str(UP))
+        self.failed, self._wait = up["Failed"], up["wait"]
+        known: dict[str, Any] = up["wait"].__globals__
+        known["time"] = SimpleNamespace(monotonic=lambda: self.now)
+        known["url_of"] = lambda *_: None if says(self.now) is None else "http://here"
+        known["state_of"] = lambda _: says(self.now)
+        known["log"] = self.lines.append
+
+    def is_set(self) -> bool:
+        return self.now >= self.stop
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    def __call__(self, limit: float) -> Any:
+        supervisor = SimpleNamespace(dead=lambda: None)
+        return self._wait(supervisor, Path("gateway.json"), 0, limit, self)
+
+
+def test_a_gateway_that_loads_or_starts_has_all_the_time_it_needs() -> None:
+    def says(now: float) -> Any:
+        if now < 10_000:
+            return None  # it loads an LLM: it has not told its address yet
+        return STARTING if now < 20_000 else UNREACHABLE if now < 20_100 else READY
+
+    waiting = Waiting(says)
+    assert waiting(120.0) == "http://here"
+    assert waiting.now == 20_100
+    assert 300 < len(waiting.lines) < 340  # a line a minute
+    assert "loads" in waiting.lines[0] and "not ready: starting" in waiting.lines[200]
+    assert "agent unreachable: it" in waiting.lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("state", "told"), [({}, "does not answer"), (UNREACHABLE, "LLMs: agent unreachable: it")]
+)
+def test_what_can_not_be_reached_is_given_up(state: dict[str, Any], told: str) -> None:
+    waiting = Waiting(lambda now: STARTING if now < 1000 else state)
+    with pytest.raises(waiting.failed, match=f"120 s.*{told}"):
+        waiting(120.0)
+    assert 1119 < waiting.now < 1123
+
+
+def test_an_answer_that_was_late_is_no_silence() -> None:
+    """Encoding takes the processor: now and then /readyz takes longer than it is waited for."""
+
+    def says(now: float) -> Any:
+        return READY if now > 900 else {} if now % 100 else STARTING
+
+    waiting = Waiting(says)
+    assert waiting(120.0) == "http://here"
+
+
+def test_asked_to_stop_it_waits_no_longer() -> None:
+    waiting = Waiting(lambda now: STARTING)
+    waiting.stop = 5.0
+    assert waiting(120.0) is None
