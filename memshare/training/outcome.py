@@ -85,12 +85,14 @@ class Refused(RuntimeError):
 def told(output: Path, errors: tuple[type[Exception], ...], writes: bool) -> Iterator[None]:
     """Forget how an earlier run into ``output`` ended; say so if this one ends by an error.
 
-    `Refused` and `ConfigError` bring the earlier result back. Only the process that ``writes``
-    touches ``result.json``. The error goes on; a full disk as `DiskFull`.
+    `Refused` and `ConfigError` bring the earlier result back, with its time: slurm/train.sbatch
+    knows by that whether a run has written one. Only the process that ``writes`` touches
+    ``result.json``. The error goes on; a full disk as `DiskFull`.
     """
-    path, earlier = output / "result.json", None
+    path, earlier, times = output / "result.json", None, (0, 0)
     if writes and path.exists():
-        earlier = path.read_bytes()
+        earlier, stat = path.read_bytes(), path.stat()
+        times = stat.st_atime_ns, stat.st_mtime_ns
         path.unlink()
     try:
         yield
@@ -99,6 +101,7 @@ def told(output: Path, errors: tuple[type[Exception], ...], writes: bool) -> Ite
         with suppress(OSError):  # the error itself is told
             if earlier is not None and isinstance(error, (Refused, ConfigError)):
                 write_atomic(path, earlier)
+                os.utime(path, ns=times)
             elif writes and (full or isinstance(error, errors)):
                 write_result(output, "failed", error=str(error))
         if full:

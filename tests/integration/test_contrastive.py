@@ -165,7 +165,7 @@ def test_changed_configuration_is_refused_unless_told(
 ) -> None:
     output = tmp_path / "out"
     assert program.main(options(base, output, steps=3)) == 0
-    first = result(output)
+    first, written = result(output), (output / "result.json").stat().st_mtime_ns
     changed = [*options(base, output, steps=5), "--set=training.temperature=0.1"]
     changed.append("--set=training.log_every=1")  # changes nothing of the training: allowed
     assert program.main(changed) == 1
@@ -173,6 +173,7 @@ def test_changed_configuration_is_refused_unless_told(
     assert "training.temperature: 0.05 -> 0.1" in told and "steps: 3 -> 5" in told
     assert "log_every" not in told
     assert result(output) == first  # nothing of the finished run was touched
+    assert (output / "result.json").stat().st_mtime_ns == written
     assert program.main([*changed, "--allow-config-change"]) == 0
     assert result(output)["steps"] == 5
 

@@ -222,6 +222,15 @@ def test_a_killed_rank_ends_the_job_with_its_reason(slurm: Cluster, base: Path) 
     assert not ranks(output)
 
 
+def test_a_refused_job_leaves_the_earlier_result(slurm: Cluster, base: Path, whole: Path) -> None:
+    earlier = result(whole)
+    job = train(slurm, base, whole, "--nodes=2", "--set=training.lr=1e-2")
+    assert slurm.wait(job) == "FAILED"
+    log = log_of(base, job, 0)
+    assert "training.lr: 0.001 -> 0.01" in log and "the training ended without a result" in log
+    assert result(whole) == earlier
+
+
 def test_a_mistake_is_found_before_anything_is_submitted(slurm: Cluster, base: Path) -> None:
     told = subprocess.run(
         command(base, "submit", "train"), env=slurm.env, cwd=ROOT, capture_output=True, text=True

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -89,6 +91,36 @@ def test_a_node_launches_its_own_processes_under_its_own_rank(
     # Another attempt must not meet what is left of the one before.
     assert "PET_RDZV_ID=17.3" in words and "PET_RDZV_ENDPOINT=10.0.0.7:4567" in words
     assert "PET_LOCAL_ADDR=10.0.0.7" in words
+
+
+@pytest.mark.parametrize(
+    "training, code",
+    [
+        ("true", 1),  # it never began
+        ("rm $result; cp --preserve=timestamps $kept $result", 1),  # refused: brought back
+        ("rm $result", 1),
+        ('rm $result; echo \'{"status": "trained"}\' > $result', 0),
+        ('rm $result; echo \'{"status": "empty"}\' > $result', 66),
+    ],
+)
+def test_an_earlier_result_is_kept_and_never_taken_for_ones_own(
+    env: dict[str, str], tmp_path: Path, training: str, code: int
+) -> None:
+    result, kept = tmp_path / "out/result.json", tmp_path / "kept.json"
+    result.parent.mkdir()
+    kept.write_text('{"status": "trained"}\n')
+    shutil.copy2(kept, result)
+    srun = tmp_path / "srun"
+    srun.write_text(f"#!/bin/bash\nresult={result} kept={kept}\n{training}\n")
+    srun.chmod(0o755)
+    env |= {"SLURM_JOB_NAME": "train", "MEMSHARE_LOGS": str(tmp_path / "logs")}
+    env |= {"SLURM_NNODES": "1", "MEMSHARE_PYTHON": sys.executable}
+    done = run(env, f"{ROOT}/slurm/train.sbatch", "--output", str(result.parent))
+    assert done.returncode == code, done.stderr
+    if training in ("true", "rm $result; cp --preserve=timestamps $kept $result"):
+        assert result.read_text() == kept.read_text()
+    log = (tmp_path / "logs/train/latest").read_text()
+    assert ("ended without a result" in log) == (code == 1)
 
 
 def test_nothing_is_killed_by_name() -> None:
