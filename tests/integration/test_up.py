@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,11 +45,18 @@ def wait_for(words: str, run_dir: Path, process: subprocess.Popen[bytes]) -> str
 
 
 def free_port() -> str:
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return str(sock.getsockname()[1])
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 def pids(log: str) -> dict[str, int]:
@@ -87,9 +95,10 @@ def test_everything_runs_and_stops_in_order(tmp_path: Path, models: Path) -> Non
 
 @pytest.mark.slow
 def test_a_part_that_dies_takes_the_rest_down(tmp_path: Path, models: Path) -> None:
-    process = launch(tmp_path, models, "--no-train", "--host", "::1", "--port", "0")
+    host, shown = ("::1", "http://[::1]:") if has_ipv6() else ("127.0.0.1", "http://127.0.0.1:")
+    process = launch(tmp_path, models, "--no-train", "--host", host, "--port", "0")
     try:
-        log = wait_for("serving on http://[::1]:", tmp_path, process)
+        log = wait_for(f"serving on {shown}", tmp_path, process)
         os.kill(pids(log)["gateway"], signal.SIGKILL)
         assert process.wait(120) == 1
     finally:
@@ -98,7 +107,7 @@ def test_a_part_that_dies_takes_the_rest_down(tmp_path: Path, models: Path) -> N
             process.wait(120)
     log = (tmp_path / "up.log").read_text()
     assert "gateway ended with exit code -9" in log
-    assert "listening on http://[::1]:" in log.split("exit code -9")[1]  # its own last words
+    assert f"listening on {shown}" in log.split("exit code -9")[1]  # its own last words
 
 
 @pytest.mark.slow
