@@ -11,7 +11,7 @@ from typing import Annotated
 import aiohttp
 from fastapi import Depends, Request
 
-from memshare.config import Config, LLMConfig
+from memshare.config import Config, LLMConfig, without_secrets
 from memshare.gateway.access import Access
 from memshare.gateway.background import ScoringQueue
 from memshare.gateway.errors import ApiError
@@ -58,7 +58,7 @@ class LLMProbe:
             ):
                 status = reply.status
         except LOST as error:
-            return f"unreachable: {path}: {type(error).__name__}"
+            return f"unreachable: {without_secrets(path)}: {type(error).__name__}"
         # 401 and 403 come from a server that is up; its key is the backend's affair.
         return "reachable" if status < 500 else f"unreachable: HTTP {status}"
 

@@ -89,3 +89,9 @@ def test_by_the_certificates_of_the_environment(
         server.close()
 
     asyncio.run(asyncio.wait_for(inside(), 60))
+
+
+def test_a_password_in_the_url_is_not_told() -> None:
+    """/readyz is open to all."""
+    said = asyncio.run(told(f"http://me:s3cret@127.0.0.1:{free_port()}"))
+    assert said.startswith("unreachable: http://***@127.0.0.1:")
