@@ -4,9 +4,9 @@ Policy. A finished answer is in the queue before its client has all of it. Whate
 then, be killed included, some gateway of this database grades the pair and decides it once
 (`pool.queue`). A scorer that can't be reached, or a database, is tried again until it can. A pair
 that keeps failing is refused after some attempts; that the scorer was away counts as one only where
-other pairs were graded meanwhile, and until its next one such a pair rests, ever longer, so that
-those behind it have their turn. A stopping gateway works off what was in the queue by then for
-``gateway.shutdown_seconds``; what is left stays for the next one.
+other pairs were graded meanwhile, and until its next one such a pair rests, ever longer, and then
+stands behind those that wait, so that they have their turn. A stopping gateway works off what was
+in the queue by then for ``gateway.shutdown_seconds``; what is left stays for the next one.
 """
 
 from __future__ import annotations

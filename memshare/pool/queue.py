@@ -4,7 +4,8 @@ A pair is claimed for some seconds, the claim is renewed while it is graded, and
 that stores the pair, or puts the refusal on record, also removes it here (`finish`), if the claim
 still holds. So a pair is decided once: a gateway that dies loses its claims after a while and
 another one grades those pairs again; one that was only slow finds its claim gone, and its
-transaction is undone.
+transaction is undone. Whose turn it is goes by when pairs became free: one that is given back to
+rest stands behind all that were put meanwhile, however many such pairs there are.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from memshare.records import Pair
 # A claim that ends after more than so many leases was made before the clock was set back: it would
 # outlive its gateway by as much. Gateways of one database may differ by as much in their leases.
 _LONGEST_LEASE = 10
+# The same of a pair that nobody has, which rests no longer than this, whoever's lease it was.
+_LONGEST_REST_SECONDS = 900.0
 
 
 class ClaimLost(RuntimeError):
@@ -71,7 +74,6 @@ class PairQueue:
                 "metadata": dict(pair.metadata),
                 "copy_of": pair.copy_of,
                 "attempts": 0,
-                "free_at": 0.0,
                 "trace": trace,
             }
             # By pool, as appends take them, so that no two transactions wait for each other.
@@ -80,7 +82,8 @@ class PairQueue:
         with self._db.write() as connection:
             for name in sorted({pair.pool for pair in pairs}):
                 need_pool(connection, name)
-            connection.execute(sa.insert(pending), rows)
+            free_at = self._now(connection)
+            connection.execute(sa.insert(pending), [row | {"free_at": free_at} for row in rows])
 
     def count(self) -> int:
         """Pairs without a decision, claimed or not."""
@@ -88,15 +91,16 @@ class PairQueue:
             return connection.execute(sa.select(sa.func.count()).select_from(pending)).scalar_one()
 
     def claim(self, limit: int, lease_seconds: float, before: str | None = None) -> list[Job]:
-        """Up to ``limit`` pairs that nobody has, the oldest first, for ``lease_seconds``.
+        """Up to ``limit`` pairs that nobody has, first who is free longest, for ``lease_seconds``.
 
         ``before``: only pairs that were put before this id was made (see `new_id`).
         """
         wanted = sa.true() if before is None else pending.c.id < before
 
         def free(now: float) -> sa.ColumnElement[bool]:
-            latest = now + _LONGEST_LEASE * lease_seconds
-            over = sa.or_(pending.c.free_at <= now, pending.c.free_at > latest)
+            leases = _LONGEST_LEASE * lease_seconds
+            most = sa.case((pending.c.claim.is_(None), _LONGEST_REST_SECONDS), else_=leases)
+            over = sa.or_(pending.c.free_at <= now, pending.c.free_at > now + most)
             return sa.and_(wanted, over)
 
         with self._db.read() as connection:  # most often there are none: no need to lock for that
@@ -109,7 +113,7 @@ class PairQueue:
             ids = connection.scalars(
                 sa.select(pending.c.id)
                 .where(free(now))
-                .order_by(pending.c.id)
+                .order_by(pending.c.free_at, pending.c.id)
                 .limit(limit)
                 .with_for_update(skip_locked=True)  # SQLite's writers are alone anyway
             ).all()
@@ -133,10 +137,11 @@ class PairQueue:
     def release(
         self, jobs: Collection[Job], pause_seconds: float = 0.0, counted: bool = False
     ) -> None:
-        """Give pairs back undecided, for anybody to claim after a pause (of less than ten leases).
+        """Give pairs back undecided, for anybody to claim after a pause; ``counted``: an attempt.
 
-        ``counted``: that was an attempt.
+        No pause is longer than 15 minutes: beyond that `claim` sees a clock that was set back.
         """
+        pause_seconds = min(pause_seconds, _LONGEST_REST_SECONDS)
         attempts = pending.c.attempts if counted else pending.c.attempts - 1
         with self._db.write() as connection:
             free_at = self._now(connection) + pause_seconds if pause_seconds else 0.0

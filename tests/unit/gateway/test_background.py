@@ -36,7 +36,9 @@ class Gate(Scorer):
         await self.open.wait()
         if answer == "broken":
             raise ValueError("a fault in a scorer")
-        if answer == "poison":
+        if answer == "slow poison":
+            await asyncio.sleep(1.2)
+        if answer.endswith("poison"):
             raise LLMUnavailable("the scorer gives HTTP 500 for this one")
         self.graded.append(prompt)
         return Grade(90.0)
@@ -233,6 +235,26 @@ def test_pairs_that_the_scorer_fails_for_hold_nobody_up_and_are_refused(
         await queue.stop()
 
     run(body, scoring_workers=2)
+
+
+def test_slow_failures_in_every_worker_leave_the_others_their_turn(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each pause of all scoring is longer than the one before, and than the rests of the first ones.
+    monkeypatch.setattr(background, "_RETRY_SECONDS", (0.1, 0.4, 1.6))
+
+    async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
+        gate(shared).open.set()
+        queue.start()
+        await queue.put([pair(number, "slow poison") for number in range(4)])
+        await queue.put([pair(number) for number in range(4, 9)])
+        async with asyncio.timeout(20):
+            while shared.store.decisions("keep") != {"stored": 5}:
+                await asyncio.sleep(0.05)
+        await queue.stop()
+
+    # A failure takes more than ten leases.
+    run(body, scoring_workers=2, scoring_lease_seconds=0.1, shutdown_seconds=0.1)
 
 
 def test_an_outage_for_all_counts_against_no_pair(

@@ -95,6 +95,38 @@ def test_a_claim_from_before_the_clock_was_set_back_is_over(store: PoolStore) ->
     store.close()
 
 
+def test_a_pair_that_rests_longer_than_leases_last_rests_behind_the_others(
+    store: PoolStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = PairQueue(store.database)
+    queue.put([pair(0)])
+    queue.put([pair(1)])
+    (slow,) = queue.claim(1, 0.01)
+    queue.release([slow], pause_seconds=0.5)  # fifty leases: no clock was set back
+    (other,) = queue.claim(5, 0.01)
+    assert other.pair == pair(1)
+    queue.release([other], pause_seconds=0.2)
+    time.sleep(0.6)
+    assert queue.claim(1, 60)[0].pair == pair(1)  # in the order in which they became free
+    assert queue.claim(1, 60)[0].pair == pair(0)
+    queue.put([pair(2)])
+    monkeypatch.setattr("memshare.pool.queue._LONGEST_REST_SECONDS", 0.1)
+    queue.release(queue.claim(1, 60), pause_seconds=60)
+    time.sleep(0.2)
+    assert [job.pair for job in queue.claim(5, 60)] == [pair(2)]
+    store.close()
+
+
+def test_what_was_put_before_the_clock_was_set_back_is_free(
+    store: PoolStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = PairQueue(store.database)
+    queue.put([pair(0)])
+    monkeypatch.setattr(queue, "_now", lambda connection: time.time() - 3600)
+    assert [job.pair for job in queue.claim(5, 60)] == [pair(0)]
+    store.close()
+
+
 def test_a_stopping_gateway_claims_only_what_was_there(store: PoolStore) -> None:
     queue = PairQueue(store.database)
     queue.put([pair(0)])
