@@ -2,11 +2,12 @@
 
 Policy. A finished answer is in the queue before its client has all of it. Whatever the gateway does
 then, be killed included, some gateway of this database grades the pair and decides it once
-(`pool.queue`). A scorer that can't be reached, or a database, is tried again until it can. A pair
-that keeps failing is refused after some attempts; that the scorer was away counts as one only where
-other pairs were graded meanwhile, and until its next one such a pair rests, ever longer, and then
-stands behind those that wait, so that they have their turn. A stopping gateway works off what was
-in the queue by then for ``gateway.shutdown_seconds``; what is left stays for the next one.
+(`pool.queue`). A scorer that can't be asked, or a database, is tried again until it can. A pair
+that keeps failing is refused after some attempts: any failure that is not known counts as one, that
+the scorer was away only where other pairs were graded meanwhile. Until its next one such a pair
+rests, ever longer, and then stands behind those that wait, so that they have their turn. A stopping
+gateway works off what was in the queue by then for ``gateway.shutdown_seconds``; what is left stays
+for the next one.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class ScoringQueue:
         self._wake = asyncio.Event()
         self._last: str | None = None  # stopping: pairs put after this id are not ours to finish
         self._graded = 0
-        # Pairs that the scorer was away for: how often, and `_graded` at the last time.
+        # Pairs that were put off: how often, and `_graded` at the last time.
         self._failed: dict[str, tuple[int, int]] = {}
         self._troubles = 0  # in a row: the scorer or the database was away
         self._again_at = 0.0
@@ -156,7 +157,12 @@ class ScoringQueue:
                 else:  # it may be what kills gateways
                     decision = await self._refuse(job)
         except LLMUnavailable as error:
-            await self._put_off(job, error, time.monotonic() - began)
+            # Away for all pairs, or for this one: if others were graded since it failed last.
+            _, graded = self._failed.get(job.id, (0, self._graded))
+            at_fault = self._graded > graded
+            if not at_fault:
+                self._trouble(error)
+            await self._put_off(job, began, at_fault)
         except (SearchTimeout, SearcherClosed):
             logger.warning("stored, but not searchable so far", extra={"pool": pair.pool})
             self._tell(pair, Decision("stored", STORED))
@@ -164,32 +170,28 @@ class ScoringQueue:
             logger.warning("another gateway decides a pair of ours", extra={"pool": pair.pool})
         except PoolError as error:  # its lease will end
             self._trouble(error)
-        except Exception as error:
+        except Exception as error:  # a full memory may pass, a bug stays
             extra = {"pool": pair.pool, "failure": where(error)}
             logger.error("a pair can't be decided", extra=extra)
-            with suppress(PoolError, ClaimLost):
-                self._tell(pair, await self._refuse(job))
+            await self._put_off(job, began, True)
         else:
             self._troubles = 0
             self._graded += job.attempts <= _MAX_ATTEMPTS
             self._failed.pop(job.id, None)
             self._tell(pair, decision)
 
-    async def _put_off(self, job: Job, error: LLMUnavailable, took: float) -> None:
-        """The scorer was away for a pair, after ``took`` seconds: for all pairs, or for this one?
+    async def _put_off(self, job: Job, began: float, counted: bool) -> None:
+        """Let a pair rest that was taken up at ``began`` and failed; ``counted``: by its own fault.
 
-        For this one if others were graded since it failed last. It rests at least as long as it
-        took, so that pairs that time out leave half of the workers' time to the others.
+        It rests at least as long as it took, so that pairs that time out leave half of the workers'
+        time to the others.
         """
-        times, graded = self._failed.pop(job.id, (0, self._graded))
-        at_fault = self._graded > graded
+        times, _ = self._failed.pop(job.id, (0, 0))
         self._failed[job.id] = (times + 1, self._graded)
         if len(self._failed) > self._limit:  # other gateways may have decided the oldest ones
             del self._failed[next(iter(self._failed))]
-        if not at_fault:
-            self._trouble(error)
-        rest = max(_pause(times), took)
-        await self._give_back([job], rest, at_fault)
+        rest = max(_pause(times), time.monotonic() - began)
+        await self._give_back([job], rest, counted)
         asyncio.get_running_loop().call_later(rest, self._wake.set)
 
     async def _give_back(

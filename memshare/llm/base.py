@@ -38,7 +38,10 @@ class ContextTooLong(LLMError):
 
 
 class LLMUnavailable(LLMError):
-    """The LLM can't be reached or stayed mute after every retry; names URL and model."""
+    """The LLM can't be reached, stayed mute after every retry, or is set up wrongly.
+
+    That is no fault of the request, which may succeed later. Names URL and model.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class Scorer(ABC):
     async def grade(self, prompt: str, answer: str, rubric_text: str) -> Grade:
         """The verdict on ``answer`` to ``prompt``; only the rubric scorer reads ``rubric_text``.
 
-        Raises `LLMUnavailable` when the scorer LLM can't be reached: that is no verdict.
+        Raises `LLMUnavailable` when the scorer LLM can't be asked now: that is no verdict.
         """
         if not normalise(without_hidden(answer)):
             return Grade(None, "the answer is empty")

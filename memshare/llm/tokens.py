@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memshare.llm.base import ContextTooLong, LLMError, Message, texts_of
+from memshare.llm.base import ContextTooLong, LLMError, LLMUnavailable, Message, texts_of
 from memshare.llm.neutralise import Neutraliser, in_texts
 from memshare.progress import log
 
@@ -25,8 +25,8 @@ class Span:
 class ChatTokenizer:
     """A model's tokenizer and chat template, behind which all text is data.
 
-    ``model`` is a folder or a hub name. Thread-safe. Raises `LLMError` for a folder without
-    tokenizer or chat template.
+    ``model`` is a folder or a hub name. Thread-safe. Raises `LLMUnavailable` without tokenizer (the
+    hub may be away) or chat template.
     """
 
     def __init__(self, model: str) -> None:
@@ -36,9 +36,11 @@ class ChatTokenizer:
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError, KeyError) as error:
-            raise LLMError(f"{model}: no tokenizer can be loaded from there: {error}") from error
+            raise LLMUnavailable(
+                f"{model}: no tokenizer can be loaded from there: {error}"
+            ) from error
         if not self.tokenizer.chat_template:
-            raise LLMError(
+            raise LLMUnavailable(
                 f"{model}: its tokenizer has no chat template; an instruct model is needed"
             )
         self._lock = threading.Lock()  # a fast tokenizer must not be borrowed by two threads

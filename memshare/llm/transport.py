@@ -1,7 +1,8 @@
 """HTTP to an LLM server or its replicas: bounded concurrency, retries, errors that say where.
 
 Retried: no connection, timeouts, 408, 429 and 5xx, on another replica where there is one, else with
-backoff; ``Retry-After`` is obeyed. Refused at once: any other 4xx, with the server's own message.
+backoff; ``Retry-After`` is obeyed. Refused at once, with the server's own message: any other 4xx.
+Those that are about key, url or model, and not about the text, count as a server that is away.
 A replica that can't be reached is left out for a while (`memshare.llm.replicas`).
 """
 
@@ -37,6 +38,11 @@ from memshare.llm.replicas import Replicas
 
 T = TypeVar("T")
 MAX_WAIT_SECONDS = 60.0  # of a Retry-After that asks for more
+# Of a wrong or unpaid key, a wrong url, or a model that isn't there (any more), whatever the text.
+# 403 may be either: it is about rights nearly everywhere, but some content filters answer so, too.
+# A text taken for a closed door is asked about some times more; a closed door taken for the text
+# would throw away every answer that waits for its grade.
+_LOCKED_OUT = (401, 402, 403, 404, 405, 407, 410)
 _GONE = (502, 503, 504)  # what stands before a server says so of one that is away
 
 
@@ -192,9 +198,9 @@ class Transport:
         try:
             value = json.loads(text)
         except ValueError as error:
-            raise LLMError(f"{url}{path} ({self.name}) sent no JSON: {text[:200]!r}") from error
+            raise self._no_json(url + path, text) from error
         if not isinstance(value, dict):
-            raise LLMError(f"{url}{path} ({self.name}) sent no JSON object: {text[:200]!r}")
+            raise self._no_json(url + path, text)
         return value
 
     @asynccontextmanager
@@ -234,7 +240,10 @@ class Transport:
         reason = f"status {response.status}: {error_message(text)}"
         if response.status in (408, 429) or response.status >= 500:
             raise _Passing(reason, retry_after(response.headers.get("retry-after")))
-        raise LLMError(f"{where} refused the request (model {self.name}): {reason}")
+        refusal = f"{where} refused the request (model {self.name}): {reason}"
+        if response.status < 400 or response.status in _LOCKED_OUT:
+            raise LLMUnavailable(f"{refusal}; correct key, url or model in the configuration")
+        raise LLMError(refusal)
 
     def _event(self, data: str) -> dict[str, Any]:
         try:
@@ -244,6 +253,12 @@ class Transport:
         if "error" in value:  # vLLM reports a failure inside a stream as an event
             raise LLMError(f"{self.url} (model {self.name}): {error_message(data)}")
         return value
+
+    def _no_json(self, where: str, text: bytes) -> LLMUnavailable:
+        return LLMUnavailable(
+            f"{where} (model {self.name}) sent no JSON object: {text[:200]!r}; "
+            "correct the url in the configuration"
+        )
 
     def _unavailable(self, reason: str) -> LLMUnavailable:
         return LLMUnavailable(

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from memshare.config import LLMConfig
-from memshare.llm.base import Completion, ContextTooLong, LLMError, LogLikelihood, Message
+from memshare.llm.base import (
+    Completion,
+    ContextTooLong,
+    LLMError,
+    LLMUnavailable,
+    LogLikelihood,
+    Message,
+)
 from memshare.llm.factory import model_identity
 from memshare.llm.grouping import Grouped
 from memshare.llm.tokens import ChatTokenizer, Span
@@ -75,7 +82,7 @@ class VLLMBackend:
     async def ready(self) -> None:
         """Ask the server what it serves, unless it was asked before.
 
-        Raises `LLMUnavailable` naming URL and model, and `LLMError` if another model is served.
+        Raises `LLMUnavailable` naming URL and model, also if another model is served.
         """
         if self._served is not None:
             return
@@ -91,7 +98,7 @@ class VLLMBackend:
                 break
         else:
             served = ", ".join(str(card.get("id")) for card in cards) or "nothing"
-            raise LLMError(f"{self._http.url} serves {served}, not {self._source}")
+            raise LLMUnavailable(f"{self._http.url} serves {served}, not {self._source}")
         limit = card.get("max_model_len")
         known = self.chat_tokenizer.tokenizer.model_max_length
         self._context_length = int(limit or (known if known < 10**9 else 2048))

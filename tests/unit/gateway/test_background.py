@@ -190,11 +190,16 @@ def test_a_slow_scorer_keeps_its_claim(run: Callable[..., None]) -> None:
     run(body, scoring_lease_seconds=0.3)
 
 
-def test_one_broken_pair_does_not_stop_the_others(run: Callable[..., None]) -> None:
+def test_one_broken_pair_does_not_stop_the_others(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "_RETRY_SECONDS", (0.05,))
+
     async def body(shared: SharedMemory, queue: ScoringQueue) -> None:
         gate(shared).open.set()
         queue.start()
         await queue.put([pair(1, "broken"), pair(2)])
+        await asyncio.wait_for(queue.join(), 20)
         await queue.stop()
         assert shared.store.decisions("keep") == {"scoring failed": 1, "stored": 1}
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memshare.llm.base import ContextTooLong, LLMError
+from memshare.llm.base import ContextTooLong, LLMError, LLMUnavailable
 from memshare.llm.neutralise import BREAK, is_control
 from memshare.llm.prompts import few_shot
 from memshare.llm.tokens import ChatTokenizer
@@ -149,14 +149,14 @@ def test_blank_and_single_character_added_tokens_are_no_control_tokens() -> None
 
 
 def test_missing_tokenizer_or_template_is_named(tmp_path: Path, lm_folder: Path) -> None:
-    with pytest.raises(LLMError, match=str(tmp_path)):
+    with pytest.raises(LLMUnavailable, match=str(tmp_path)):
         ChatTokenizer(str(tmp_path))
     from transformers import AutoTokenizer
 
     bare = AutoTokenizer.from_pretrained(str(lm_folder))
     bare.chat_template = None
     bare.save_pretrained(tmp_path / "bare")
-    with pytest.raises(LLMError, match="chat template"):
+    with pytest.raises(LLMUnavailable, match="chat template"):
         ChatTokenizer(str(tmp_path / "bare"))
 
 

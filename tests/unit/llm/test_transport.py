@@ -121,6 +121,15 @@ def test_a_refusal_is_final_and_quotes_the_server(flaky: Flaky) -> None:
     assert len(flaky.times) == 1
 
 
+@pytest.mark.parametrize("status", [301, 401, 402, 403, 404, 405, 407, 410])
+def test_a_server_that_lets_nobody_in_is_unavailable_at_once(flaky: Flaky, status: int) -> None:
+    """A wrong key, url or model: nothing that another text would change."""
+    flaky.behave = lambda h, n: reply(h, status, {"error": {"message": "bad key"}})
+    with pytest.raises(LLMUnavailable, match=f"the-model.*{status}: bad key.*key") as caught:
+        asyncio.run(_transport(flaky.url).post("/x", {}))
+    assert flaky.url in str(caught.value) and len(flaky.times) == 1
+
+
 def test_a_mute_server_is_unavailable(flaky: Flaky) -> None:
     flaky.behave = lambda h, n: time.sleep(1.0)
     with pytest.raises(LLMUnavailable, match="no answer in time"):
@@ -136,7 +145,7 @@ def test_nobody_there_is_unavailable() -> None:
 def test_no_json_is_an_error(flaky: Flaky) -> None:
     for body in (b"<html>", b"[1]"):
         flaky.behave = lambda h, n, body=body: reply(h, 200, body)
-        with pytest.raises(LLMError, match="no JSON"):
+        with pytest.raises(LLMUnavailable, match="no JSON"):  # that is no LLM server
             asyncio.run(_transport(flaky.url).get("/x"))
 
 
@@ -226,7 +235,7 @@ def test_the_served_name_is_found_or_refused(flaky: Flaky, lm_folder: Path) -> N
     backend = _backend(flaky, lm_folder, alias)
     asyncio.run(backend.ready())
     assert (backend._served, backend.context_length) == ("alias", 333)
-    with pytest.raises(LLMError, match="serves other, not"):
+    with pytest.raises(LLMUnavailable, match="serves other, not"):
         asyncio.run(_backend(flaky, lm_folder, {"id": "other", "root": "other"}).ready())
 
 

@@ -1,0 +1,97 @@
+"""What is wrong with the scorer, and not with the pair, costs no pair its grade."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from memshare.config import Config
+from memshare.gateway import background
+from memshare.gateway.background import ScoringQueue
+from memshare.gateway.metrics import Metrics
+from memshare.llm.scorer import Scorer
+from memshare.records import Grade, Pair
+from memshare.sharing import SharedMemory, open_shared
+from tests.loop import loop_config
+from tests.unit.llm.test_transport import Flaky, reply
+
+FULL_MARKS = {
+    "choices": [
+        {
+            "message": {"content": "9"},
+            "logprobs": {"content": [{"top_logprobs": [{"token": "9", "logprob": 0.0}]}]},
+        }
+    ]
+}
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_RETRY_SECONDS", (0.05,))
+
+
+@pytest.fixture
+def server() -> Iterator[Flaky]:
+    made = Flaky()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def decided(
+    config: Config, scorer: Scorer | None = None, meanwhile: Callable[[SharedMemory], None] = id
+) -> dict[str, int]:
+    """The decisions about one pair; ``meanwhile`` is called while it waits for its first one."""
+
+    async def inside() -> dict[str, int]:
+        async with open_shared(config) as shared:
+            shared.scorer = scorer or shared.scorer
+            queue = ScoringQueue(shared, Metrics())
+            await queue.put([Pair("keep", "Why?", "Because.")])
+            queue.start()
+            await asyncio.sleep(0.5)
+            meanwhile(shared)
+            await asyncio.wait_for(queue.join(), 20)
+            await queue.stop()
+            return shared.store.decisions("keep")
+
+    return asyncio.run(inside())
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_scorer_that_does_not_let_us_in_is_waited_for(
+    tmp_path: Path, models: Path, server: Flaky, status: int
+) -> None:
+    server.behave = lambda handler, number: (
+        reply(handler, status, {"error": {"message": "no such key"}})
+        if number < 3
+        else reply(handler, 200, FULL_MARKS)
+    )
+    llm = {"backend": "openai", "model": "judge", "url": server.url, "retries": 0}
+    scorer = {"kind": "rubric", "grading": "labels"}
+    config = loop_config(tmp_path, models, scorer_llm=llm, scorer=scorer)
+    assert decided(config) == {"stored": 1}
+    assert len(server.times) == 3
+
+
+class Faulty(Scorer):
+    """Runs out of memory the first ``times`` times."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    async def _grade(self, prompt: str, answer: str, rubric_text: str) -> Grade:
+        self.left -= 1
+        if self.left >= 0:
+            raise RuntimeError("CUDA out of memory")
+        return Grade(90.0)
+
+
+@pytest.mark.parametrize(("times", "reason"), [(1, "stored"), (4, "stored"), (5, "scoring failed")])
+def test_an_unknown_failure_is_tried_again_five_times_in_all(
+    tmp_path: Path, models: Path, times: int, reason: str
+) -> None:
+    assert decided(loop_config(tmp_path, models), Faulty(times)) == {reason: 1}
