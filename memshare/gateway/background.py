@@ -2,12 +2,12 @@
 
 Policy. A finished answer is in the queue before its client has all of it. Whatever the gateway does
 then, be killed included, some gateway of this database grades the pair and decides it once
-(`pool.queue`). A scorer that can't be asked, or a database, is tried again until it can. A pair
-that keeps failing is refused after some attempts: any failure that is not known counts as one, that
-the scorer was away only where other pairs were graded meanwhile. Until its next one such a pair
-rests, ever longer, and then stands behind those that wait, so that they have their turn. A stopping
-gateway works off what was in the queue by then for ``gateway.shutdown_seconds``; what is left stays
-for the next one.
+(`pool.queue`). A scorer that can't be asked, a database, or a pool's rubric that can't be read is
+tried again until it can. A pair that keeps failing is refused after some attempts: any failure that
+is not known counts as one, that the scorer was away only where other pairs were graded meanwhile.
+Until its next one such a pair rests, ever longer, and then stands behind those that wait, so that
+they have their turn. A stopping gateway works off what was in the queue by then for
+``gateway.shutdown_seconds``; what is left stays for the next one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from memshare import tracing
 from memshare.gateway.logs import logger, where
 from memshare.gateway.metrics import Metrics
 from memshare.llm.base import LLMUnavailable
+from memshare.llm.rubric import RubricError
 from memshare.pool.errors import PoolError
 from memshare.pool.ids import new_id
 from memshare.pool.queue import ClaimLost, Job, PairQueue
@@ -170,6 +171,10 @@ class ScoringQueue:
             logger.warning("another gateway decides a pair of ours", extra={"pool": pair.pool})
         except PoolError as error:  # its lease will end
             self._trouble(error)
+        except RubricError as error:  # the pool's trouble, while others are graded
+            extra = {"pool": pair.pool, "failure": where(error)}
+            logger.warning("a pool's rubric can't be used", extra=extra)
+            await self._put_off(job, began, False)
         except Exception as error:  # a full memory may pass, a bug stays
             extra = {"pool": pair.pool, "failure": where(error)}
             logger.error("a pair can't be decided", extra=extra)

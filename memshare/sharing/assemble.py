@@ -43,6 +43,14 @@ def assemble(config: Config) -> SharedMemory:
                     f"{name} --rubric {settings.rubric} --threshold {settings.threshold:g} "
                     "--config FILE` changes that"
                 )
+        for pool in store.pools():  # what is written there is graded by what the pool keeps
+            try:
+                load_rubric(pool.rubric)
+            except RubricError as error:
+                raise ConfigError(
+                    f"pool {pool.name}: {error}; it keeps the rubric with which it was made until "
+                    f"`memshare pool create --pool {pool.name} --rubric RUBRIC --config FILE`"
+                ) from error
         llms = [make_llm(config.agent_llm)]
         if uses_scorer_llm(config) and config.scorer_llm != config.agent_llm:
             llms.append(make_llm(config.scorer_llm))

@@ -177,7 +177,8 @@ class SharedMemory:
         A stored pair is searchable when this returns. A pair that can't be stored whatever its
         grade (empty, cut off, unusable text) is not graded. ``job``: its place in the queue, which
         it leaves in the transaction that decides (see `pool.queue`). Raises `UnknownPool`,
-        `ClaimLost`, and `LLMUnavailable` with nothing decided if the scorer can't be asked now.
+        `ClaimLost`, and with nothing decided `LLMUnavailable` if the scorer can't be asked now, and
+        `RubricError` if the rubric can't be read.
         """
         info = await self.read(self.store.pool, pair.pool)
         decision = self.writer.hopeless(pair) or await self._grade(pair, info)

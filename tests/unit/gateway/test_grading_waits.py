@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,10 @@ from memshare.config import Config
 from memshare.gateway import background
 from memshare.gateway.background import ScoringQueue
 from memshare.gateway.metrics import Metrics
+from memshare.llm.rubric import load_rubric
 from memshare.llm.scorer import Scorer
 from memshare.records import Grade, Pair
-from memshare.sharing import SharedMemory, open_shared
+from memshare.sharing import open_shared
 from tests.loop import loop_config
 from tests.unit.llm.test_transport import Flaky, reply
 
@@ -41,10 +42,8 @@ def server() -> Iterator[Flaky]:
     made.server.server_close()
 
 
-def decided(
-    config: Config, scorer: Scorer | None = None, meanwhile: Callable[[SharedMemory], None] = id
-) -> dict[str, int]:
-    """The decisions about one pair; ``meanwhile`` is called while it waits for its first one."""
+def decided(config: Config, scorer: Scorer | None = None) -> dict[str, int]:
+    """The decisions about one pair."""
 
     async def inside() -> dict[str, int]:
         async with open_shared(config) as shared:
@@ -52,8 +51,6 @@ def decided(
             queue = ScoringQueue(shared, Metrics())
             await queue.put([Pair("keep", "Why?", "Because.")])
             queue.start()
-            await asyncio.sleep(0.5)
-            meanwhile(shared)
             await asyncio.wait_for(queue.join(), 20)
             await queue.stop()
             return shared.store.decisions("keep")
@@ -95,3 +92,32 @@ def test_an_unknown_failure_is_tried_again_five_times_in_all(
     tmp_path: Path, models: Path, times: int, reason: str
 ) -> None:
     assert decided(loop_config(tmp_path, models), Faulty(times)) == {reason: 1}
+
+
+def test_a_rubric_that_is_gone_for_a_while_is_waited_for(tmp_path: Path, models: Path) -> None:
+    """However many pairs of other pools are graded meanwhile."""
+    rubric = tmp_path / "rubric.md"
+    rubric.write_text(load_rubric("general"))
+    pools = {"keep": {"rubric": str(rubric), "threshold": 0}, "other": {"threshold": 0}}
+    config = loop_config(tmp_path / "run", models, pools=pools)
+
+    async def inside() -> None:
+        async with open_shared(config) as shared:
+            shared.scorer = Faulty(0)
+            rubric.rename(tmp_path / "away.md")
+            queue = ScoringQueue(shared, Metrics())
+            queue.start()
+            await queue.put([Pair("keep", "Why?", "Because.")])
+            for number in range(15):  # far more than the attempts that a pair has
+                await queue.put([Pair("other", f"question {number}", "yes")])
+                await asyncio.sleep(0.1)
+            async with asyncio.timeout(20):
+                while shared.store.decisions("other") != {"stored": 15}:
+                    await asyncio.sleep(0.1)
+            assert shared.store.decisions("keep") == {}
+            (tmp_path / "away.md").rename(rubric)
+            await asyncio.wait_for(queue.join(), 20)
+            await queue.stop()
+            assert shared.store.decisions("keep") == {"stored": 1}
+
+    asyncio.run(inside())
