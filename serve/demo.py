@@ -77,7 +77,7 @@ def fill(config: Config, pool: str, splits: Splits) -> None:
     known = [(task.prompt, task.answer) for task in (*splits.seed, *splits.problems)]
     write_references(config.scorer.references[0], known)
     settings = config.pools[pool]
-    with PoolStore.open(config.url) as store:
+    with PoolStore.open(config.url, config.gateway.max_text_chars) as store:
         store.create_pool(pool, settings.rubric, settings.threshold)
         store.append([NewMemory(pool, t.prompt, t.answer, agent="seed") for t in splits.seed])
 

@@ -77,7 +77,7 @@ async def learn(config: Config, pools: Pools, folder: Path, iterations: int = 1)
     told = home / "report.json"
     report: dict[str, Any] = json.loads(told.read_text("utf-8")) if told.exists() else {}
     model = config.encoder
-    with PoolStore.open(config.url) as store:
+    with PoolStore.open(config.url, config.gateway.max_text_chars) as store:
         for pool, memories in pools.items():
             made = config.pools[pool]
             store.create_pool(pool, made.rubric, made.threshold)

@@ -28,7 +28,7 @@ def assemble(config: Config) -> SharedMemory:
     Nothing is started yet. Equal settings for agent and scorer share one LLM. Raises `ConfigError`,
     `PoolError` and `LLMError`, each saying what to do.
     """
-    store = PoolStore.open(config.url)
+    store = PoolStore.open(config.url, config.gateway.max_text_chars)
     try:
         for name, settings in config.pools.items():
             try:  # a missing rubric is found now, not at the first grade

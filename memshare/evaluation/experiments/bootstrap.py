@@ -103,7 +103,7 @@ async def written(
     }
     config = config.model_copy(update=changed)
     home.mkdir(parents=True)
-    store = PoolStore.open(config.url)
+    store = PoolStore.open(config.url, config.gateway.max_text_chars)
     store.create_pool(pool, settings.rubric, threshold)
     store.append([NewMemory(pool, *pair) for pair in texts])
     shared = SharedMemory(store, Searcher(store, config), agent, lab.scorer(kind), config)

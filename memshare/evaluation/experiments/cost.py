@@ -172,7 +172,8 @@ async def turn(lab: Lab, label: str, name: str) -> tuple[list[Stage], int, int]:
     home = lab.work / "cost"
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir()
-    with PoolStore.open(f"sqlite:///{home / 'pool.db'}") as store:
+    limit = lab.config.gateway.max_text_chars
+    with PoolStore.open(f"sqlite:///{home / 'pool.db'}", limit) as store:
         store.create_pool(name, "general", threshold)
         began = time.perf_counter()
         store.append(kept)

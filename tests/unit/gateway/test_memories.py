@@ -48,6 +48,15 @@ def test_provenance_is_not_the_clients_to_claim(client: TestClient) -> None:
     assert memory["id"] != "mine" and memory["created_at"] > "2020"
 
 
+def test_a_raised_limit_of_characters_holds_for_every_item(tmp_path: Path, models: Path) -> None:
+    with running(tmp_path, models, gateway={"max_text_chars": 50_000}) as client:
+        items = [{"prompt": "short", "answer": "one"}, {"prompt": "long", "answer": "x" * 40_000}]
+        reply = add(client, *items, {"prompt": "longer", "answer": "x" * 50_001})
+        assert reply.status_code == 201, reply.text
+        found = [result["status"] for result in reply.json()["results"]]
+        assert found == ["stored", "stored", "rejected"]
+
+
 def test_each_item_has_its_result_and_reason(client: TestClient) -> None:
     reply = add(
         client,
