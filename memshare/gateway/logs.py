@@ -79,14 +79,16 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 class Background(logging.Handler):
     """Writes lines from a thread of its own: a reader that stalls must not stop the gateway.
 
-    While ``limit`` lines wait, further ones are dropped; how many is said once there is room.
+    While ``limit`` lines wait, further ones are dropped, and so are those that can't be written (a
+    full disk); how many is said once there is room.
     """
 
     def __init__(self, stream: TextIO, limit: int = 10_000) -> None:
         """Write to ``stream``."""
         super().__init__()
         self._stream = stream
-        self._lines: queue.Queue[str] = queue.Queue(limit)
+        # Each with how many lines are lost if it is: a note stands for those that it tells of.
+        self._lines: queue.Queue[tuple[str, int]] = queue.Queue(limit)
         self._dropped = 0
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
@@ -98,15 +100,21 @@ class Background(logging.Handler):
                 note = logger.makeRecord(
                     logger.name, logging.WARNING, "", 0, f"{lost} lines were dropped", (), None
                 )
-                self._lines.put_nowait(self.format(note))
+                self._lines.put_nowait((self.format(note), lost))
                 self._dropped = 0
-            self._lines.put_nowait(self.format(record))
+            self._lines.put_nowait((self.format(record), 1))
         except queue.Full:
             self._dropped += 1
 
     def _write(self) -> None:
         while True:
-            print(self._lines.get(), file=self._stream, flush=True)
+            line, worth = self._lines.get()
+            try:
+                print(line, file=self._stream, flush=True)
+            except (OSError, ValueError):  # ValueError: closed, or no such characters there
+                self.acquire()  # `emit` is called with it
+                self._dropped += worth
+                self.release()
             self._lines.task_done()
 
     def flush(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import os
@@ -52,6 +54,33 @@ def test_a_reader_that_stalls_stops_nobody_and_hears_what_it_missed() -> None:
     notes = [entry["message"] for entry in seen if "lines were dropped" in entry["message"]]
     assert shown[:20] == list(range(20)) and shown == sorted(shown) and len(shown) < 2500
     assert sum(int(note.split()[0]) for note in notes) + len(shown) == 5000
+
+
+class FullDisk(io.StringIO):
+    """Takes nothing while it is ``full``."""
+
+    full = True
+
+    def write(self, text: str) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, "no space left")
+        return super().write(text)
+
+
+def test_a_full_disk_costs_its_lines_and_no_later_ones() -> None:
+    disk = FullDisk()
+    handler = Background(disk)
+    handler.setFormatter(JsonLines())
+    for number in range(5):  # the notes about lines that were dropped are dropped, too
+        handler.emit(record("lost", status=number))
+        handler.flush()
+    disk.full = False
+    began = time.monotonic()
+    handler.emit(record("again"))
+    handler.flush()
+    assert time.monotonic() - began < 1.5  # exit waits for no thread that is gone
+    said = [json.loads(line)["message"] for line in disk.getvalue().splitlines()]
+    assert said == ["5 lines were dropped", "again"]
 
 
 @pytest.mark.parametrize(
