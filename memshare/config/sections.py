@@ -183,7 +183,7 @@ class GatewayConfig(Section):
     scoring_lease_seconds: PositiveFloat = 30.0
     shutdown_seconds: PositiveFloat = 30.0
     visible_timeout_seconds: PositiveFloat = 30.0
-    threads: PositiveInt = 16  # for blocking calls of the store, reads and writes apart
+    threads: PositiveInt = 16  # for blocking calls: reads, writes, and writes of memories apart
     log: Literal["auto", "json", "plain"] = "auto"  # auto: plain on a terminal
 
 

@@ -30,7 +30,7 @@ from memshare.pool.queue import Job
 from memshare.pool.store import PoolStore
 from memshare.pool.uses import UseCounter, UseCounts
 from memshare.progress import log
-from memshare.records import Memory, Pair, PoolInfo, normalise
+from memshare.records import AppendResult, Memory, NewMemory, Pair, PoolInfo, normalise
 from memshare.retrieval.searcher import Filter, Searcher, SearchTimeout
 from memshare.sharing import turn as ends
 from memshare.sharing.turn import Decision, Retrieved, Turn
@@ -70,8 +70,9 @@ class SharedMemory:
         self.observe: Callable[[str, float], None] = lambda stage, seconds: None
         threads = config.gateway.threads
         self._reads = ThreadPoolExecutor(threads, thread_name_prefix="shared-read")
-        # Apart from the reads: a write also waits until it can be searched for.
         self._writes = ThreadPoolExecutor(threads, thread_name_prefix="shared-write")
+        # Apart from the other writes: these also wait until they can be searched for, maybe long.
+        self._appends = ThreadPoolExecutor(threads, thread_name_prefix="shared-append")
         self._rubrics: dict[str, str] = {}
         self._known: set[str] = set()
         self.writer = Writer(store, searcher, config, self.stage)
@@ -91,8 +92,12 @@ class SharedMemory:
         return await _on(self._reads, call, *args, **kwargs)
 
     async def write(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Run a blocking write on a thread."""
+        """Run a blocking write on a thread; what stores memories is for `append` and `settle`."""
         return await _on(self._writes, call, *args, **kwargs)
+
+    async def append(self, memories: list[NewMemory], trusted: bool = False) -> list[AppendResult]:
+        """`Writer.append_visible` on a thread."""
+        return await _on(self._appends, self.writer.append_visible, memories, trusted)
 
     async def know(self, pool: str) -> None:
         """Raise `UnknownPool` unless there is such a pool. Pools stay, so each is asked for once.
@@ -205,7 +210,8 @@ class SharedMemory:
         decision on the pool's record and takes ``job`` out of the queue. Returns what it came to;
         a stored pair can be searched for by then (see `Writer.append_visible`).
         """
-        return await self.write(self.writer.settle, pair, decision, job)
+        threads = self._appends if decision.status == "stored" else self._writes
+        return await _on(threads, self.writer.settle, pair, decision, job)
 
     async def turn(
         self,
@@ -285,8 +291,8 @@ class SharedMemory:
         await self.read(self.searcher.close)
         for llm in self.llms:
             await llm.aclose()
-        await asyncio.to_thread(self._writes.shutdown)
-        await asyncio.to_thread(self._reads.shutdown)
+        for threads in (self._appends, self._writes, self._reads):
+            await asyncio.to_thread(threads.shutdown)
         await asyncio.to_thread(self.store.close)
 
     async def _rubric(self, info: PoolInfo) -> str:

@@ -128,20 +128,20 @@ def test_what_another_gateway_slipped_in_wins_by_its_place(
 
     async def inside() -> None:
         async with open_shared(config("a")) as a, open_shared(config("b")) as b:
-            await a.write(a.writer.append_visible, [new(FAR)])
+            await a.append([new(FAR)])
             known, more = {"a": 1, "b": 1}, {"b": 2, "c": "new"}
             # PostgreSQL may tell of it all the same, and then the better grade decides.
             grade = 100 if "postgres" in url else None
             early = new(FIRST, score=grade, metadata=known)
-            (first,) = await a.write(a.writer.append_visible, [early])
+            (first,) = await a.append([early])
             late = new(NEAR, score=99, metadata=more)
-            (second,) = await b.write(b.writer.append_visible, [late])
+            (second,) = await b.append([late])
             assert (second.status, second.id, second.seq) == ("duplicate", first.id, first.seq)
             assert prompts(a) == [FAR, FIRST]
             memory = a.store.get(first.id)
             assert memory and memory.metadata == (known if action == "drop" else {**more, **known})
             early = new("an apple in the snow", score=grade)
-            (other,) = await a.write(a.writer.append_visible, [early])
+            (other,) = await a.append([early])
             assert other.status == "stored"
             # the scorer's path, the other way round
             pair = Pair("keep", "an apple in the snow!", "an answer")

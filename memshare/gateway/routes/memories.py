@@ -79,9 +79,7 @@ async def add(body: AddMemories, gateway: ReadyGateway, caller: Caller) -> JSONR
         for place, _ in accepted:
             results[place] = ItemResult(id=None, status="pending")
     else:
-        stored = await gateway.shared.write(
-            gateway.shared.writer.append_visible, [memory for _, memory in accepted], body.import_
-        )
+        stored = await gateway.shared.append([memory for _, memory in accepted], body.import_)
         for (place, memory), result in zip(accepted, stored, strict=True):
             # A duplicate's id is another's memory, which not everybody who writes may know.
             own = result.status in ("stored", "held")

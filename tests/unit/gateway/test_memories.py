@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from memshare.retrieval.searcher import Searcher
 from tests.unit.gateway.conftest import running
 
 
@@ -46,6 +50,31 @@ def test_provenance_is_not_the_clients_to_claim(client: TestClient) -> None:
     memory = client.get(f"/v1/memories/{result['id']}").json()
     assert (memory["score"], memory["agent"], memory["model"]) == (None, "local", "m")
     assert memory["id"] != "mine" and memory["created_at"] > "2020"
+
+
+def test_writes_that_wait_to_be_searchable_hold_nothing_else_up(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searchable = threading.Event()
+    monkeypatch.setattr(Searcher, "wait_visible", lambda *_: searchable.wait(20))
+    with (
+        running(tmp_path, models, gateway={"threads": 2}) as client,
+        ThreadPoolExecutor(4) as clients,
+    ):
+        items = [{"prompt": f"stalled {number}", "answer": "one"} for number in range(4)]
+        stalled = [clients.submit(add, client, item) for item in items]
+        try:
+            while not (found := client.get("/v1/memories?pool=keep").json()["memories"]):
+                time.sleep(0.02)
+            began = time.monotonic()
+            deleted = client.delete(f"/v1/memories/{found[0]['id']}")
+            question = {"messages": [{"role": "user", "content": "q"}], "memory": {"shots": 0}}
+            said = client.post("/v1/chat/completions", json={**question, "max_tokens": 1})
+            assert time.monotonic() - began < 10
+        finally:
+            searchable.set()
+        assert (deleted.status_code, said.status_code) == (200, 200)
+        assert [one.result().status_code for one in stalled] == [201] * 4
 
 
 def test_a_raised_limit_of_characters_holds_for_every_item(tmp_path: Path, models: Path) -> None:
