@@ -95,8 +95,13 @@ class Config(BaseSettings):
         unknown = [name for name in self.retriever.pools if name not in self.pools]
         if unknown:
             raise ValueError(f"retriever.pools names pools that `pools` lacks: {unknown}")
-        if self.gateway.default_pool is not None and self.gateway.default_pool not in self.pools:
-            raise ValueError(f"gateway.default_pool: no pool {self.gateway.default_pool!r}")
+        default = self.gateway.default_pool
+        if default is not None and default not in self.pools:
+            raise ValueError(f"gateway.default_pool: no pool {default!r}")
+        if default is not None and default not in self.served_pools:
+            raise ValueError(
+                f"gateway.default_pool: can't be searched, retriever.pools lacks {default!r}"
+            )
         return self
 
     @property

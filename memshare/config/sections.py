@@ -154,10 +154,10 @@ class GatewayConfig(Section):
     """The HTTP service's limits and its default pool.
 
     ``host`` and ``port``: where it listens; ``default_pool``: for requests that name none (None:
-    they must). ``max_text_chars``: characters of a text, ``max_k``: memories of a search, both of
-    one request. ``scoring_workers``: pairs graded at one time. ``visible_timeout_seconds``: how
-    long a write waits until it is searchable; beyond it the reply is 503 `search_unavailable`, with
-    the memory stored, so that a retry finds a duplicate.
+    they must), one that the retriever serves. ``max_text_chars``: characters of a text, ``max_k``:
+    memories of a search, both of one request. ``scoring_workers``: pairs graded at one time.
+    ``visible_timeout_seconds``: how long a write waits until it is searchable; beyond it the reply
+    is 503 `search_unavailable`, with the memory stored, so that a retry finds a duplicate.
     ``keys``: callers need one, ``auto`` everywhere but on a loopback address.
     ``requests_per_minute`` (None: no limit) and ``max_body_bytes`` hold for each key that has no
     limit of its own. ``max_requests`` and ``max_chats`` bound what is answered at one time.

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from memshare.gateway.logs import logger, where
 from memshare.llm.base import LLMError, LLMUnavailable
 from memshare.pool.errors import InvalidMemory, PoolError, UnknownPool
-from memshare.retrieval.searcher import SearcherClosed, SearchTimeout
+from memshare.retrieval.searcher import NotServed, SearcherClosed, SearchTimeout
 
 RETRY_AFTER_SECONDS = 5
 _TYPES = {
@@ -69,6 +69,9 @@ def error_of(error: Exception) -> ApiError:
         return ApiError(503, str(error), code="llm_unavailable")
     if isinstance(error, LLMError):
         return ApiError(400, str(error), code="llm_refused")
+    if isinstance(error, NotServed):  # that it is there was seen before
+        message = "this pool is stored and listed, but not searched: retriever.pools lacks it"
+        return ApiError(404, message, param="pool", code="pool_not_served")
     if isinstance(error, UnknownPool):
         return ApiError(404, "no such pool", param="pool", code="unknown_pool")
     if isinstance(error, InvalidMemory):

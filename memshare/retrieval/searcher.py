@@ -23,7 +23,19 @@ from memshare.retrieval.loader import Loader, SwapRecord
 from memshare.retrieval.serving import Query
 from memshare.retrieval.worker import SearcherClosed, SearchTimeout, Worker
 
-__all__ = ["Filter", "SearchTimeout", "Searcher", "SearcherClosed", "SearcherStats", "SwapRecord"]
+__all__ = [
+    "Filter",
+    "NotServed",
+    "SearchTimeout",
+    "Searcher",
+    "SearcherClosed",
+    "SearcherStats",
+    "SwapRecord",
+]
+
+
+class NotServed(UnknownPool):
+    """The retriever doesn't search this pool, whether there is one of the name or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +108,8 @@ class Searcher:
         """The k best memories of ``pool`` for the question ``query``, by one generation.
 
         Fewer than k only where the pool has fewer that pass the filter; held and deleted ones never
-        count. Raises `UnknownPool` for a pool that is not served, `SearchTimeout` after ``timeout``
-        seconds, `SearcherClosed`, and what the search itself raised.
+        count. Raises `NotServed`, `SearchTimeout` after ``timeout`` seconds, `SearcherClosed`, and
+        what the search itself raised.
         """
         return self._await(Query(pool, query, k, filter), timeout)
 
@@ -136,7 +148,7 @@ class Searcher:
         if self._closed:
             raise SearcherClosed("the searcher is closed")
         if query.pool not in self._pools:
-            raise UnknownPool(
+            raise NotServed(
                 f"pool {query.pool!r} is not served; retriever {self._name} serves "
                 f"{', '.join(self._pools)}"
             )
@@ -169,10 +181,10 @@ class Searcher:
     def wait_visible(self, pool: str, seq: int, timeout: float) -> None:
         """Block until every change of ``pool`` up to ``seq`` is in effect in searches.
 
-        Raises `SearchTimeout` and `UnknownPool`.
+        Raises `SearchTimeout` and `NotServed`.
         """
         if pool not in self._pools:
-            raise UnknownPool(f"pool {pool!r} is not served by retriever {self._name}")
+            raise NotServed(f"pool {pool!r} is not served by retriever {self._name}")
         self._feeder.wake()
         self._wait(lambda: self._position(pool) >= seq, timeout, f"{pool} is not at {seq}")
 

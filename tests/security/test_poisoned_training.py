@@ -112,6 +112,7 @@ def configured(folder: Path, models: Path, seed: int, caps: dict[str, Any]) -> C
         mining={"labels": "given", "candidates": 8, "dense_candidates": 8},
         training={**TRAINING, **caps["training"]},
         retriever={"pools": ["main"], **caps["retriever"]},
+        gateway={"default_pool": "main"},
     )
 
 

@@ -55,6 +55,9 @@ def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
 def test_a_wrong_default_pool_and_retriever_pools_are_found(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gateway\.default_pool: no pool 'x'"):
         load_config(write(tmp_path, "gateway: {default_pool: x}"))
+    both = "pools: {a: {}, b: {}}\nretriever: {pools: [a]}\n"
+    with pytest.raises(ConfigError, match=r"gateway\.default_pool: .*retriever\.pools lacks 'b'"):
+        load_config(write(tmp_path, both + "gateway: {default_pool: b}"))
     with pytest.raises(ConfigError, match=r"retriever\.pools.*'y'"):
         load_config(write(tmp_path, "retriever: {pools: [y]}"))
     with pytest.raises(ConfigError, match="at least one pool"):

@@ -77,6 +77,24 @@ def test_writes_that_wait_to_be_searchable_hold_nothing_else_up(
         assert [one.result().status_code for one in stalled] == [201] * 4
 
 
+def test_a_pool_outside_the_retriever_is_kept_apart_from_one_that_is_not_there(
+    tmp_path: Path, models: Path
+) -> None:
+    with running(tmp_path, models, retriever={"pools": ["keep"]}) as client:
+        assert add(client, {"prompt": "p", "answer": "a"}, pool="strict").status_code == 201
+        assert len(client.get("/v1/memories?pool=strict").json()["memories"]) == 1
+        question = {"messages": [{"role": "user", "content": "q"}]}
+        for pool, code in (("strict", "pool_not_served"), ("nowhere", "unknown_pool")):
+            search = {"pool": pool, "query": "p", "k": 1}
+            for reply in (
+                client.post("/v1/memories/search", json=search),
+                client.post("/v1/chat/completions", json={**question, "memory": {"pool": pool}}),
+            ):
+                error = reply.json()["error"]
+                assert (reply.status_code, error["code"]) == (404, code)
+                assert ("retriever.pools" in error["message"]) is (pool == "strict")
+
+
 def test_a_raised_limit_of_characters_holds_for_every_item(tmp_path: Path, models: Path) -> None:
     with running(tmp_path, models, gateway={"max_text_chars": 50_000}) as client:
         items = [{"prompt": "short", "answer": "one"}, {"prompt": "long", "answer": "x" * 40_000}]
