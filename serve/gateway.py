@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import ipaddress
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ from contextlib import suppress
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.files import RunLocked, run_lock, write_json
+from memshare.gateway.local import is_loopback
 from memshare.gateway.logs import install
 from memshare.llm.base import LLMError
 from memshare.pool.errors import PoolError
@@ -39,16 +39,6 @@ class AddressError(RuntimeError):
 
 class NoKeys(RuntimeError):
     """Keys are required, and there are none."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches ``host``."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def listen(host: str, port: int) -> socket.socket:

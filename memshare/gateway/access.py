@@ -18,6 +18,7 @@ from fastapi.security import HTTPBearer
 
 from memshare.config import GatewayConfig
 from memshare.gateway.errors import ApiError
+from memshare.gateway.local import foreign
 from memshare.gateway.metrics import Metrics
 from memshare.pool.errors import PoolUnavailable, UnknownPool
 from memshare.pool.keys import LOCAL_KEY, SECRET_PREFIX, Key, KeyRing, Right
@@ -34,7 +35,10 @@ class Access:
     """Admits callers: checks their keys and holds them to their rate."""
 
     def __init__(self, shared: SharedMemory, metrics: Metrics, required: bool) -> None:
-        """``required`` False: who shows no key of ours is the local principal, free to do all."""
+        """``required`` False: who shows no key of ours is the local principal, free to do all.
+
+        Such a caller must be on this machine; see `foreign`.
+        """
         self._shared = shared
         self._shed = metrics.shed.labels("rate")
         self._ring = KeyRing(shared.store.database)
@@ -46,6 +50,7 @@ class Access:
     async def admit(self, request: Request, when_away: bool = False) -> Key:
         """The caller's key; `ApiError` 401 without a valid one, 429 beyond its rate.
 
+        403 for one without a key that isn't on this machine, or is a web page from elsewhere.
         Raises `PoolUnavailable` while the database can't be asked whether the key still holds;
         ``when_away``: only if it hasn't been asked for `AWAY_SECONDS`.
         """
@@ -53,6 +58,14 @@ class Access:
         secret = secret.strip() if scheme.lower() == "bearer" else ""
         # Clients that must send something send "none" or the like where no key is needed.
         if not self._required and not secret.startswith(SECRET_PREFIX):
+            if sender := foreign(request.headers):
+                raise ApiError(
+                    403,
+                    f"without a key only this machine is served, and no web page from elsewhere: "
+                    f"this request has {sender}. Use http://127.0.0.1 and the gateway's port; or "
+                    "send Authorization: Bearer KEY (memshare keys create makes one)",
+                    code="not_local",
+                )
             key: Key | None = LOCAL_KEY
         else:
             key = await self._find(secret, when_away)

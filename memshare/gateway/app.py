@@ -25,6 +25,7 @@ from memshare.sharing import SharedMemory, uses_scorer_llm
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorReply, "description": "not JSON, not UTF-8, or refused by the LLM"},
     401: {"model": ErrorReply, "description": "no valid key"},
+    403: {"model": ErrorReply, "description": "no right; or no key, and from another machine"},
     413: {"model": ErrorReply, "description": "the body is too large"},
     422: {"model": ErrorReply, "description": "the body breaks the schema or a limit"},
     429: {"model": ErrorReply, "description": "beyond the key's rate, or the gateway is busy"},

@@ -1,10 +1,10 @@
 """Errors in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``.
 
 Statuses: 400 what can't be read at all (not JSON, not UTF-8) or what the LLM itself refused, 401 no
-valid key, 403 a key without the right, 404 an unknown pool, memory or generation, 413 a body that
-is too large, 422 JSON that breaks the schema or a limit, 429 beyond a key's rate or more than the
-gateway can take, 503 a part that isn't ready or can't be reached (both with Retry-After). 499, for
-log and metrics alone: the client has gone away.
+valid key, 403 a key without the right or no key and from elsewhere, 404 an unknown pool, memory or
+generation, 413 a body that is too large, 422 JSON that breaks the schema or a limit, 429 beyond a
+key's rate or more than the gateway can take, 503 a part that isn't ready or can't be reached (both
+with Retry-After). 499, for log and metrics alone: the client has gone away.
 """
 
 from __future__ import annotations

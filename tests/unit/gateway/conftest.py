@@ -13,6 +13,8 @@ from memshare.gateway.app import create_app
 from memshare.sharing import assemble
 from tests.loop import loop_config
 
+LOCAL = "http://127.0.0.1:8000"  # so names it who has no key
+
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,7 +28,7 @@ def running(
     """The application in this process, ready. Exceptions become responses, as under uvicorn."""
     shared = assemble(loop_config(run_dir, models, **sections))
     app = create_app(shared, keys_required=keys_required)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, LOCAL, raise_server_exceptions=False) as client:
         while client.get("/readyz").status_code != 200:
             time.sleep(0.02)
         yield client

@@ -29,6 +29,7 @@ from memshare.pool.store import PoolStore
 from memshare.records import Grade, Pair
 from memshare.sharing import SharedMemory, assemble, open_shared
 from tests.loop import loop_config
+from tests.unit.gateway.conftest import LOCAL
 from tests.unit.gateway.test_chat import STOPS
 
 CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -96,7 +97,7 @@ def test_a_chats_pair_is_graded_and_stored_in_its_trace(
     shared.scorer = Grades()
     app = create_app(shared)
     app.add_middleware(Instrumented, traces=traces)
-    with TestClient(app) as client:
+    with TestClient(app, LOCAL) as client:
         while client.get("/readyz").status_code != 200:
             time.sleep(0.02)
         seeds = itertools.count()
