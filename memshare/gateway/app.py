@@ -42,9 +42,10 @@ def create_app(
 ) -> FastAPI:
     """The gateway over ``shared``, which it starts and closes with itself.
 
-    ``keys_required``: nobody is served without a key, the health checks excepted. Starting happens
-    behind /readyz, so that a large encoder's loading looks like that and not like a dead process;
-    ``on_failure`` is called if it fails, ``on_ready`` just before the first request is served.
+    ``keys_required``: nobody is served without a key, the health checks and /openapi.json excepted.
+    Starting happens behind /readyz, so that a large encoder's loading looks like that and not like
+    a dead process; ``on_failure`` is called if it fails, ``on_ready`` just before the first request
+    is served.
     """
     metrics = Metrics()
     shared.observe = metrics.observe
