@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import httpx
 
 from memshare.client import calls
-from memshare.client.base import CUT, DONE, Connected, broken, chunk_of, read
+from memshare.client.base import CUT, DONE, Connected, broken, chunk_of, read, refusal_of
 from memshare.client.calls import Call, Messages, Opinion
-from memshare.client.errors import ConnectionFailed, GatewayError, error_of
+from memshare.client.errors import ConnectionFailed, GatewayError
 from memshare.client.replies import (
     AddResult,
     ChatChunk,
@@ -93,15 +93,15 @@ class AsyncClient(Connected[httpx.AsyncClient]):
         while True:
             try:
                 async with self._http.stream(call.method, call.path, json=call.json) as reply:
-                    if reply.status_code < 400:
+                    if reply.is_success:
                         async for line in reply.aiter_lines():
                             if line == DONE:
                                 return
                             if chunk := chunk_of(line):
                                 yield chunk
                         raise ConnectionFailed(CUT)
-                    body = await reply.aread()
-                    refusal = error_of(reply.status_code, body, reply.headers)
+                    await reply.aread()
+                    refusal = refusal_of(reply)
             except httpx.HTTPError as error:
                 refusal = broken(error)
             await asyncio.sleep(self._pause(refusal, attempt))

@@ -26,6 +26,10 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 _LONGEST_WAIT = 30.0
 DONE = "data: [DONE]"
 CUT = "the stream ended before it was complete"
+_NOT_MADE = (httpx.ConnectError, httpx.ConnectTimeout)
+# How what isn't in a reply, or is of another form there, shows when it is read.
+_ODD = (ValueError, LookupError, TypeError, AttributeError, StopIteration)
+_FIELDS = (":", "data:", "event:", "id:", "retry:")  # of a stream of events, and comments
 
 
 class Connected(Generic[H]):
@@ -58,7 +62,7 @@ class Connected(Generic[H]):
     def _pause(self, error: GatewayError, attempt: int) -> float:
         """Seconds until the next attempt; raises ``error`` if there is none."""
         passing = isinstance(error, Overloaded | Unavailable) or (
-            isinstance(error, ConnectionFailed) and isinstance(error.__cause__, httpx.ConnectError)
+            isinstance(error, ConnectionFailed) and isinstance(error.__cause__, _NOT_MADE)
         )
         wait = 0.5 * 2**attempt if error.retry_after is None else error.retry_after
         if not passing or attempt >= self._retries or wait > _LONGEST_WAIT:
@@ -75,16 +79,40 @@ def broken(error: httpx.HTTPError) -> ConnectionFailed:
 
 def read(call: Call[T], reply: httpx.Response) -> T | GatewayError:
     """The result, or the refusal, which the caller may retry."""
-    if reply.status_code >= 400:
-        return error_of(reply.status_code, reply.content, reply.headers)
-    return call.read(reply.json())
+    if not reply.is_success:
+        return refusal_of(reply)
+    try:
+        return call.read(reply.json())
+    except _ODD as error:
+        return _strange(f"{reply.url} answers {reply.text[:200]!r}", reply.status_code, error)
+
+
+def refusal_of(reply: httpx.Response) -> GatewayError:
+    """What a reply that is no success stands for; its body must have been read."""
+    if reply.status_code < 400:  # a page to log in at, most likely: no gateway sends one on
+        to = reply.headers.get("location", "another page")
+        return _strange(f"{reply.url} sends on to {to}", reply.status_code)
+    return error_of(reply.status_code, reply.content, reply.headers)
 
 
 def chunk_of(line: str) -> ChatChunk | None:
     """The chunk on a line of a stream, None if it has none. Raises `GatewayError` for an error."""
+    said = f"the stream has {line[:200]!r}"
     if not line.startswith("data: ") or line == DONE:
+        if line and not line.startswith(_FIELDS):
+            raise _strange(said)
         return None
-    event = json.loads(line.removeprefix("data: "))
-    if "error" in event:
-        raise GatewayError(str(event["error"]["message"]), detail=event["error"])
-    return calls.chunk(event)
+    try:
+        event = json.loads(line.removeprefix("data: "))
+        if "error" not in event:
+            return calls.chunk(event)
+        failure = GatewayError(str(event["error"]["message"]), detail=event["error"])
+    except _ODD as error:
+        raise _strange(said, cause=error) from error
+    raise failure
+
+
+def _strange(what: str, status: int | None = None, cause: Exception | None = None) -> GatewayError:
+    failure = GatewayError(f"{what}; is this a memshare gateway?", status)
+    failure.__cause__ = cause
+    return failure

@@ -10,6 +10,7 @@ from typing import Any
 class GatewayError(RuntimeError):
     """The gateway refused or failed. ``status`` None: it was never reached, or a stream broke.
 
+    ``status`` below 400: what answered there doesn't look like a gateway.
     ``code``, ``param`` and ``type`` are those of the error's body; ``request_id`` finds the request
     in the gateway's log; ``retry_after`` is in seconds, where the gateway names a time.
     """

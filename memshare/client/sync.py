@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import httpx
 
 from memshare.client import calls
-from memshare.client.base import CUT, DONE, Connected, broken, chunk_of, read
+from memshare.client.base import CUT, DONE, Connected, broken, chunk_of, read, refusal_of
 from memshare.client.calls import Call, Messages, Opinion
-from memshare.client.errors import ConnectionFailed, GatewayError, error_of
+from memshare.client.errors import ConnectionFailed, GatewayError
 from memshare.client.replies import (
     AddResult,
     ChatChunk,
@@ -95,15 +95,15 @@ class Client(Connected[httpx.Client]):
         while True:
             try:
                 with self._http.stream(call.method, call.path, json=call.json) as reply:
-                    if reply.status_code < 400:
+                    if reply.is_success:
                         for line in reply.iter_lines():
                             if line == DONE:
                                 return
                             if chunk := chunk_of(line):
                                 yield chunk
                         raise ConnectionFailed(CUT)
-                    body = reply.read()
-                    refusal = error_of(reply.status_code, body, reply.headers)
+                    reply.read()
+                    refusal = refusal_of(reply)
             except httpx.HTTPError as error:
                 refusal = broken(error)
             time.sleep(self._pause(refusal, attempt))

@@ -87,6 +87,53 @@ def test_what_another_server_answers_is_still_a_gateway_error(body: bytes) -> No
     assert caught.value.status == 502 and caught.value.code is None
 
 
+OPENAI = {"id": "x", "choices": [{"index": 0, "message": {"content": "hi"}}], "usage": {}}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        httpx.Response(200, html="<html>\n<p>data: welcome</p>"),
+        httpx.Response(200, json=OPENAI),
+        httpx.Response(200, json=[1]),
+        httpx.Response(200, json={"memshare": {}, "choices": []}),
+        httpx.Response(200, content=b"\xff\xfe"),
+        httpx.Response(204),
+        httpx.Response(302, headers={"Location": "https://login.example/?next=/v1"}),
+        httpx.Response(304),
+    ],
+    ids=lambda reply: f"{reply.status_code} {reply.content[:12]!r}",
+)
+def test_a_reply_of_something_else_asks_whether_this_is_a_gateway(reply: httpx.Response) -> None:
+    client = connected(lambda _: reply)
+    asks: tuple[Callable[[], object], ...] = (
+        lambda: client.chat("q"), lambda: client.add("p", "q", "a"), lambda: client.get("x"),
+        lambda: client.search("p", "q"), lambda: client.list("p"), client.generations,
+        lambda: client.feedback("x", "up"),
+    )  # fmt: skip
+    for ask in asks:
+        with pytest.raises(GatewayError, match="is this a memshare gateway") as caught:
+            ask()
+        assert caught.value.status == reply.status_code
+    to = reply.headers.get("location")
+    assert to is None or to in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<html>\n<p>data: welcome</p>", json.dumps(OPENAI), "data: {broken\n\n", "data: 1\n\n",
+        'data: {"error": "text"}\n\n', 'data: {"choices": [1]}\n\n',
+    ],
+)  # fmt: skip
+def test_a_stream_of_something_else_asks_so_too(body: str) -> None:
+    with pytest.raises(GatewayError, match="is this a memshare gateway"):
+        list(connected(lambda _: httpx.Response(200, text=body)).stream("q"))
+    sent_on = httpx.Response(302, headers={"Location": "https://login.example/"})
+    with pytest.raises(GatewayError, match=r"302.*login\.example.*is this a memshare gateway"):
+        list(connected(lambda _: sent_on).stream("q"))
+
+
 def test_what_passes_is_tried_again_as_the_gateway_says(slept: list[float]) -> None:
     replies = [
         refusal(429, "rate_limited", **{"Retry-After": "7"}),
@@ -113,10 +160,11 @@ def test_only_a_connection_that_was_never_made_is_tried_again(slept: list[float]
 
         return handler
 
-    for kind in (httpx.ConnectError, httpx.ReadError):
+    for kind in (httpx.ConnectError, httpx.ConnectTimeout, httpx.ReadError, httpx.ReadTimeout):
         with pytest.raises(ConnectionFailed, match="gone"):
             connected(broken(kind)).add("p", "q", "a")
-    assert tried == ["ConnectError"] * 3 + ["ReadError"]
+    made = ["ReadError", "ReadTimeout"]
+    assert tried == ["ConnectError"] * 3 + ["ConnectTimeout"] * 3 + made
 
 
 def test_key_and_url_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +202,8 @@ def test_a_stream_that_breaks_off_raises() -> None:
     assert chunks[0].note == {"memories": []} and chunks[1].finish_reason == "stop"
     with pytest.raises(ConnectionFailed, match="before it was complete"):
         list(connected(lambda _: stream(delta, done=False)).stream("q"))
+    padded = httpx.Response(200, text=": hello\n\nevent: chunk\ndata: {}\n\ndata: [DONE]\n\n")
+    assert len(list(connected(lambda _: padded).stream("q"))) == 1
     error = {"error": {"message": "gone", "code": "llm_unavailable"}}
     with pytest.raises(GatewayError, match="gone") as caught:
         list(connected(lambda _: stream(delta, error)).stream("q"))
