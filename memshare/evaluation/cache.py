@@ -107,9 +107,11 @@ class AroundLLM:
             messages, max_tokens=max_tokens, temperature=temperature, seed=seed, extra=extra
         )
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
+    def count_tokens(
+        self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None
+    ) -> int:
         """As the LLM's."""
-        return self.llm.count_tokens(messages)
+        return self.llm.count_tokens(messages, extra)
 
     async def aclose(self) -> None:
         """Close the LLM."""

@@ -38,12 +38,14 @@ def compose(
     memories: Sequence[Memory],
     instruction: str,
     max_tokens: int,
+    extra: Mapping[str, Any] | None = None,
 ) -> tuple[list[Message], list[Memory]]:
     """The chat that the LLM gets, and the memories (best first) that found room in it.
 
     System messages first (the agent's instruction where the client sent none), then the shots as
-    whole turns, the best one last, then the conversation as it was sent. Blocking: it counts
-    tokens. Raises `ContextTooLong` if the conversation alone is too long.
+    whole turns, the best one last, then the conversation as it was sent. ``extra`` holds the
+    request's further fields, tools among them. Blocking: it counts tokens. Raises `ContextTooLong`
+    if the conversation alone is too long.
     """
     sent = [cast(Message, message.model_dump(exclude_unset=True)) for message in messages]
     if instruction and sent[0]["role"] not in ("system", "developer"):
@@ -51,7 +53,7 @@ def compose(
     if not memories:
         return sent, []  # nothing to make room for: the LLM itself judges the length
     shots = [(memory.prompt, memory.answer) for memory in memories]
-    composed, kept = fit_shots(llm, sent, shots, max_tokens)
+    composed, kept = fit_shots(llm, sent, shots, max_tokens, extra)
     return composed, list(memories[:kept])
 
 

@@ -129,8 +129,13 @@ class LLM(Protocol):
         """Probability of each label as the reply's first token, renormalised over ``labels``."""
         ...
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of the rendered prompt, generation header included."""
+    def count_tokens(
+        self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None
+    ) -> int:
+        """Tokens of the rendered prompt, generation header included.
+
+        ``extra`` holds the request's further fields, as in `chat`: its ``tools`` are in the prompt.
+        """
         ...
 
     async def aclose(self) -> None:

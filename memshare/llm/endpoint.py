@@ -54,9 +54,14 @@ class EndpointBackend:
     async def ready(self) -> None:
         """Nothing is asked before the first call: not every endpoint lists its models."""
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
+    def count_tokens(
+        self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None
+    ) -> int:
         """An upper estimate of the tokens of the rendered prompt, but for images and the like."""
-        return sum(math.ceil(_bytes(one) / _BYTES_PER_TOKEN) + _TURN_TOKENS for one in messages)
+        sizes = [_bytes(message) for message in messages]
+        if tools := (extra or {}).get("tools"):
+            sizes.append(len(json.dumps(tools)))
+        return sum(math.ceil(size / _BYTES_PER_TOKEN) + _TURN_TOKENS for size in sizes)
 
     async def chat(
         self,

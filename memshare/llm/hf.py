@@ -80,9 +80,11 @@ class TransformersBackend:
         if self._worker.closed:
             raise LLMError(f"{self.model}: the backend is closed")
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
+    def count_tokens(
+        self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None
+    ) -> int:
         """Tokens of the rendered prompt, generation header included."""
-        return self.chat_tokenizer.count(messages)
+        return self.chat_tokenizer.count(messages, extra)
 
     async def chat(
         self,

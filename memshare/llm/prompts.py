@@ -6,7 +6,8 @@ caller can forget to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from memshare.llm.base import LLM, ContextTooLong, Message
 
@@ -39,15 +40,17 @@ def fit_shots(
     conversation: Sequence[Message],
     shots: Sequence[tuple[str, str]],
     max_tokens: int,
+    extra: Mapping[str, Any] | None = None,
 ) -> tuple[list[Message], int]:
     """The prompt with as many of ``shots`` (best first) as fit, and how many those are.
 
     The least similar ones are dropped until prompt and ``max_tokens`` of answer fit the context.
-    Raises `ContextTooLong` if they don't fit without any shot.
+    ``extra`` holds the request's further fields: see `LLM.count_tokens`. Raises `ContextTooLong` if
+    they don't fit without any shot.
     """
     for kept in range(len(shots), -1, -1):
         messages = with_shots(conversation, shots[:kept])
-        tokens = llm.count_tokens(messages) + max_tokens
+        tokens = llm.count_tokens(messages, extra) + max_tokens
         if tokens <= llm.context_length:
             return messages, kept
     raise ContextTooLong(llm.model, tokens, llm.context_length)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +48,8 @@ class ChatTokenizer:
         self._lock = threading.Lock()  # a fast tokenizer must not be borrowed by two threads
         self._neutralise = Neutraliser(self.tokenizer)
         self.control_ids = self._neutralise.control_ids
+        # What the function itself has parameters for (another template, say) is not a client's.
+        self._ours = frozenset(inspect.signature(self.tokenizer.apply_chat_template).parameters)
         self._takes_parts = self._renders_parts()
         if not self.control_ids.intersection(self.prompt_ids([{"role": "user", "content": "x"}])):
             log(f"warning: {model}: turns are marked by plain text, which a memory can imitate")
@@ -79,23 +83,30 @@ class ChatTokenizer:
             raise LLMError(f"a message's content must be text, not {type(content).__name__}")
         return cleaned
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None) -> str:
         """The prompt as text: cleaned messages and the header of the assistant's reply.
 
-        Where the template takes strings alone, text parts become one text, a line each, and no
-        content an empty one, as vLLM does it. Raises `LLMError` for what the template refuses.
+        As vLLM does it: where the template takes strings alone, text parts become one text, a line
+        each, and no content an empty one; arguments of tool calls are objects; of a request's
+        ``extra`` fields, ``tools`` and ``chat_template_kwargs`` go to the template. Raises
+        `LLMError` for what it refuses.
         """
-        cleaned = self.clean(messages)
+        cleaned = [_with_arguments(message) for message in self.clean(messages)]
         if not self._takes_parts:
             cleaned = [{**message, "content": self._flat(message)} for message in cleaned]
-        return self._apply(cleaned)
+        return self._apply(cleaned, extra or {})
 
-    def _apply(self, messages: list[dict[str, Any]]) -> str:
+    def _apply(self, messages: list[dict[str, Any]], extra: Mapping[str, Any]) -> str:
         from jinja2 import TemplateError
 
         try:
+            given = (extra.get("chat_template_kwargs") or {}).items()
             rendered: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages,
+                tools=extra.get("tools") or None,
+                tokenize=False,
+                add_generation_prompt=True,
+                **{name: value for name, value in given if name not in self._ours},
             )
         # A template runs on what a client sent: a wrong type in there is a refusal too.
         except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
@@ -108,7 +119,7 @@ class ChatTokenizer:
         """Whether the template makes of a text part what it makes of the text."""
         parts = [{"type": "text", "text": "x"}]
         try:
-            both = [self._apply([{"role": "user", "content": said}]) for said in ("x", parts)]
+            both = [self._apply([{"role": "user", "content": said}], {}) for said in ("x", parts)]
         except LLMError:
             return False
         return both[0] == both[1]
@@ -132,9 +143,9 @@ class ChatTokenizer:
         """Token ids of the rendered prompt."""
         return self.encode(self.render(messages))
 
-    def count(self, messages: Sequence[Message]) -> int:
-        """Tokens of the rendered prompt, generation header included."""
-        return len(self.prompt_ids(messages))
+    def count(self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None) -> int:
+        """Tokens of the rendered prompt, generation header included; ``extra`` as `render`'s."""
+        return len(self.encode(self.render(messages, extra)))
 
     def span(self, context: Sequence[Message], continuation: str, limit: int) -> Span:
         """Ids of ``context`` and of ``continuation`` as its reply (no end-of-turn token).
@@ -177,3 +188,34 @@ class ChatTokenizer:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+
+def _with_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its tool calls as templates expect them, which vLLM makes of OpenAI's form.
+
+    Arguments are an object and not its JSON text, an empty one for what is none; no calls are no
+    field. Calls of another form stay, for the template to refuse.
+    """
+    if message["role"] != "assistant" or "tool_calls" not in message:
+        return message
+    calls = message["tool_calls"]
+    if not calls:
+        return {name: value for name, value in message.items() if name != "tool_calls"}
+    if isinstance(calls, list):
+        calls = [_parsed(call) for call in calls]
+    return {**message, "tool_calls": calls}
+
+
+def _parsed(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):  # a model wrote it; the conversation must go on
+            arguments = None
+    if not isinstance(arguments, dict):
+        arguments = {}
+    return {**call, "function": {**function, "arguments": arguments}}

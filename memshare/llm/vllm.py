@@ -104,9 +104,11 @@ class VLLMBackend:
         self._context_length = int(limit or (known if known < 10**9 else 2048))
         self._served = str(card["id"])
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
+    def count_tokens(
+        self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None
+    ) -> int:
         """Tokens of the rendered prompt, generation header included."""
-        return self.chat_tokenizer.count(messages)
+        return self.chat_tokenizer.count(messages, extra)
 
     async def chat(
         self,

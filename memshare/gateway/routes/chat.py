@@ -72,7 +72,8 @@ async def chat(
     max_tokens = body.max_completion_tokens or body.max_tokens or agent.max_tokens
     llm = shared.agent.llm
     await llm.ready()
-    parts = (llm, body.messages, found.memories, agent.instruction, max_tokens)
+    extra = body.passed_on()
+    parts = (llm, body.messages, found.memories, agent.instruction, max_tokens, extra)
     with shared.stage("prompt"):
         # Only where shots are to fit are there tokens to count, which takes a thread.
         messages, kept = await shared.read(compose, *parts) if found.memories else compose(*parts)
@@ -90,7 +91,7 @@ async def chat(
         "max_tokens": max_tokens,
         "temperature": temperature,
         "seed": body.seed,
-        "extra": body.passed_on() or None,
+        "extra": extra or None,
     }
     if body.stream:
         chunks = llm.stream(messages, **sampling)

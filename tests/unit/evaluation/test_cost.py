@@ -28,9 +28,9 @@ class Watched(TransformersBackend):
         self.measured.append((context, found.tokens))
         return found
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
+    def count_tokens(self, messages: Sequence[Message], extra: Any = None) -> int:
         self.counted += 1
-        return super().count_tokens(messages)
+        return super().count_tokens(messages, extra)
 
     @property
     def measured(self) -> list[tuple[Sequence[Message], int]]:

@@ -235,6 +235,19 @@ def test_content_parts_and_tool_turns_under_the_pocket_template(
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, "llm_refused")
 
 
+def test_shots_make_room_for_the_requests_tools(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[Any] = []
+    fill(client, "red pears")
+    app: Any = client.app
+    llm = app.state.gateway.shared.agent.llm
+    monkeypatch.setattr(llm, "count_tokens", lambda _, extra: counted.append(extra) or 1)
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    assert chat(client, "red pears", tools=tools).status_code == 400  # the LLM here takes none
+    assert counted == [{"tools": tools}]
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_a_stream_is_queued_before_its_end_is_sent(together: bool) -> None:
     """Whoever has the last chunk may go away, and the gateway may be killed then."""

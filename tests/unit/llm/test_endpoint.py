@@ -104,6 +104,9 @@ def test_tokens_of_parts_tool_calls_and_no_content_are_counted(server: Flaky) ->
     assert count([{"role": "user", "content": [part, image]}]) == count(ASK)  # type: ignore[typeddict-item]
     assert 0 < count([silent]) == count([{"role": "assistant"}])  # type: ignore[typeddict-item]
     assert count([{**silent, "tool_calls": [call]}]) > count([silent]) + 100
+    tools = {"tools": [{"type": "function", "function": {"name": "f", "description": "x" * 300}}]}
+    assert count([silent], tools) > count([silent], {"tools": None}) + 100
+    assert count([silent], {"tools": None}) == count([silent])
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)

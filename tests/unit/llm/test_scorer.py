@@ -52,7 +52,7 @@ class Says:
 
     async def ready(self) -> None: ...
 
-    def count_tokens(self, messages: object) -> int:
+    def count_tokens(self, messages: object, extra: object = None) -> int:
         return 1
 
     async def chat(self, messages: object, **_: object) -> Completion:
