@@ -132,9 +132,10 @@ def make_pools(config: Config, store: PoolStore) -> None:
 def due(config: Config, store: PoolStore, journal: Journal) -> bool:
     """Whether enough memories are new; pools that outgrew their caps are pruned first.
 
-    What was deleted leaves the examples on the way.
+    What was deleted leaves the examples on the way, and the files of the database.
     """
     hold_caps(store, config)
+    store.scrub()
     erase_deleted(store, config.examples_dir, config.served_pools)
     need = config.continual.min_new
     return count_new(store, covered(config, journal), config.served_pools, need) >= need

@@ -13,6 +13,7 @@ from typing import Any, get_args
 from memshare.config import Config, add_config_arguments, load_config
 from memshare.pool.errors import InvalidMemory, PoolError, TransferError
 from memshare.pool.mapping import parse_mapping
+from memshare.pool.patience import scrub_or_tell
 from memshare.pool.stats import PoolStats
 from memshare.pool.store import PoolStore
 from memshare.pool.transfer import Format, export_jsonl, import_memories, write_jsonl
@@ -219,7 +220,9 @@ def _release(store: PoolStore, _config: Config, args: argparse.Namespace) -> int
 
 
 def _delete(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
-    return _each("delete", args.ids, store.delete, "deleted")
+    code = _each("delete", args.ids, store.delete, "deleted")
+    scrub_or_tell(store)
+    return code
 
 
 def _each(action: str, ids: list[str], do: Callable[[str], bool], done: str, what: str = "") -> int:

@@ -47,10 +47,13 @@ class Backend(Protocol):
     def announce(self, connection: sa.Connection, pool: str) -> None:
         """Have every process that listens told, after the commit, that ``pool`` changed."""
 
-    def scrub(self) -> bool:
-        """Overwrite what was erased wherever a file still holds it; False: not possible just now.
+    def mark_erased(self, connection: sa.Connection) -> None:
+        """Note in the transaction that erases something that there is something to scrub."""
 
-        It is to be tried again then.
+    def scrub(self) -> bool:
+        """Overwrite what any process erased wherever a file still holds it.
+
+        False: that can't be done just now, and is to be tried again.
         """
 
     def listening(self, wake: Callable[[], None]) -> AbstractContextManager[None]:
@@ -86,6 +89,11 @@ class Database:
             connection = connection.execution_options(memshare_write=True)
             with connection.begin():
                 yield connection
+
+    def scrub(self) -> bool:
+        """See `Backend.scrub`."""
+        with self._errors():
+            return self.backend.scrub()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

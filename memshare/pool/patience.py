@@ -1,4 +1,4 @@
-"""Waiting for a database that is away, in programs that nobody waits for."""
+"""Waiting for a database that is away, in programs that nobody waits for; and for its readers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from tenacity import (
 )
 
 from memshare.pool.errors import PoolUnavailable
+from memshare.pool.store import PoolStore
 from memshare.progress import log
 
 LONGEST_SECONDS = 30.0  # between two tries
+SCRUB_SECONDS = 5.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,6 +43,16 @@ def when_available(
         reraise=True,
     )
     return tries(call, *args, **kwargs)
+
+
+def scrub_or_tell(store: PoolStore) -> None:
+    """`PoolStore.scrub` for up to `SCRUB_SECONDS`; a line says so where that was in vain."""
+    if not store.scrub(SCRUB_SECONDS):
+        log(
+            f"warning: {store.database.name}: somebody goes on reading it, so that the text that "
+            "was deleted stays readable in its log (-wal) for now. A gateway or a loop that runs "
+            "overwrites it once nobody reads; so does the next deletion"
+        )
 
 
 def _tell(state: RetryCallState) -> None:

@@ -108,6 +108,9 @@ class PostgreSQL:
         """Notifications are part of the transaction: sent after the commit, in its order."""
         connection.execute(sa.select(sa.func.pg_notify(CHANNEL, pool)))
 
+    def mark_erased(self, connection: sa.Connection) -> None:
+        """Nothing to do: see `scrub`."""
+
     def scrub(self) -> bool:
         """Nothing to do: (auto)vacuum and the recycling of the log do it in their time."""
         return True

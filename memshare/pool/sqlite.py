@@ -66,8 +66,24 @@ class SQLite:
     def announce(self, connection: sa.Connection, pool: str) -> None:
         """Nobody can be told: who reads the file must poll."""
 
+    def mark_erased(self, connection: sa.Connection) -> None:
+        """Make the file's ``user_version`` odd: its log holds text that is to be scrubbed.
+
+        The number only grows, so that it also tells of an erasure during a scrub.
+        """
+        number = _user_version(connection)
+        connection.exec_driver_sql(f"PRAGMA user_version = {number + 1 + number % 2}")
+
     def scrub(self) -> bool:
-        """Empty the write-ahead log, where text stays readable after its page was overwritten."""
+        """Empty the write-ahead log, where text stays readable after its page was overwritten.
+
+        Only if something was erased since that was last done: for a moment nobody may read or
+        write.
+        """
+        with self.engine.connect() as connection, connection.begin():
+            number = _user_version(connection)
+        if number % 2 == 0:
+            return True
         with self.writers, self.engine.connect() as connection:
             driver: Any = connection.connection.dbapi_connection
             driver.execute("PRAGMA busy_timeout = 0")  # or it would wait for readers to end
@@ -77,7 +93,13 @@ class SQLite:
                 return False
             finally:
                 driver.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_SECONDS)}")
-        return not busy
+            if busy:
+                return False
+            connection = connection.execution_options(memshare_write=True)
+            with connection.begin():
+                if _user_version(connection) == number:
+                    connection.exec_driver_sql(f"PRAGMA user_version = {number + 1}")
+        return True
 
     def listening(self, wake: Callable[[], None]) -> AbstractContextManager[None]:
         """``wake`` is never called."""
@@ -99,6 +121,11 @@ def _prepare(connection: Any, _record: Any) -> None:
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("PRAGMA secure_delete = ON")  # deleted text is overwritten, not unlinked
+
+
+def _user_version(connection: sa.Connection) -> int:
+    """A number in the file's header that SQLite leaves to its users."""
+    return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
 
 
 def _begin(connection: sa.Connection) -> None:

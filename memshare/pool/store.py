@@ -7,6 +7,7 @@ finds a new row there later. Appends and all changes share one sequence and one 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -47,6 +48,7 @@ PAGE = 1000
 MAX_REASON_CHARS = 500
 NONE: Mapping[str, Limits] = {}  # no pool has limits
 _IDS_PER_QUERY = 500
+_SCRUB_PAUSE_SECONDS = 0.02  # between two tries; readers of a pool take milliseconds
 
 
 class PoolStore:
@@ -58,7 +60,6 @@ class PoolStore:
         """Use the database at ``url``, whose schema must be current; see `open`."""
         self.max_text_chars = max_text_chars
         self._db = Database(url, must_exist)
-        self._unscrubbed = False  # erased text may still be readable in a file
 
     @classmethod
     def open(
@@ -227,8 +228,6 @@ class PoolStore:
     def delete_many(self, ids: Sequence[str], heir: str | None = None) -> int:
         """`delete` each of ``ids``, and scrub once; how many there were."""
         count = sum(self._erase(id, heir) for id in ids)
-        if count:
-            self._unscrubbed = True
         self.scrub()
         return count
 
@@ -242,23 +241,25 @@ class PoolStore:
             pool = alter.amend(connection, id, metadata, self.max_text_chars)
             return self._announced(connection, pool)
 
-    def scrub(self) -> None:
-        """Have erased text overwritten in the database's files, if that is still to be done."""
-        if not self._unscrubbed:
-            return
-        self._unscrubbed = False  # before: another thread's deletion meanwhile sets it again
-        done = False
-        try:
-            done = self._db.backend.scrub()
-        finally:
-            if not done:
-                self._unscrubbed = True
+    def scrub(self, patience: float = 0.0) -> bool:
+        """Have erased text, whoever erased it, overwritten in the database's files.
+
+        Costs a look at one number if there is none. False: it is still readable in SQLite's log,
+        since somebody was reading for ``patience`` seconds. Then try again later, from any process.
+        """
+        deadline = time.monotonic() + patience
+        while not (done := self._db.scrub()) and time.monotonic() < deadline:
+            time.sleep(_SCRUB_PAUSE_SECONDS)
+        return done
 
     def _erase(self, id: str, heir: str | None) -> bool:
         with self._db.write() as connection:
             if heir is not None:  # before the pool, so that nobody who has one waits for this
                 self._db.backend.lock(connection, USES_LOCK)
-            return self._announced(connection, alter.delete(connection, id, heir))
+            pool = alter.delete(connection, id, heir)
+            if pool is not None:
+                self._db.backend.mark_erased(connection)
+            return self._announced(connection, pool)
 
     def hold(self, id: str, reason: str | None = None) -> bool:
         """Take a memory out of retrieval and training; False if it is held, deleted or unknown.

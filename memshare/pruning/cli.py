@@ -31,6 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _prune(args: argparse.Namespace) -> int:
     # Here, since they load torch, and help needs none of it.
     from memshare.pool.errors import PoolError
+    from memshare.pool.patience import scrub_or_tell
     from memshare.pool.store import PoolStore
     from memshare.pruning.prune import PruneError, prune
     from memshare.retrieval.errors import EncoderError
@@ -41,6 +42,8 @@ def _prune(args: argparse.Namespace) -> int:
     try:
         with PoolStore.open(args.url or config.url, must_exist=True) as store:
             report = prune(store, config, args.pool, args.policy, args.cap, dry_run=args.dry_run)
+            if not args.dry_run:
+                scrub_or_tell(store)
     except (PoolError, PruneError, GenerationError, EncoderError, ExamplesError) as error:
         print(f"memshare prune: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,6 @@
 """The store's whole interface, on a real database."""
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -303,49 +302,3 @@ def test_must_exist_creates_nothing(tmp_path: Path) -> None:
     with pytest.raises(PoolError, match="no pool database"):
         PoolStore.open(f"sqlite:///{tmp_path}/sub/pool.db", must_exist=True)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_deleted_text_is_in_no_file_of_an_sqlite_pool(tmp_path: Path) -> None:
-    """Not in the write-ahead log either; where somebody reads, once that is over."""
-
-    def readable() -> bool:
-        return any(b"quixotry" in path.read_bytes() for path in tmp_path.iterdir())
-
-    url = f"sqlite:///{tmp_path}/pool.db"
-    with PoolStore.open(url) as store, PoolStore.open(url) as other:
-        store.create_pool("main")
-        first, second, third = add(store, "quixotry", "quixotry two", "quixotry three")
-        assert readable()
-        assert store.delete_many([first, second, "unknown"]) == 2 and readable()
-        with other.database.read() as connection:
-            connection.execute(sa.text("SELECT count(*) FROM memories")).scalar()
-            began = time.monotonic()
-            assert store.delete(third)
-            assert time.monotonic() - began < 5  # it doesn't wait for the reader
-            assert readable()
-        store.scrub()
-        assert not readable()
-
-
-def test_what_is_deleted_during_a_scrub_is_scrubbed_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with PoolStore.open(f"sqlite:///{tmp_path}/pool.db") as store:
-        store.create_pool("main")
-        first, second = add(store, "quixotry", "quixotry two")
-        scrub = store.database.backend.scrub
-
-        def busy() -> bool:
-            return False
-
-        def slow() -> bool:
-            done = scrub()
-            monkeypatch.setattr(store.database.backend, "scrub", busy)
-            assert store.delete(second)  # another thread, while a reader keeps it from scrubbing
-            return done
-
-        monkeypatch.setattr(store.database.backend, "scrub", slow)
-        assert store.delete(first)
-        monkeypatch.setattr(store.database.backend, "scrub", scrub)
-        store.scrub()
-        assert not any(b"quixotry" in path.read_bytes() for path in tmp_path.iterdir())
