@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from memshare.files import NETWORK_FILE_SYSTEMS, file_system
 from memshare.pool.errors import PoolError
@@ -96,7 +97,8 @@ class SQLite:
             if busy:
                 return False
             connection = connection.execution_options(memshare_write=True)
-            with connection.begin():
+            # Where that can't be put on record, it is done once more, and the deletion stands.
+            with suppress(OperationalError), connection.begin():
                 if _user_version(connection) == number:
                     connection.exec_driver_sql(f"PRAGMA user_version = {number + 1}")
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from memshare.cli import main
 from memshare.config import load_config
-from memshare.pool import PoolStore, patience
+from memshare.pool import PoolStore, patience, sqlite
 from memshare.pool.errors import PoolUnavailable
 from memshare.records import NewMemory
 from memshare.training.journal import Journal
@@ -81,6 +81,20 @@ def test_what_another_process_deleted_is_scrubbed_too(
     assert not readable(tmp_path)
 
 
+def once_the_log_is_empty(store: PoolStore, act: Callable[[], None]) -> None:
+    """Call ``act`` in the next scrub, when its work is done and not yet on record."""
+    seen: list[bool] = []  # whether each statement was the checkpoint
+
+    def meanwhile(statement: str) -> None:
+        seen.append("wal_checkpoint" in statement)
+        if sum(seen) == 1 and seen[-2:] == [True, False]:
+            act()
+
+    @sa.event.listens_for(store.database.engine, "checkout")
+    def watch(connection: Any, *_: object) -> None:
+        connection.set_trace_callback(meanwhile)
+
+
 def test_what_is_deleted_during_a_scrub_is_scrubbed_by_the_next(
     url: str, tmp_path: Path, gateway: PoolStore
 ) -> None:
@@ -88,25 +102,33 @@ def test_what_is_deleted_during_a_scrub_is_scrubbed_by_the_next(
     with reading(url):
         assert gateway.delete(first)
     held = reading(url)
-    seen: list[bool] = []  # whether each statement was the checkpoint
     with PoolStore.open(url) as other:
 
-        def meanwhile(statement: str) -> None:
-            seen.append("wal_checkpoint" in statement)
-            if sum(seen) == 1 and seen[-2:] == [True, False]:  # the log is empty, not yet on record
-                (second,) = add(other, "quixotry two")
-                held.__enter__()
-                assert other.delete(second)
+        def delete() -> None:
+            (second,) = add(other, "quixotry two")
+            held.__enter__()
+            assert other.delete(second)
 
-        @sa.event.listens_for(gateway.database.engine, "checkout")
-        def watch(connection: Any, *_: object) -> None:
-            connection.set_trace_callback(meanwhile)
-
+        once_the_log_is_empty(gateway, delete)
         gateway.scrub()
         assert readable(tmp_path)
         held.__exit__(None, None, None)
         assert gateway.scrub()
         assert not readable(tmp_path)
+
+
+def test_a_deletion_stands_though_its_scrub_can_not_be_put_on_record(
+    url: str, tmp_path: Path, gateway: PoolStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.1)
+    (id,) = add(gateway, "quixotry")
+    with PoolStore.open(url) as other:
+        writing = other.database.write()
+        once_the_log_is_empty(gateway, lambda: writing.__enter__() and None)
+        assert gateway.delete(id)
+        assert not readable(tmp_path)
+        writing.__exit__(None, None, None)
+    assert gateway.scrub()  # once more
 
 
 def test_the_log_is_emptied_only_where_something_was_erased(
