@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from memshare.config import Config
 from memshare.pool.store import PoolStore
-from memshare.progress import log
+from memshare.progress import log, track
 from memshare.records import Memory, SearchAnswer
 from memshare.retrieval.build import Built
 from memshare.retrieval.delta import Shard, Snapshot
@@ -160,13 +160,26 @@ class Serving:
         run: Run = run_here,
         step: int = PAGE,
     ) -> None:
-        """`feed` each pool by ``gaps`` changes (None: all there are now), until ``stopped``."""
+        """`feed` each pool by ``gaps`` changes (None: all there are now), until ``stopped``.
+
+        Where that takes many pages, the log says how far it is.
+        """
         gaps = self.behind(store) if gaps is None else gaps
         until = {pool: self.shards[pool].position + gap for pool, gap in gaps.items()}
-        for pool, seq in until.items():
-            while self.shards[pool].position < seq and not stopped():
+
+        def pages(pool: str) -> Iterator[None]:
+            while self.shards[pool].position < until[pool] and not stopped():
                 if not self.feed(store, pool, run, step):
-                    break
+                    return
+                yield
+
+        for pool, gap in gaps.items():
+            fed: Iterable[None] = pages(pool)
+            if gap > MAX_DELTA:
+                what = f"encoding what the index of {pool} lacks, by {PAGE} changes"
+                fed = track(fed, what, -(-gap // PAGE))
+            for _ in fed:
+                pass
 
     def snapshot(self) -> dict[str, Snapshot]:
         """What is known of every pool's rows now, copied."""

@@ -16,6 +16,7 @@ from memshare.retrieval.build import build_generation
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.publish import publish
 from memshare.retrieval.searcher import Searcher
+from memshare.retrieval.serving import frozen_serving
 from tests.retrieving import (
     fill,
     publish_now,
@@ -88,3 +89,23 @@ def test_catching_up_does_not_rest_where_writers_are_faster(
     serves(searcher, 2)
     # As many came in the first round as it had taken in: the second had all of those at once.
     assert max(count for _, _, count in spans) >= 100 and len(spans) < 20
+
+
+def test_the_log_tells_how_far_a_long_way_is(
+    store: PoolStore,
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("memshare.progress._LINE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("memshare.retrieval.serving.PAGE", 10)
+    monkeypatch.setattr("memshare.retrieval.serving.MAX_DELTA", 15)
+    serving = frozen_serving(config)
+    fill(store, "p", 16)
+    serving.catch_up(store)
+    told = capsys.readouterr().err
+    assert "p lacks, by 10 changes: 1/2" in told and "2/2" in told
+    fill(store, "p", 15, seed=1)
+    serving.catch_up(store)
+    assert "lacks" not in capsys.readouterr().err
+    assert serving.behind(store) == {}
