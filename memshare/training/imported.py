@@ -1,9 +1,12 @@
 """Training examples from elsewhere: queries with texts that answer them and texts that do not.
 
 One JSON object a line, ``{"query": str, "pos": [str, ...], "neg": [str, ...]}``, the form in which
-FlagEmbedding and many published retrieval sets come; other keys are ignored. They become a folder
-of examples as mining writes it, with given labels: every ``pos`` is a positive, and every ``neg`` a
-hard negative, the first ones first. A text is what the encoder reads of a memory.
+FlagEmbedding and many published retrieval sets come. They become a folder of examples as mining
+writes it, with given labels: every ``pos`` is a positive, and every ``neg`` a hard negative, the
+first ones first. A text is what the encoder reads of a memory. ``pos_scores`` and ``neg_scores``, a
+number a text, are what a teacher (a cross-encoder, say) thinks of them: they are distilled with
+``training.distill_weight``, and of more than ``training.positives`` the best are taken. Other keys
+are ignored.
 """
 
 from __future__ import annotations
@@ -12,9 +15,16 @@ import hashlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 
 from memshare.pool.errors import TransferError
 from memshare.pool.readers import BadRow, read_jsonl
@@ -23,6 +33,7 @@ from memshare.records import Candidate, Example, answer_key
 from memshare.training.examples import MARKER, ExamplesError, shard_path, write_marker, write_shard
 
 SHARD = 10_000  # examples
+_BELOW = -1e-6  # zero
 
 
 def _usable(text: str) -> str:
@@ -41,6 +52,30 @@ class Row(BaseModel):
     query: Text
     pos: Annotated[tuple[Text, ...], Field(min_length=1)]
     neg: tuple[Text, ...] = ()
+    pos_scores: tuple[FiniteFloat, ...] | None = None
+    neg_scores: tuple[FiniteFloat, ...] | None = None
+
+    @model_validator(mode="after")
+    def _a_score_each(self) -> Self:
+        if self.pos_scores is None and self.neg_scores is None:
+            return self
+        for name in ("pos", "neg"):
+            texts, scores = getattr(self, name), getattr(self, f"{name}_scores") or ()
+            if len(scores) != len(texts):
+                raise ValueError(f"{len(texts)} {name}, {len(scores)} {name}_scores")
+        return self
+
+    def labelled(self) -> list[tuple[str, float]]:
+        """Each text and its label: 0 or more for positives, less for negatives.
+
+        A teacher's scores are moved so that its worst positive has 0, which is nothing to
+        distillation; a negative that it likes as much has all but that.
+        """
+        good, bad = self.pos_scores or (0.0,) * len(self.pos), self.neg_scores
+        zero = min(good)
+        worse = (-1.0,) * len(self.neg) if bad is None else [min(x - zero, _BELOW) for x in bad]
+        labels = [*(x - zero for x in good), *worse]
+        return list(zip((*self.pos, *self.neg), labels, strict=True))
 
 
 def import_examples(path: Path, folder: Path, pool: str) -> int:
@@ -80,7 +115,6 @@ def _examples(path: Path, pool: str) -> Iterator[Example]:
 
 
 def _example(row: Row, line: int, pool: str) -> Example:
-    labelled = [(text, 0.0) for text in row.pos] + [(text, -1.0) for text in row.neg]
     return Example(
         query_id=_id(pool, str(line), row.query, *row.pos),  # a query may come in several rows
         query=row.query,
@@ -93,7 +127,8 @@ def _example(row: Row, line: int, pool: str) -> Example:
         labels="given",
         baseline_loglik=None,
         candidates=tuple(
-            Candidate(_id(text), text, None, label, answer_key(text)) for text, label in labelled
+            Candidate(_id(text), text, None, label, answer_key(text))
+            for text, label in row.labelled()
         ),
     )
 

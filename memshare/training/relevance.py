@@ -51,7 +51,7 @@ def mined_gains(example: Example, candidates: Sequence[Candidate]) -> list[float
     """
     worth = [candidate.loglik for candidate in candidates]
     if example.labels == "given":
-        return [float(value == 0.0) for value in worth]
+        return [float(value is not None and value >= 0.0) for value in worth]
     return _over(worth, example.baseline_loglik, example.labels)
 
 

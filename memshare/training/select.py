@@ -16,9 +16,9 @@ Candidates come in the order in which they were proposed, BM25's first ranks fir
 go to the earlier one: among the positives as among the hard negatives, where an early rank means
 that the query takes the memory for useful. With ``labels: none`` the query's own memory is the
 positive and BM25's candidates are the negatives, first ranks first. With ``labels: given`` a
-candidate of log-likelihood 0 has the query's label and is a positive, and all others are equally
-bad; there is no baseline to beat. An example without hard negatives is kept, since the batch gives
-it negatives.
+candidate of log-likelihood 0 or more has the query's label and is a positive, and all others are
+equally bad: as negatives they come as proposed. There is no baseline to beat. An example without
+hard negatives is kept, since the batch gives it negatives.
 
 Of a query that was mined more than once the latest example counts, at the place of the first. What
 is chosen goes to disk (`Spool`) as it is read, so that examples may be larger than memory.
@@ -231,12 +231,14 @@ def select_one(example: Example, config: TrainingConfig) -> Selected | str:
         if not good:
             return NOT_BETTER
     best = good[: config.positives]
-    # Given labels are sure: the margin, in nats, is for scores that a LM measured.
-    slack = 0.0 if example.labels == "given" else config.false_negative_margin
-    floor = _score(best[-1]) - slack
+    if example.labels == "given":  # labels are sure: whatever a teacher thought of a text
+        floor, rest = 0.0, [p for p in others if p.loglik is not None]
+    else:
+        floor = _score(best[-1]) - config.false_negative_margin
+        # Worst first. Sorted, not reversed: of equal ones the first proposed is the hardest.
+        rest = sorted(scored, key=_score)
     taken = {p.id for p in best}
-    # Worst first. Sorted, not reversed: of equal ones the first proposed is the hardest.
-    rest = [p for p in sorted(scored, key=_score) if p.id not in taken]
+    rest = [p for p in rest if p.id not in taken]
     return _selected(example, own, best, rest, floor=floor, count=config.hard_negatives)
 
 

@@ -13,6 +13,7 @@ from memshare.config import TrainingConfig
 from memshare.training import imported
 from memshare.training.examples import ExamplesError, read_training, shard_path
 from memshare.training.imported import import_examples
+from memshare.training.relevance import mined_gains
 from memshare.training.select import Selected, select
 
 
@@ -42,6 +43,22 @@ def test_every_row_is_a_query_with_its_own_labels(tmp_path: Path) -> None:
     assert first.prompt == second.prompt and first.query_id != second.query_id
 
 
+def test_a_teachers_scores_choose_positives_and_are_there_to_distil(tmp_path: Path) -> None:
+    row = {"query": "q", "pos": ["fair", "good"], "neg": ["near", "far"],
+           "pos_scores": [2, 5.0], "neg_scores": [4.5, -3]}  # fmt: skip
+    made = tmp_path / "made"
+    import_examples(written(tmp_path / "f.jsonl", row), made, "p")
+    (both,) = selected(made, positives=2, hard_negatives=2)
+    assert [(p.text, p.loglik) for p in both.positives] == [("good", 3.0), ("fair", 0.0)]
+    # Negatives stay negatives, in the row's order, whatever the teacher thinks of them.
+    assert [(p.text, p.loglik) for p in both.negatives] == [("near", -1e-6), ("far", -5.0)]
+    (one,) = selected(made, positives=1, hard_negatives=3)
+    assert [p.text for p in one.positives] == ["good"]
+    assert [p.text for p in one.negatives] == ["near", "far"]  # the other positive is none of them
+    (example,) = read_training([made])
+    assert mined_gains(example, example.candidates) == [1.0, 1.0, 0.0, 0.0]
+
+
 def test_shards_hold_all_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imported, "SHARD", 2)
     rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": ["n"]} for i in range(5)]
@@ -61,6 +78,9 @@ def test_shards_hold_all_rows_in_order(tmp_path: Path, monkeypatch: pytest.Monke
         ({"pos": ["p"]}, r"f\.jsonl:2: query: Field required"),
         ({"query": "\ud800", "pos": ["p"]}, r"f\.jsonl:2: query: "),
         (["q", "p"], r"f\.jsonl:2: the row: "),
+        ({"query": "q", "pos": ["p"], "pos_scores": [1, 2]}, r"f\.jsonl:2: .*1 pos, 2 pos_scores"),
+        ({"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [1]}, "1 neg, 0 neg_scores"),
+        ({"query": "q", "pos": ["p"], "pos_scores": ["nan"]}, r"pos_scores\.0: .*finite"),
     ],
 )
 def test_a_bad_row_is_named_and_nothing_passes_for_whole(
