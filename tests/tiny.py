@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     BertModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -90,6 +92,21 @@ def tiny_encoder(
         memory_prefix=memory_prefix,
         max_length=max_length,
     )
+    Encoder(model, tokenizer, settings, device="cpu").save(folder)
+    return folder
+
+
+def tiny_decoder(folder: Path) -> Path:
+    """Write a two-layer Qwen3 whose last token's vector is the text's."""
+    tokenizer = _tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3Model(config)
+    settings = Settings(max_length=64, pooling="lasttoken")
     Encoder(model, tokenizer, settings, device="cpu").save(folder)
     return folder
 

@@ -42,8 +42,10 @@ MODES: dict[str, dict[str, Any]] = {
     "distilled": {
         "graph_tokens": 300, "distill_weight": 0.5, "matryoshka": (16, 8), "temperature": 0.2,
     },
-    "t5": {"graph_tokens": 300},  # the encoder beside the given one
+    "t5": {"graph_tokens": 300},
+    "qwen3": {"graph_tokens": 300, "temperature": 0.2},
 }  # fmt: skip
+OTHERS = ("t5", "qwen3")  # encoders beside the given one: one that is padded, a decoder, packed
 BATCHES = {"thirteen": 13, "two": 2}  # neither divides by 4; with 4 processes some have no query
 # One of these and more: the same bits whether graphs are kept or texts are encoded twice.
 REPLAYED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -123,7 +125,7 @@ def main(encoder_folder: Path, output: Path) -> None:
     world = World(accelerator.device)
     for name, count in BATCHES.items():
         for mode, settings in MODES.items():
-            folder = encoder_folder.with_name("t5") if mode == "t5" else encoder_folder
+            folder = encoder_folder.with_name(mode) if mode in OTHERS else encoder_folder
             loss, gradients = step(folder, world, count, settings)
             save_file(gradients, output / f"{name}-{mode}-{world.rank}.safetensors")
             (output / f"{name}-{mode}-{world.rank}.json").write_text(json.dumps(loss))

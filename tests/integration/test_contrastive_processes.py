@@ -11,7 +11,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.tiny import tiny_t5
+from tests.tiny import tiny_decoder, tiny_t5
 from tests.training_data import unlearnable, write_round
 from tests.training_runs import (
     PROGRAM,
@@ -31,6 +31,7 @@ def one(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("one")
     tiny_t5(base / "t5")
+    tiny_decoder(base / "qwen3")
     gradient_worker.main(base / "encoder", folder)
     return folder
 
