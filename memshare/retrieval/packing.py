@@ -25,7 +25,8 @@ from memshare.retrieval.ragged import Ragged, on_device
 NAME = "memshare_packed"
 # Families that count positions by `position_ids`, looked up in a table or rotated by, and that hand
 # what they are called with down to attention. Relative positions would run over texts' borders.
-_ROTARY = frozenset({"modernbert", "qwen2", "qwen3"})
+_DECODERS = frozenset({"qwen2", "qwen3"})
+_ROTARY = frozenset({"modernbert"}) | _DECODERS
 _FAMILIES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"}) | _ROTARY
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -37,6 +38,11 @@ def possible(models: Sequence[Any], device: torch.device, *, half: bool, dropout
     their configurations say of it is heeded; attention within texts has none.
     """
     if any(model.config.model_type not in _FAMILIES for model in models):
+        return False
+    if not all(getattr(model, "_supports_attention_backend", False) for model in models):
+        return False  # as ModernBERT in earlier versions of transformers
+    # A decoder that its configuration makes see both ways: its layers don't say so.
+    if any(getattr(model.config, "is_causal", None) is False for model in models):
         return False
     if dropout and any(attention_dropout(model.config) for model in models):
         return False
@@ -60,8 +66,8 @@ def enable(models: Sequence[Any], device: torch.device, *, half: bool, dropout: 
 
 def attention_dropout(config: Any) -> float:
     """What a transformers configuration says of attention weights' dropout; 0.1 if nothing."""
-    name = "attention_dropout" if config.model_type in _ROTARY else "attention_probs_dropout_prob"
-    return float(getattr(config, name, 0.1))
+    older = getattr(config, "attention_probs_dropout_prob", 0.1)  # BERT's name for it
+    return float(getattr(config, "attention_dropout", older))
 
 
 def forward(model: Any, ids: Tensor, positions: Tensor, lengths: Tensor, borders: Tensor) -> Tensor:
@@ -75,6 +81,8 @@ def forward(model: Any, ids: Tensor, positions: Tensor, lengths: Tensor, borders
     if model.config.model_type in _ROTARY:
         # No masks: theirs would be of all tokens by all tokens, and keep apart what is apart.
         how["attention_mask"] = dict.fromkeys(("full_attention", "sliding_attention"))
+        if model.config.model_type in _DECODERS:
+            how["use_cache"] = False  # keys and values that nobody reads on from
     elif (padding := model.embeddings.position_embeddings.padding_idx) is not None:
         positions = positions + padding + 1  # where RoBERTa and its kin begin to count
     output = model(input_ids=ids, position_ids=positions, **how)
@@ -110,6 +118,8 @@ def attention(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
         return result
+    if value.dtype in _HALF:  # under autocast, rotating has left the other two in float32
+        query, key = query.to(value.dtype), key.to(value.dtype)
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from memshare.training.optimizer import make_optimizer, update
 from memshare.training.select import select
 from memshare.training.step import ContrastiveStep
 from memshare.training.towers import prepare
-from tests.tiny import tiny_encoder
+from tests.tiny import tiny_decoder, tiny_encoder
 from tests.training_data import examples
 
 pytestmark = pytest.mark.gpu
@@ -84,10 +85,21 @@ def test_cached_equals_kept_with_dropout_replayed(folder: Path, autocast: Autoca
     assert cosine(cached, kept) > (0.9999 if autocast is nullcontext else 0.99)
 
 
+@pytest.mark.parametrize("family", ["bert", "qwen3"])
 def test_texts_without_padding_equal_padded_ones(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if family == "qwen3":
+        folder = tiny_decoder(tmp_path / family)
+    calls, flash = [], packing._flash
+
+    def counted(*how: Any) -> Tensor:
+        calls.append(how)
+        return flash(*how)
+
+    monkeypatch.setattr(packing, "_flash", counted)
     loss, packed = one_step(folder, "cuda", autocast=bf16)
+    assert calls
     monkeypatch.setattr(packing, "_FAMILIES", frozenset())
     padded_loss, padded = one_step(folder, "cuda", autocast=bf16)
     assert loss == pytest.approx(padded_loss, rel=0.02)

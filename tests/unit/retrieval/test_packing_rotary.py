@@ -124,6 +124,32 @@ def test_windows_and_causality_are_heeded() -> None:
                     assert (weight > 0) == visible
 
 
+@pytest.mark.parametrize("family", ["modernbert", "qwen2", "qwen3"])
+def test_under_autocast_attention_is_in_half_precision(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the GPU's kernel asks for; rotary positions and norms alone are in float32."""
+    model, seen = make(family).eval(), set()
+    enable(model)
+    whole = packing.scaled_dot_product_attention
+
+    def watched(*inputs: Tensor, **how: Any) -> Tensor:
+        seen.update(x.dtype for x in inputs)
+        return whole(*inputs, **how)
+
+    monkeypatch.setattr(packing, "scaled_dot_product_attention", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = packed(model, "mean")
+    assert seen == {torch.bfloat16}
+    assert float((half * packed(model, "mean")).sum(1).min().detach()) > 0.99
+
+
+def test_a_decoder_that_is_configured_to_see_both_ways_is_padded() -> None:
+    model = make("qwen3")
+    model.config.is_causal = False
+    assert not enable(model)
+
+
 def test_attention_with_dropout_is_not_packed() -> None:
     model = make("modernbert")
     model.config.attention_dropout = 0.1
