@@ -81,6 +81,7 @@ def _list(config: Config, args: argparse.Namespace) -> int:
                 "created_at": manifest.created_at,
                 "parent": manifest.parent,
                 "best": manifest.best,
+                "origin": manifest.origin,
                 "memories": manifest.rows,
                 "positions": manifest.positions,
                 "gate": _gate(folder),
@@ -100,11 +101,12 @@ def _line(row: dict[str, Any]) -> str:
     mark = "* pinned" if row["pinned"] else "*" if row["current"] else ""
     if "error" in row:
         return f"{row['generation']:6d} {mark:9s} {row['error']}"
-    gate = row["gate"] or {}
+    gate = f"  gate: {row['gate'].get('reason')}" if row["gate"] else ""
+    judged = f"  the encoder of {row['origin']}, newer index" if row["origin"] else gate
     at = ", ".join(f"{pool} at {seq}" for pool, seq in row["positions"].items())
     return (
         f"{row['generation']:6d} {mark:9s} {row['created_at']}  {row['memories']} memories ({at})"
-        + (f"  gate: {gate.get('reason')}" if gate else "")
+        f"{judged}"
     )
 
 

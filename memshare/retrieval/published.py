@@ -42,7 +42,8 @@ def published_before(
         except (NoGeneration, DamagedGeneration) as error:
             log(f"round {number}: published again, since generation {manifest.number}: {error}")
             continue
-        return {"outcome": "published", "generation": manifest.number, **metrics}
+        first = manifest.origin or manifest.number  # the round's own, not one with newer rows
+        return {"outcome": "published", "generation": first, **metrics}
     return None
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import time
 
+import torch
+
 from memshare.config import Config
 from memshare.pool.errors import PoolError
 from memshare.pool.store import PoolStore
@@ -28,11 +30,11 @@ def refresh(store: PoolStore, config: Config) -> int | None:
 
     Only where the pools' logs are more than `MAX_DELTA` changes ahead of it: fewer are no trouble.
     There is nothing to judge, since readers add what an index lacks by the same encoder. Vectors
-    that CURRENT holds are copied. Of this encoder's generations only the last two are left, so that
-    `retriever.keep` goes on counting encoders, near enough.
+    are copied as `build_generation` copies them. Of this encoder's generations only the last two
+    are left, so that `retriever.keep` goes on counting encoders, near enough.
 
-    None where nothing was published, or an operator has pinned CURRENT, or it fails, which the log
-    says: the round has ended by then.
+    None where nothing was published, so that the configured encoder serves, or an operator has
+    pinned CURRENT, or it fails, which the log says: the round has ended by then.
     """
     root, name = config.generations_dir, config.retriever.name
     try:
@@ -40,11 +42,14 @@ def refresh(store: PoolStore, config: Config) -> int | None:
         if number is None or pinned or _changes(store, config, number) <= MAX_DELTA:
             return None
         fresh = _publish(store, config, number)
-        _retire(config, fresh)
-    except (EncoderError, GenerationError, PoolError) as error:
+    except (EncoderError, GenerationError, PoolError, OSError, torch.OutOfMemoryError) as error:
         log(f"the index of the current generation stays as it is: {error}")
         return None
     log(f"published generation {fresh}: the encoder of {number}, with today's memories")
+    try:
+        _retire(config, fresh)
+    except (GenerationError, OSError) as error:
+        log(f"{name}: older indexes of this encoder could not be deleted: {error}")
     return fresh
 
 
@@ -57,7 +62,8 @@ def _changes(store: PoolStore, config: Config, number: int) -> int:
 
 def _publish(store: PoolStore, config: Config, number: int) -> int:
     root, name = config.generations_dir, config.retriever.name
-    began, champion = time.monotonic(), best(root, name)
+    began, same = time.monotonic(), _same(config, number)
+    champion = best(root, name)
     generation = load(root, name, number, config.encoder.device, rows=False)
     try:
         metrics = json.loads((generation.folder / "metrics.json").read_text(encoding="utf-8"))
@@ -67,8 +73,8 @@ def _publish(store: PoolStore, config: Config, number: int) -> int:
         metrics |= {"build_seconds": time.monotonic() - began, "created": time.time()}
         return publish(
             root, name, encoder=encoder, **built.parts(), metrics=metrics, parent=number,
-            keep=config.retriever.keep + len(_same(config, number)),  # one of them is left
-            best=None if champion == number else champion, index=config.retriever.index,
+            keep=config.retriever.keep + len(same),  # one of them is left
+            best=None if champion in same else champion, index=config.retriever.index,
             origin=generation.manifest.origin or number,
         )  # fmt: skip
     finally:
@@ -78,7 +84,8 @@ def _publish(store: PoolStore, config: Config, number: int) -> int:
 def _same(config: Config, number: int) -> list[int]:
     """The generations of generation ``number``'s encoder, oldest first."""
     home = home_of(config.generations_dir, config.retriever.name)
-    return [other for other in numbers(home) if first_with(home, other) == first_with(home, number)]
+    first = first_with(home, number)
+    return [other for other in numbers(home) if first_with(home, other) == first]
 
 
 def _retire(config: Config, fresh: int) -> None:

@@ -153,7 +153,8 @@ def test_a_rejected_rounds_memories_are_published_under_the_encoder_that_serves(
     _, fresh = generations(root, "main")
     assert fresh.number == 2 == current(root, "main") and fresh.rows == served.rows + 6
     assert fresh.query_fingerprint == served.query_fingerprint
-    assert published(index(1, "--no-gate")) == 2  # round 1 is what serves, as before
+    assert published(index(1, "--no-gate")) == 1  # which brought the encoder that serves
+    assert numbers(root / "main") == [1, 2]
     assert len((root / "main" / "rejected.jsonl").read_text().splitlines()) == 1
 
 

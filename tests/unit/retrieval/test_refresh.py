@@ -113,6 +113,19 @@ def test_the_best_so_far_stays_the_best(config: Config, store: PoolStore, encode
         assert best(config.generations_dir, "main") == expected
 
 
+def test_the_best_is_there_after_a_publication_that_was_killed(
+    config: Config, store: PoolStore, encoder: Encoder
+) -> None:
+    """Between its two renames: the newest generation, which says of itself that it's the best."""
+    publish_now(store, config, encoder)
+    for seed in (1, 2, 3):
+        fill(store, "p", ENOUGH + 1, seed=seed)
+        assert refresh(store, config) == seed + 1
+        if seed == 1:
+            (home(config) / "CURRENT").write_text("1\n")
+        assert best(config.generations_dir, "main") in numbers(home(config))
+
+
 def test_nothing_is_published_where_little_has_come_or_an_operator_decides(
     config: Config, store: PoolStore, encoder: Encoder
 ) -> None:
@@ -148,3 +161,23 @@ def test_a_failure_leaves_the_old_index_and_is_told(
     assert refresh(store, config) is None
     assert "stays as it is" in capsys.readouterr().err
     assert numbers(home(config)) == [1]
+
+
+def test_an_index_that_cannot_be_deleted_is_told(
+    config: Config,
+    store: PoolStore,
+    encoder: Encoder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def kept(*_: Any) -> bool:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(module, "discard", kept)
+    publish_now(store, config, encoder)
+    for seed in (1, 2):
+        fill(store, "p", ENOUGH + 1, seed=seed)
+        assert refresh(store, config) == seed + 1
+    told = capsys.readouterr().err
+    assert "published generation 3" in told and "could not be deleted" in told
+    assert numbers(home(config)) == [1, 2, 3]
