@@ -11,7 +11,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from memshare.llm.base import LLMError, LogLikelihood
+import torch
+
+from memshare.llm.base import LLMError, LLMUnavailable, LogLikelihood
 from memshare.llm.hf_forward import cut_batches, next_token_probabilities, span_loglikelihoods
 from memshare.llm.hf_generate import Row, generate
 from memshare.llm.tokens import Span
@@ -96,8 +98,13 @@ class Worker:
             try:
                 results = answer([work[i] for i in batch])
             except Exception as error:  # the policy: who asked is told, the worker lives on
+                told = error
+                if isinstance(
+                    error, torch.OutOfMemoryError
+                ):  # who else has a part may give it back
+                    told = LLMUnavailable(f"{self._name} has no memory left: {error}")
                 for i in batch:
-                    jobs[i].future.set_exception(error)
+                    jobs[i].future.set_exception(told)
             else:
                 for i, result in zip(batch, results, strict=True):
                     jobs[i].future.set_result(result)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 
+from memshare.config import without_secrets
 from memshare.progress import log
 
 FIRST_REST_SECONDS = 2.0
@@ -60,7 +61,7 @@ class Replicas:
             self._failures[url], self._due[url] = 0, 0.0
             self._on_trial.discard(url)
         if was_out:
-            log(f"LLM server {url} answers again")
+            log(f"LLM server {without_secrets(url)} answers again")
 
     def failed(self, url: str) -> None:
         """It could not be reached, or did not answer in time."""
@@ -73,7 +74,7 @@ class Replicas:
             self._due[url] = now + self._pause(url)
             self._on_trial.discard(url)
         if first:
-            log(f"LLM server {url} does not answer")
+            log(f"LLM server {without_secrets(url)} does not answer")
 
     def _pause(self, url: str) -> float:
         longest: float = self._rest * 2.0 ** min(self._failures[url] - 1, 10)

@@ -2,7 +2,8 @@
 
 Retried: no connection, timeouts, 408, 429 and 5xx, on another replica where there is one, else with
 backoff; ``Retry-After`` is obeyed. Refused at once, with the server's own message: any other 4xx.
-Those that are about key, url or model, and not about the text, count as a server that is away.
+Those that are about key, url or model and not about the text, and redirects, count as a server that
+is away.
 A replica that can't be reached is left out for a while (`memshare.llm.replicas`).
 """
 
@@ -23,6 +24,7 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
+from memshare.config import without_secrets
 from memshare.llm.base import LLMError, LLMUnavailable
 from memshare.llm.http import (
     LOST,
@@ -39,10 +41,10 @@ from memshare.llm.replicas import Replicas
 T = TypeVar("T")
 MAX_WAIT_SECONDS = 60.0  # of a Retry-After that asks for more
 # Of a wrong or unpaid key, a wrong url, or a model that isn't there (any more), whatever the text.
-# 403 may be either: it is about rights nearly everywhere, but some content filters answer so, too.
-# A text taken for a closed door is asked about some times more; a closed door taken for the text
-# would throw away every answer that waits for its grade.
-_LOCKED_OUT = (401, 402, 403, 404, 405, 407, 410)
+_LOCKED_OUT = (401, 402, 404, 405, 407, 410)
+_FORBIDDEN = (
+    403  # about rights, like those, until something was allowed; some content filters' word
+)
 _GONE = (502, 503, 504)  # what stands before a server says so of one that is away
 
 
@@ -75,7 +77,7 @@ class Transport:
     ) -> None:
         each = [server_url(url, name) for url in ([urls] if isinstance(urls, str) else urls)]
         self.replicas = Replicas(each)
-        self.url = ", ".join(each)
+        self.url = without_secrets(", ".join(each))  # for people: it goes into messages
         self.name = name
         self._timeout = timeout
         self._retries = retries
@@ -83,6 +85,7 @@ class Transport:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._backoff = wait_exponential_jitter(initial=backoff, max=20.0, jitter=backoff)
         self._proxies = {url: proxy_of(url) for url in each}
+        self._allowed = False
         # Connections and semaphores belong to the loop that made them.
         self._loops: dict[
             asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, asyncio.Semaphore]
@@ -234,14 +237,16 @@ class Transport:
                 except LOST as error:
                     raise self._lost(url, error) from error
                 self._refuse(response, url + path, text)
+            self._allowed = self._allowed or method == "POST"
             yield response
 
     def _refuse(self, response: aiohttp.ClientResponse, where: str, text: str) -> NoReturn:
         reason = f"status {response.status}: {error_message(text)}"
         if response.status in (408, 429) or response.status >= 500:
             raise _Passing(reason, retry_after(response.headers.get("retry-after")))
-        refusal = f"{where} refused the request (model {self.name}): {reason}"
-        if response.status < 400 or response.status in _LOCKED_OUT:
+        refusal = f"{without_secrets(where)} refused the request (model {self.name}): {reason}"
+        locked = response.status < 400 or response.status in _LOCKED_OUT
+        if locked or (response.status == _FORBIDDEN and not self._allowed):
             raise LLMUnavailable(f"{refusal}; correct key, url or model in the configuration")
         raise LLMError(refusal)
 
@@ -256,7 +261,7 @@ class Transport:
 
     def _no_json(self, where: str, text: bytes) -> LLMUnavailable:
         return LLMUnavailable(
-            f"{where} (model {self.name}) sent no JSON object: {text[:200]!r}; "
+            f"{without_secrets(where)} (model {self.name}) sent no JSON object: {text[:200]!r}; "
             "correct the url in the configuration"
         )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memshare.config import LLMConfig
-from memshare.llm.base import ContextTooLong, LLMError
+from memshare.llm.base import ContextTooLong, LLMError, LLMUnavailable
 from memshare.llm.hf import TransformersBackend
 from memshare.llm.hf_forward import cut_batches
 from memshare.llm.hf_generate import Row
@@ -235,6 +235,13 @@ def test_an_error_reaches_its_caller_and_the_worker_lives_on(lm_folder: Path) ->
     forward = one._worker._model.forward
     one._worker._model.forward = lambda **_: 1 / 0
     with pytest.raises(ZeroDivisionError):
+        asyncio.run(one.loglikelihood(few_shot("", [], "x"), "y"))
+
+    def full(**_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    one._worker._model.forward = full
+    with pytest.raises(LLMUnavailable, match="no memory left"):  # as the trainer beside it may go
         asyncio.run(one.loglikelihood(few_shot("", [], "x"), "y"))
     one._worker._model.forward = forward
     assert asyncio.run(one.loglikelihood(few_shot("", [], "x"), "y")).sum < 0

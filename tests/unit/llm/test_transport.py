@@ -130,6 +130,34 @@ def test_a_server_that_lets_nobody_in_is_unavailable_at_once(flaky: Flaky, statu
     assert flaky.url in str(caught.value) and len(flaky.times) == 1
 
 
+def test_403_from_a_server_that_has_let_requests_in_is_about_the_text(flaky: Flaky) -> None:
+    """As some content filters answer; models are listed for keys that have no right to them."""
+    transport = _transport(flaky.url)
+    asyncio.run(transport.get("/v1/models"))
+    flaky.behave = lambda h, n: reply(h, 403 if n != 3 else 200, {})
+    for kind in (LLMUnavailable, None, LLMError):
+        if kind is None:
+            asyncio.run(transport.post("/x", {}))
+            continue
+        with pytest.raises(LLMError) as caught:
+            asyncio.run(transport.post("/x", {}))
+        assert type(caught.value) is kind
+
+
+def test_no_message_has_the_password_of_an_url(flaky: Flaky) -> None:
+    url = flaky.url.replace("//", "//ann:hidden@")
+    for behave in (
+        lambda h, n: reply(h, 401, {}),
+        lambda h, n: reply(h, 400, {}),
+        lambda h, n: reply(h, 503, {}),
+        lambda h, n: reply(h, 200, b"<html>"),
+    ):
+        flaky.behave = behave
+        with pytest.raises(LLMError) as caught:
+            asyncio.run(_transport(url, retries=0).post("/x", {}))
+        assert "hidden" not in str(caught.value) and "127.0.0.1" in str(caught.value)
+
+
 def test_a_mute_server_is_unavailable(flaky: Flaky) -> None:
     flaky.behave = lambda h, n: time.sleep(1.0)
     with pytest.raises(LLMUnavailable, match="no answer in time"):
