@@ -47,10 +47,13 @@ def assemble(config: Config) -> SharedMemory:
             try:
                 load_rubric(pool.rubric)
             except RubricError as error:
-                raise ConfigError(
+                told = (
                     f"pool {pool.name}: {error}; it keeps the rubric with which it was made until "
                     f"`memshare pool create --pool {pool.name} --rubric RUBRIC --config FILE`"
-                ) from error
+                )
+                if pool.name in config.pools:
+                    raise ConfigError(told) from error
+                log(f"warning: {told}")  # somebody else's, maybe, who can read it
         llms = [make_llm(config.agent_llm)]
         if uses_scorer_llm(config) and config.scorer_llm != config.agent_llm:
             llms.append(make_llm(config.scorer_llm))
