@@ -23,7 +23,7 @@ from threading import Event
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
 from memshare.files import RunLocked, run_lock
-from memshare.gateway.readiness import missing, state_of, url_of, written
+from memshare.gateway.readiness import missing, state_of, url_of, written_ns
 from memshare.gateway.supervisor import Restarted, Supervisor, shared_cores
 from memshare.llm.base import LLMError
 from memshare.llm.plan import gpus_left, plan_servers
@@ -114,7 +114,7 @@ def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stoppi
     if args.port is not None:
         options += ["--port", str(args.port)]
     record = config.run.dir / "gateway.json"
-    before = written(record)
+    before = written_ns(record)
     supervisor.start("gateway", command("serve/gateway.py", args, *options), env)
     limit = _ANSWER_SECONDS
     if uses_vllm:

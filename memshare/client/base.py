@@ -108,7 +108,7 @@ def chunk_of(line: str) -> ChatChunk | None:
             return calls.chunk(event)
         failure = GatewayError(str(event["error"]["message"]), detail=event["error"])
     except _ODD as error:
-        raise _strange(said, cause=error) from error
+        raise _strange(said) from error
     raise failure
 
 

@@ -58,11 +58,11 @@ class Access:
         secret = secret.strip() if scheme.lower() == "bearer" else ""
         # Clients that must send something send "none" or the like where no key is needed.
         if not self._required and not secret.startswith(SECRET_PREFIX):
-            if sender := foreign(request.headers):
+            if header := foreign(request.headers):
                 raise ApiError(
                     403,
                     f"without a key only this machine is served, and no web page from elsewhere: "
-                    f"this request has {sender}. Use http://127.0.0.1 and the gateway's port; or "
+                    f"this request has {header}. Use http://127.0.0.1 and the gateway's port; or "
                     "send Authorization: Bearer KEY (memshare keys create makes one)",
                     code="not_local",
                 )

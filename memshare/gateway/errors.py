@@ -71,7 +71,7 @@ def error_of(error: Exception) -> ApiError:
         return ApiError(400, str(error), code="llm_refused")
     if isinstance(error, NotServed):  # that it is there was seen before
         message = "this pool is stored and listed, but not searched: retriever.pools lacks it"
-        return ApiError(404, message, param="pool", code="pool_not_served")
+        return ApiError(404, message, code="pool_not_served")
     if isinstance(error, UnknownPool):
         return ApiError(404, "no such pool", param="pool", code="unknown_pool")
     if isinstance(error, InvalidMemory):

@@ -80,7 +80,7 @@ class Background(logging.Handler):
     """Writes lines from a thread of its own: a reader that stalls must not stop the gateway.
 
     While ``limit`` lines wait, further ones are dropped, and so are those that can't be written (a
-    full disk); how many is said once there is room.
+    full disk), unless the stream keeps them for later; how many is said once there is room.
     """
 
     def __init__(self, stream: TextIO, limit: int = 10_000) -> None:

@@ -12,7 +12,7 @@ _READY_SECONDS = 5.0
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def written(record: Path) -> int:
+def written_ns(record: Path) -> int:
     """When the run folder's ``gateway.json`` was written, in nanoseconds; 0: never."""
     return record.stat().st_mtime_ns if record.exists() else 0
 
@@ -21,9 +21,9 @@ def url_of(record: Path, before: int) -> str | None:
     """Where the gateway can be asked from this machine, by the ``record`` that it writes.
 
     It does so once what it needs is loaded, an LLM in its own process among that. None until it is
-    another one than ``before`` (`written`): a gateway that has gone left one, too.
+    another one than ``before`` (`written_ns`): a gateway that has gone left one, too.
     """
-    if written(record) == before:
+    if written_ns(record) == before:
         return None
     url = httpx.URL(json.loads(record.read_text(encoding="utf-8"))["url"])
     return str(url.copy_with(host=_EVERYWHERE.get(url.host, url.host)))

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import yaml
 
-from memshare.config import ConfigError, ContinualConfig, without_secrets
+from memshare.config import ConfigError, ContinualConfig, shown_command
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 30.0  # to save a checkpoint after SIGTERM
@@ -139,7 +139,7 @@ def run_child(
     It is the child that writes the record, before it becomes the program (`recorded`). Raises
     `ChildFailed` for a non-zero exit code, `Stopped` once ``stop`` is set.
     """
-    told = without_secrets(" ".join(command))
+    told = shown_command(command)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as output:
         output.write(f"$ {told}\n".encode())

@@ -254,7 +254,7 @@ def test_slow_failures_in_every_worker_leave_the_others_their_turn(
         await queue.put([pair(number, "slow poison") for number in range(4)])
         await queue.put([pair(number) for number in range(4, 9)])
         async with asyncio.timeout(20):
-            while shared.store.decisions("keep") != {"stored": 5}:
+            while shared.store.decisions("keep").get("stored") != 5:
                 await asyncio.sleep(0.05)
         await queue.stop()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from memshare.gateway.readiness import url_of, written
+from memshare.gateway.readiness import url_of, written_ns
 
 UP = Path(__file__).parents[3] / "serve" / "up.py"
 UNREACHABLE = {"ready": True, "llm": {"agent": "unreachable: it", "scorer": "in process"}}
@@ -31,10 +31,10 @@ READY = {"ready": True, "llm": {"agent": "reachable", "scorer": "in process"}}
 )
 def test_the_gateway_tells_its_address(tmp_path: Path, url: str, asked: str) -> None:
     record = tmp_path / "gateway.json"
-    assert url_of(record, written(record)) is None
+    assert url_of(record, written_ns(record)) is None
     record.write_text(json.dumps({"url": url}))
     assert url_of(record, 0) == asked
-    assert url_of(record, written(record)) is None  # of one that has gone
+    assert url_of(record, written_ns(record)) is None  # of one that has gone
 
 
 class Waiting:

@@ -98,21 +98,25 @@ def test_a_claim_from_before_the_clock_was_set_back_is_over(store: PoolStore) ->
 def test_a_pair_that_rests_longer_than_leases_last_rests_behind_the_others(
     store: PoolStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue = PairQueue(store.database)
+    queue, now = PairQueue(store.database), [1000.0]
+    monkeypatch.setattr(queue, "_now", lambda connection: now[0])
     queue.put([pair(0)])
     queue.put([pair(1)])
-    (slow,) = queue.claim(1, 0.01)
-    queue.release([slow], pause_seconds=0.5)  # fifty leases: no clock was set back
-    (other,) = queue.claim(5, 0.01)
+    (slow,) = queue.claim(1, 1)
+    queue.release([slow], pause_seconds=50)  # fifty leases: no clock was set back
+    (other,) = queue.claim(5, 1)
     assert other.pair == pair(1)
-    queue.release([other], pause_seconds=0.2)
-    time.sleep(0.6)
-    assert queue.claim(1, 60)[0].pair == pair(1)  # in the order in which they became free
-    assert queue.claim(1, 60)[0].pair == pair(0)
+    queue.release([other], pause_seconds=20)
+    now[0] += 60
+    for number in (1, 0):  # in the order in which they became free
+        (job,) = queue.claim(1, 60)
+        assert job.pair == pair(number)
+        decide(store, job)
     queue.put([pair(2)])
-    monkeypatch.setattr("memshare.pool.queue._LONGEST_REST_SECONDS", 0.1)
-    queue.release(queue.claim(1, 60), pause_seconds=60)
-    time.sleep(0.2)
+    queue.release(queue.claim(1, 60), pause_seconds=10_000)  # longer than any pair rests
+    now[0] += 899
+    assert queue.claim(5, 60) == []
+    now[0] += 2
     assert [job.pair for job in queue.claim(5, 60)] == [pair(2)]
     store.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,26 +184,28 @@ def test_the_loop_scrubs_what_others_could_not(
     assert not readable(tmp_path)
 
 
+@pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("command", ["pool delete ID", "prune --pool main --policy age --cap 0"])
 def test_the_command_line_waits_for_readers_and_says_where_it_was_in_vain(
-    url: str, tmp_path: Path, gateway: PoolStore, command: str,
+    url: str, tmp_path: Path, gateway: PoolStore, command: str, ends: bool,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    for ends in (False, True):
-        monkeypatch.setattr(patience, "SCRUB_SECONDS", 20.0 if ends else 0.1)
-        (id,) = add(gateway, f"quixotry {ends}")
-        held = reading(url)
-        held.__enter__()
-        close = (held.__exit__, (None, None, None))
-        timer = threading.Timer(0.3, *close) if ends else None
-        if timer:
-            timer.start()
+    monkeypatch.setattr(patience, "SCRUB_SECONDS", 20.0 if ends else 0.1)
+    (id,) = add(gateway, "quixotry")
+    whole, waits = PoolStore.scrub, []
+    with ExitStack() as reader:
+        reader.enter_context(reading(url))
+
+        def scrub(store: PoolStore, patience: float = 0.0) -> bool:
+            waits.append(patience)
+            if patience and ends:  # while the command waits
+                threading.Timer(0.3, reader.close).start()
+            return whole(store, patience)
+
+        monkeypatch.setattr(PoolStore, "scrub", scrub)
         assert main([*command.replace("ID", id).split(), "--url", url]) == 0
+        assert waits[-1] == patience.SCRUB_SECONDS
         told = capsys.readouterr().err
         assert ("stays readable" in told) == (not ends), told
         assert readable(tmp_path) == (not ends)
-        if timer:
-            timer.join()
-        else:
-            close[0](*close[1])

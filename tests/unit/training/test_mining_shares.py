@@ -64,7 +64,7 @@ def test_nobody_waits_for_another_share_s_encoder_once_there_is_a_plan(
             first = threads.submit(mine, program, config, Share(1, 3))
             assert blocked.wait(SECONDS)
             second = threads.submit(mine, program, config, Share(2, 3))
-            assert second.result(SECONDS / 6) is None and not first.done()
+            assert second.result(SECONDS / 2) is None and not first.done()
         finally:
             go_on.set()
         marker = first.result(SECONDS)
