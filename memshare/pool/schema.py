@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-HEAD = "0005"
+HEAD = "0006"
 
 metadata = sa.MetaData(
     naming_convention={
@@ -51,6 +51,12 @@ memories = sa.Table(
     sa.UniqueConstraint("pool", "seq"),
     sa.UniqueConstraint("pool", "content_key"),
 )
+# They are few, and asked for at each look of a loop and each scrape of the metrics. (SQLite takes
+# the index only for the very condition that SQLAlchemy writes.)
+sa.Index(
+    "ix_memories_held", memories.c.pool, memories.c.seq,
+    sqlite_where=sa.text("held = 1"), postgresql_where=sa.text("held"),
+)  # fmt: skip
 
 changes = sa.Table(
     "changes",

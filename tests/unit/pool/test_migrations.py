@@ -65,6 +65,21 @@ def test_migrations_make_the_schema_that_the_code_uses(url: str) -> None:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
 
 
+def test_memories_on_hold_are_found_without_reading_the_others(tmp_path: Path) -> None:
+    asked: list[tuple[str, tuple[object, ...]]] = []
+    with PoolStore.open(f"sqlite:///{tmp_path / 'pool.db'}") as store:
+        store.create_pool("main")
+        sa.event.listen(
+            store.database.engine, "before_cursor_execute", lambda *call: asked.append(call[2:4])
+        )
+        assert store.held("main") == 0 and store.list("main", held=True) == ([], None)
+        with store.database.read() as connection:
+            for statement, values in [call for call in asked if "held" in call[0]]:
+                plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values)
+                assert "ix_memories_held" in str(plan.all()), statement
+    assert len(asked) > 2
+
+
 def test_reopening_a_filled_pool_changes_nothing(url: str) -> None:
     ids = fill(url)
     for _ in range(2):
