@@ -101,6 +101,12 @@ def test_a_node_launches_its_own_processes_under_its_own_rank(
         ("rm $result", 1),
         ('rm $result; echo \'{"status": "trained"}\' > $result', 0),
         ('rm $result; echo \'{"status": "empty"}\' > $result', 66),
+        # The launcher is gone, and its rank has not ended yet.
+        (
+            "rm $result; exec 9> $lock; flock 9; "
+            '(sleep 2; echo \'{"status": "empty"}\' > $result) & exit 143',
+            66,
+        ),
     ],
 )
 def test_an_earlier_result_is_kept_and_never_taken_for_ones_own(
@@ -111,7 +117,9 @@ def test_an_earlier_result_is_kept_and_never_taken_for_ones_own(
     kept.write_text('{"status": "trained"}\n')
     shutil.copy2(kept, result)
     srun = tmp_path / "srun"
-    srun.write_text(f"#!/bin/bash\nresult={result} kept={kept}\n{training}\n")
+    srun.write_text(
+        f"#!/bin/bash\nresult={result} kept={kept} lock={result.parent}/training.lock\n{training}\n"
+    )
     srun.chmod(0o755)
     env |= {"SLURM_JOB_NAME": "train", "MEMSHARE_LOGS": str(tmp_path / "logs")}
     env |= {"SLURM_NNODES": "1", "MEMSHARE_PYTHON": sys.executable}
