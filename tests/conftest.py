@@ -1,10 +1,11 @@
-"""Both databases, and which tests share a server.
+"""Both databases, which tests share a server, and an environment without settings.
 
 A test that asks for ``url`` runs on SQLite, and on a real PostgreSQL server.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,10 @@ def database_url(kind: str, request: pytest.FixtureRequest, path: Path) -> str:
 @pytest.fixture(params=DATABASES)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return database_url(request.param, request, tmp_path / "pool.db")
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None in the environment."""
+    for name in [name for name in os.environ if name.upper().startswith("MEMSHARE_")]:
+        monkeypatch.delenv(name)

@@ -175,7 +175,7 @@ class ScoringQueue:
             extra = {"pool": pair.pool, "failure": where(error)}
             logger.warning("a pool's rubric can't be used", extra=extra)
             await self._put_off(job, began, False)
-        except Exception as error:  # a full memory may pass, a bug stays
+        except Exception as error:  # some pass, a bug stays
             extra = {"pool": pair.pool, "failure": where(error)}
             logger.error("a pair can't be decided", extra=extra)
             await self._put_off(job, began, True)

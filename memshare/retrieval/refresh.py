@@ -2,7 +2,7 @@
 
 A rejection publishes nothing. What came to the pools since the last publication would be encoded
 again at every start of a gateway, and by every round's mining and gate, for as long as encoders are
-rejected; and that is the rule once an encoder has learned what there is to learn.
+rejected; and that may be for good, once an encoder has learned what there is to learn.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def refresh(store: PoolStore, config: Config) -> int | None:
         return None
     log(f"published generation {fresh}: the encoder of {number}, with today's memories")
     try:
-        _retire(config, fresh)
+        _retire(config, number)
     except (GenerationError, OSError) as error:
         log(f"{name}: older indexes of this encoder could not be deleted: {error}")
     return fresh
@@ -88,14 +88,14 @@ def _same(config: Config, number: int) -> list[int]:
     return [other for other in numbers(home) if first_with(home, other) == first]
 
 
-def _retire(config: Config, fresh: int) -> None:
-    """Delete the generations of ``fresh``'s encoder before the one that was current until now.
+def _retire(config: Config, number: int) -> None:
+    """Delete the generations of ``number``'s encoder before it; it was current until now.
 
-    That one is in use: by readers, and by a round that trains its encoder further.
+    So it is in use: by readers, and by a round that trains its encoder further.
     """
     home = home_of(config.generations_dir, config.retriever.name)
     with locked(home):
-        before = read_manifest(home / folder_name(fresh)).parent or 0
-        for number in _same(config, fresh):
-            if number < before and number != read_current(home)[0]:
-                discard(home, number)
+        held, _ = read_current(home)
+        for older in _same(config, number):
+            if older < number and older != held:
+                discard(home, older)

@@ -1,7 +1,6 @@
 """One tree of settings: every mistake at once, and who wins over whom."""
 
 import inspect
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,20 +10,12 @@ from pydantic import BaseModel
 
 from memshare.config import Config, ConfigError, load_config, public
 from memshare.config.base import Section
+from tests.config_files import write
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.upper().startswith("MEMSHARE_")]:
-        monkeypatch.delenv(name)
-
-
-def write(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "config.yaml"
-    path.write_text(text)
-    return path
+pytestmark = pytest.mark.usefixtures("no_settings")
 
 
 def test_defaults_stand_alone() -> None:

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from memshare.config import ConfigError, load_config
+from tests.config_files import write
 
-
-@pytest.fixture(autouse=True)
-def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.upper().startswith("MEMSHARE_")]:
-        monkeypatch.delenv(name)
-
-
-def write(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "config.yaml"
-    path.write_text(text)
-    return path
+pytestmark = pytest.mark.usefixtures("no_settings")
 
 
 def test_lists_are_written_as_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
