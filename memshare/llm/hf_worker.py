@@ -99,9 +99,8 @@ class Worker:
                 results = answer([work[i] for i in batch])
             except Exception as error:  # the policy: who asked is told, the worker lives on
                 told = error
-                if isinstance(
-                    error, torch.OutOfMemoryError
-                ):  # who else has a part may give it back
+                # Who else has a part of the memory, such as a trainer, may give it back.
+                if isinstance(error, torch.OutOfMemoryError):
                     told = LLMUnavailable(f"{self._name} has no memory left: {error}")
                 for i in batch:
                     jobs[i].future.set_exception(told)
