@@ -1,4 +1,4 @@
-"""Small file-system helpers: atomic writes, hashing, and the lock on a run folder."""
+"""Small file-system helpers: atomic writes, hashing, SQLite's log, and the lock on a run folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +83,23 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in chunks."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_ahead(connection: sqlite3.Connection, seconds: float) -> None:
+    """Switch an SQLite file to a write-ahead log.
+
+    Of several processes that create one file, all but one wait for it, up to ``seconds``, which
+    SQLite's own waiting leaves out. Raises `sqlite3.OperationalError` after that.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 @contextmanager

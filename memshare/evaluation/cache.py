@@ -17,9 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from memshare.files import write_ahead
 from memshare.llm.base import LLM, Completion, LogLikelihood, Message
 from memshare.llm.inflight import InFlight
 
+_BUSY_SECONDS = 60.0
 VERSION = 1  # part of every key: raise it when what is kept under a key changes
 # The code around quoted text (`quoting`) is secret, so another one in every process; it says
 # nothing that the text between does not.
@@ -45,9 +47,9 @@ class ResultCache:
         self.hits = self.misses = 0
         self._lock = threading.Lock()
         self._db = sqlite3.connect(
-            path or ":memory:", timeout=60.0, isolation_level=None, check_same_thread=False
+            path or ":memory:", timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
-        self._db.execute("PRAGMA journal_mode=WAL")
+        write_ahead(self._db, _BUSY_SECONDS)
         # A crash of the machine may lose the last entries; they are made again.
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.execute(

@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from memshare.files import write_ahead
 from memshare.llm.base import LLM, LogLikelihood
 from memshare.llm.inflight import InFlight
 from memshare.llm.prompts import few_shot
 
+_BUSY_SECONDS = 60.0
 _VERSION = 1  # part of every key: raise it when the prompt around the texts changes
 
 
@@ -38,9 +40,9 @@ class LikelihoodCache:
         self.path = path
         self._lock = threading.Lock()
         self._db = sqlite3.connect(
-            path, timeout=60.0, isolation_level=None, check_same_thread=False
+            path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
-        self._db.execute("PRAGMA journal_mode=WAL")
+        write_ahead(self._db, _BUSY_SECONDS)
         # A crash of the machine may lose the last entries; they are measured again.
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.execute(

@@ -4,9 +4,12 @@ import hashlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from memshare.files import (
     file_system,
     run_lock,
     sha256_file,
+    write_ahead,
     write_atomic,
     write_json,
 )
@@ -168,3 +172,17 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
     data = os.urandom(3_000_000)
     (tmp_path / "blob").write_bytes(data)
     assert sha256_file(tmp_path / "blob") == hashlib.sha256(data).hexdigest()
+
+
+def test_who_finds_a_file_of_sqlites_just_being_made_waits(tmp_path: Path) -> None:
+    path = tmp_path / "new.db"
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as first:
+        first.execute("CREATE TABLE t (x)")
+        with closing(sqlite3.connect(path, isolation_level=None, timeout=60)) as second:
+            second.execute("SELECT * FROM t").fetchall()
+            first.execute("BEGIN IMMEDIATE")
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                write_ahead(second, 0.05)
+            threading.Timer(0.3, first.execute, ("COMMIT",)).start()
+            write_ahead(second, 60)
+            assert second.execute("PRAGMA journal_mode").fetchone() == ("wal",)
