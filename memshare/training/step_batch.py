@@ -64,11 +64,12 @@ class StepBatch:
 
     def measured(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Log-likelihoods (stop - start, m) of some queries, as `distillation_rows` wants them."""
-        table = torch.full((stop - start, self.docs), math.nan)
         low, high = np.searchsorted(self.logliks[:, 0], (start, stop))
-        found = torch.from_numpy(self.logliks[low:high])
+        found = torch.from_numpy(self.logliks[low:high]).to(device)
+        # Filled where it is used: nearly all of it is NaN, and it is as large as the similarities.
+        table = torch.full((stop - start, self.docs), math.nan, device=device)
         table[found[:, 0].long() - start, found[:, 1].long()] = found[:, 2].float()
-        return table.to(device)
+        return table
 
 
 def assemble(
