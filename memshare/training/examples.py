@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,9 +25,6 @@ from memshare.files import write_atomic, write_json
 from memshare.records import Candidate, Example
 from memshare.training.shard import ExamplesError as ExamplesError
 from memshare.training.shard import read_table
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 MARKER = "round.json"
 HELD_OUT = "held_out"
@@ -99,18 +96,14 @@ def shard_path(folder: Path, index: int) -> Path:
 
 def write_shard(path: Path, examples: Iterable[Example]) -> None:
     """Write one shard, atomically; equal examples give equal bytes."""
-    rows = [asdict(example) for example in examples]
-    _write_table(path, pa.Table.from_pylist(rows, schema=SCHEMA))
-
-
-def _write_table(path: Path, table: pa.Table) -> None:
+    table = pa.Table.from_pylist([asdict(example) for example in examples], schema=SCHEMA)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     write_atomic(path, buffer.getvalue())
 
 
 def to_example(row: Mapping[str, Any]) -> Example:
-    """One row of `load_examples` as a record."""
+    """One row of a shard as a record."""
     candidates = tuple(Candidate(**candidate) for candidate in row["candidates"])
     return Example(**{**row, "candidates": candidates})
 
@@ -154,21 +147,6 @@ def is_whole(folder: Path) -> bool:
 def _shards(folder: Path, count: int | None = None) -> list[Path]:
     count = int(read_marker(folder)["shards"]) if count is None else count
     return [shard_path(folder, index) for index in range(count)]
-
-
-def load_examples(folders: Sequence[Path]) -> Dataset:
-    """All rows of finished rounds, in the order given, as one in-memory data set.
-
-    Raises `ExamplesError` naming the folder that is unfinished or the shard that is damaged or
-    missing.
-    """
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-
-    tables = [read_table(path, SCHEMA) for folder in folders for path in _shards(folder)]
-    if not tables:
-        tables = [SCHEMA.empty_table()]
-    return Dataset(InMemoryTable(pa.concat_tables(tables)))
 
 
 def read_examples(folder: Path, shards: int | None = None) -> Iterator[Example]:

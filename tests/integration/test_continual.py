@@ -10,7 +10,7 @@ import pytest
 
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import current, generations, verify_generation
-from memshare.training.examples import load_examples, round_dir
+from memshare.training.examples import read_examples, read_training, round_dir
 from tests.continual_runs import DATA, Said, banking
 from tests.postgres import PostgresServer
 
@@ -66,7 +66,7 @@ def test_two_rounds_with_kills_in_every_step(make_run: Any) -> None:
     assert not any(memory.prompt in card for memory in run.store.iter("main"))
 
     # the second round: new memories, a deleted one erased, warm start from what serves
-    gone = load_examples([first])["query_id"][0]
+    gone = next(read_examples(first)).query_id
     run.store.delete(gone)
     run.store.append(banking(8, 16))
     child = run.start()
@@ -76,9 +76,9 @@ def test_two_rounds_with_kills_in_every_step(make_run: Any) -> None:
     assert second["outcome"] == "published" and second["number"] == 2
     assert second["encoder"] == str(root / name / "000001" / "encoder")
     assert second["spans"]["main"]["since"] == done["spans"]["main"]["until"]
-    mined = load_examples([first, round_dir(run.config.examples_dir, 2)])
-    assert gone not in mined["query_id"]
-    assert gone not in {item["id"] for row in mined["candidates"] for item in row}
+    mined = list(read_training([first, round_dir(run.config.examples_dir, 2)]))
+    assert gone not in {row.query_id for row in mined}
+    assert gone not in {item.id for row in mined for item in row.candidates}
     assert current(root, name) == 2
     assert generations(root, name)[-1].positions["main"] == run.store.last_seq("main")
     # the generation that served proposed, and earlier memories were mined again
@@ -131,14 +131,14 @@ def test_a_round_of_two_iterations_with_kills_in_the_second(make_run: Any) -> No
     assert [item["encoder"] for item in trained] == [str(run.folder / "tiny")] * 2
     assert done["results"]["index"]["encoder"] == str(home / "iteration-2" / "encoder")
     # a memory that is deleted leaves the examples of both
-    gone = load_examples([again])["query_id"][0]
+    gone = next(read_examples(again)).query_id
     run.store.delete(gone)
     run.store.append(banking(8, 16))
     child = run.start("--once", "--set", "mining.iterations=1")
     errors = child.communicate(timeout=150)[1]
     assert child.returncode == 0, errors
     for folder in (again.parent, again):
-        assert gone not in load_examples([folder])["query_id"]
+        assert gone not in {row.query_id for row in read_examples(folder)}
     assert run.rounds()[1]["warm"] == str(home / "iteration-2")
     said = (run.folder / "logs" / "round-000002-train.log").read_text()
     last = home / "iteration-2" / "checkpoints" / "step-00000004"

@@ -18,7 +18,6 @@ from memshare.training.examples import (
     SCHEMA,
     ExamplesError,
     held_out_dir,
-    load_examples,
     read_examples,
     read_shard,
     read_training,
@@ -29,6 +28,7 @@ from memshare.training.examples import (
     write_marker,
     write_shard,
 )
+from memshare.training.shard import read_table
 from tests.training_data import write_round
 
 
@@ -55,9 +55,7 @@ def test_round_trip(tmp_path: Path) -> None:
     rows = [example("a"), example("b", ()), example("c", ("x",))]
     folder = write_round(round_dir(tmp_path, 1), rows[:2], [], rows[2:])
     assert list(read_examples(folder)) == rows
-    data = load_examples([folder, folder])
-    assert data.features == datasets.Features.from_arrow_schema(SCHEMA)
-    assert [to_example(row) for row in data] == rows * 2
+    assert list(read_training([folder, folder])) == rows * 2
 
 
 def test_the_schema_is_what_datasets_makes_of_these_features() -> None:
@@ -117,7 +115,7 @@ def test_shards_of_earlier_versions_are_read(tmp_path: Path) -> None:
     write_marker(path.parent, {"shards": 2})
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(types.items()))),
                    shard_path(path.parent, 1))  # fmt: skip
-    assert len(load_examples([path.parent])) == 4
+    assert len(list(read_examples(path.parent))) == 4
 
 
 def test_equal_examples_give_equal_bytes(tmp_path: Path) -> None:
@@ -126,15 +124,14 @@ def test_equal_examples_give_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_no_folders_is_an_empty_data_set() -> None:
-    assert len(load_examples([])) == 0
-    assert load_examples([]).features == datasets.Features.from_arrow_schema(SCHEMA)
+def test_no_folders_have_no_examples() -> None:
+    assert list(read_training([])) == []
 
 
 def test_unfinished_round_is_refused(tmp_path: Path) -> None:
     write_shard(shard_path(tmp_path, 0), [example("a")])
     with pytest.raises(ExamplesError, match=r"no finished round.*train/mine\.py"):
-        load_examples([tmp_path])
+        list(read_examples(tmp_path))
     assert round_dirs(tmp_path.parent) == []
 
 
@@ -146,7 +143,7 @@ def test_missing_shard_is_named(tmp_path: Path, name: str, again: str) -> None:
     shard_path(folder, 1).unlink()
     told = rf"shard-00001\.parquet: there is no such file; put it back or {again}$"
     with pytest.raises(ExamplesError, match=told):
-        load_examples([folder])
+        list(read_examples(folder))
 
 
 def test_a_missing_shard_of_a_later_iteration_is_named_with_it(tmp_path: Path) -> None:
@@ -154,7 +151,7 @@ def test_a_missing_shard_of_a_later_iteration_is_named_with_it(tmp_path: Path) -
     shard_path(folder, 1).unlink()
     again = r"run train/mine\.py --round 000007 --iteration 2 --proposer FOLDER, with the encoder"
     with pytest.raises(ExamplesError, match=again):
-        load_examples([folder])
+        list(read_examples(folder))
 
 
 def _polars(kind: pa.DataType) -> pa.DataType:
@@ -181,7 +178,8 @@ def test_columns_in_another_order_and_of_other_types_are_read(tmp_path: Path) ->
     assert read_shard(path) == rows
     write_marker(write_round(tmp_path, rows), {"shards": 1})
     path.rename(shard_path(tmp_path, 0))
-    assert load_examples([tmp_path]).features == datasets.Features.from_arrow_schema(SCHEMA)
+    assert list(read_examples(tmp_path)) == rows
+    assert read_table(shard_path(tmp_path, 0), SCHEMA).schema.equals(SCHEMA, check_metadata=True)
 
 
 def test_columns_that_differ_are_listed(tmp_path: Path) -> None:
@@ -269,7 +267,7 @@ def test_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
     else:
         pq.write_table(pa.table({"x": [1]}), path)
     with pytest.raises(ExamplesError, match=r"shard-00001\.parquet"):
-        load_examples([folder])
+        list(read_examples(folder))
 
 
 def test_a_damaged_held_out_shard_names_its_round(tmp_path: Path) -> None:
@@ -309,4 +307,4 @@ def test_damaged_marker_is_named(tmp_path: Path) -> None:
     folder = write_round(tmp_path, [example("a")])
     (folder / "round.json").write_text("{}")
     with pytest.raises(ExamplesError, match=r"round\.json"):
-        load_examples([folder])
+        list(read_examples(folder))

@@ -16,7 +16,7 @@ from memshare.training import rounds as rounds_module
 from memshare.training.erasing import erase_deleted
 from memshare.training.examples import (
     held_out_dir,
-    load_examples,
+    read_examples,
     round_dir,
     shard_path,
     write_marker,
@@ -151,12 +151,12 @@ def test_what_is_deleted_or_held_leaves_the_examples(store: PoolStore, tmp_path:
     store.delete(ids[0])
     store.hold(ids[1])
     assert erase_deleted(store, tmp_path / "examples", ("one", "two")) == 1
-    assert load_examples([folder])["query_id"] == ids[2:]
+    assert [row.query_id for row in read_examples(folder)] == ids[2:]
     assert erase_deleted(store, tmp_path / "examples", ("one", "two")) == 0
     store.release(ids[1])
     store.delete(ids[2])
     assert erase_deleted(store, tmp_path / "examples", ("one", "two")) == 1
-    assert load_examples([folder])["query_id"] == ids[3:]
+    assert [row.query_id for row in read_examples(folder)] == ids[3:]
 
 
 def test_what_is_deleted_leaves_the_held_out_examples(store: PoolStore, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_what_is_deleted_leaves_the_held_out_examples(store: PoolStore, tmp_path
     assert not forget_stale_checkpoints(output, folder)
     store.delete(ids[1])
     assert erase_deleted(store, tmp_path / "examples", ("one", "two")) == 1
-    assert load_examples([held_out])["query_id"] == [ids[2]]
+    assert [row.query_id for row in read_examples(held_out)] == [ids[2]]
     assert ids[1].encode() not in shard_path(held_out, 0).read_bytes()
     assert forget_stale_checkpoints(output, folder)  # the best was chosen by it
     mined = last_mined(tmp_path / "examples", ["one"])
