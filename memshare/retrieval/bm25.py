@@ -7,17 +7,13 @@ repeats counts each time; one that no memory holds counts nothing.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from memshare.config import BM25Config
-from memshare.retrieval.text import memory_text, tokenize
-
-if TYPE_CHECKING:
-    from memshare.pool.store import PoolStore
+from memshare.retrieval.text import tokenize
 
 # The backends add terms in different orders; rounding the last bits away keeps equal scores equal,
 # so that ties fall to ids and not to rounding.
@@ -32,15 +28,8 @@ class BM25:
         self.config = config
         self._ids: list[str] = []  # ascending: the first of equal scores has the smallest id
         self._row: dict[str, int] = {}  # id -> row of _ids
-        self._fitted: tuple[str, ...] = ()
-        self._fit_rows = np.empty(0, dtype=np.int64)
         self._vocabulary: dict[str, int] = {}
         self._backend: Any = None
-
-    @property
-    def fitted(self) -> tuple[str, ...]:
-        """The ids, in the order given to `fit`."""
-        return self._fitted
 
     def fit(self, ids: Sequence[str], texts: Sequence[str]) -> BM25:
         """Index ``texts`` under ``ids``, replacing what was there; returns itself.
@@ -55,8 +44,6 @@ class BM25:
         if len(self._row) != len(ids):
             twice = next(a for a, b in zip(self._ids, self._ids[1:], strict=False) if a == b)
             raise ValueError(f"id {twice!r} is given twice")
-        self._fitted = tuple(ids)
-        self._fit_rows = np.fromiter((self._row[name] for name in ids), np.int64, len(ids))
         vocabulary: dict[str, int] = {}
         corpus = [
             [vocabulary.setdefault(token, len(vocabulary)) for token in tokenize(texts[i])]
@@ -86,15 +73,8 @@ class BM25:
         )
         return fast
 
-    def scores(self, query: str) -> np.ndarray:
-        """BM25+ score of each text for ``query``, (n_docs,) float64, in the order given to `fit`.
-
-        Scores are rounded to nine decimals.
-        """
-        return self._scores(query)[self._fit_rows]
-
     def _scores(self, query: str) -> np.ndarray:
-        """Scores by row, that is by ascending id."""
+        """BM25+ score of each text, (n_docs,) float64, by row, that is by ascending id."""
         known = [self._vocabulary[t] for t in tokenize(query) if t in self._vocabulary]
         if self._backend is None or not known:
             return np.zeros(len(self._ids))
@@ -144,32 +124,3 @@ def _best(scores: np.ndarray, n: int) -> np.ndarray:
     rows = rows[np.isfinite(scores[rows])]
     best: np.ndarray = rows[np.argsort(-scores[rows], kind="stable")]
     return best
-
-
-class PoolBM25:
-    """BM25 over one pool, rebuilt only when the pool has changed. Thread-safe."""
-
-    def __init__(self, store: PoolStore, pool: str, config: BM25Config) -> None:
-        """Builds nothing yet."""
-        self._store = store
-        self._pool = pool
-        self._config = config
-        self._lock = threading.Lock()
-        self._position: int | None = None
-        self._index = BM25(config)
-
-    def index(self) -> BM25:
-        """The index of the pool's memories (held and deleted ones left out) as they are now."""
-        with self._lock:
-            # Read before the memories: what changes meanwhile is seen by the next call.
-            position = self._store.last_seq(self._pool)
-            if position != self._position:
-                ids: list[str] = []
-                texts: list[str] = []
-                for memory in self._store.iter(self._pool):
-                    ids.append(memory.id)
-                    texts.append(memory_text(memory.prompt, memory.answer))
-                # A new object, so that a caller's index never changes under its hands.
-                self._index = BM25(self._config).fit(ids, texts)
-                self._position = position
-            return self._index

@@ -14,7 +14,7 @@ from memshare.metrics.ir import mean_metrics
 from memshare.pool.store import PoolStore
 from memshare.progress import log, track
 from memshare.records import Memory, normalise
-from memshare.retrieval.bm25 import PoolBM25
+from memshare.retrieval.bm25 import BM25
 from memshare.retrieval.build import Built
 from memshare.retrieval.canaries import judge_canaries, read_canaries
 from memshare.retrieval.encoder import Encoder
@@ -221,7 +221,8 @@ def _search_bm25(
         by_pool[query.pool].append(query)
     runs = {}
     for pool, members in by_pool.items():
-        index = PoolBM25(store, pool, config.bm25).index()
+        texts = {item.id: memory_text(item.prompt, item.answer) for item in store.iter(pool)}
+        index = BM25(config.bm25).fit(list(texts), list(texts.values()))
         found = index.top(
             [query.prompt for query in members], depth, [copies[query.id] for query in members]
         )

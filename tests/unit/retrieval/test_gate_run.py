@@ -10,11 +10,12 @@ import pytest
 from memshare.config import Config, GateConfig
 from memshare.pool.store import PoolStore
 from memshare.records import Memory
-from memshare.retrieval.bm25 import PoolBM25
+from memshare.retrieval.bm25 import BM25
 from memshare.retrieval.build import build_generation
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.gate import GateResult
 from memshare.retrieval.gate_run import Relevance, gate_built
+from memshare.retrieval.text import memory_text
 from tests.retrieving import fill, publish_now
 
 
@@ -57,7 +58,8 @@ def test_what_bm25_finds_is_judged_too_and_no_more_of_each_than_asked_for(
         return all_alike(query, candidates)
 
     gate(store, config, encoders[0], memories[:5], remember, depth=3)
-    index = PoolBM25(store, "p", config.bm25).index()
+    texts = [memory_text(memory.prompt, memory.answer) for memory in memories]
+    index = BM25(config.bm25).fit([memory.id for memory in memories], texts)
     for query in memories[:5]:
         (found,) = index.top([query.prompt], 3, [{query.id}])
         assert {memory_id for memory_id, _ in found} <= judged[query.id]
