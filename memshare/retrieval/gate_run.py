@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,7 +34,7 @@ _BLOCK = 64  # questions searched at a time
 
 # Gains of candidates for one query's answer: nats per token over no example, or 1 / 0 by labels.
 Gains = Sequence[float]
-Relevance = Callable[[Memory, Sequence[Memory]], Gains | Awaitable[Gains]]
+Relevance = Callable[[Memory, Sequence[Memory]], Awaitable[Gains]]
 
 
 def run_gate(
@@ -51,8 +50,8 @@ def run_gate(
 
     Each `Serving` must be caught up, so that all search the same memories. At most
     ``gate.max_queries`` of ``queries`` (held-out memories) are used. A question is never answered
-    with itself or a copy of it. ``relevance`` gives the gain of each candidate; where it is a
-    coroutine function, all queries are judged concurrently in an event loop of this call's own.
+    with itself or a copy of it. ``relevance`` gives the gain of each candidate; all queries are
+    judged concurrently, in an event loop of this call's own.
     Where ``gate.canaries`` names some, they must be found as well as before, too. Raises
     `CanaryError` where the file can't be used.
     """
@@ -238,27 +237,16 @@ def _gains(
     relevance: Relevance,
 ) -> dict[str, dict[str, float]]:
     """Query id -> memory id -> gain, over the union of what the runs return."""
-    waiting: list[Awaitable[Gains]] = []
-    names: list[tuple[str, list[str]]] = []
-    results: list[Gains] = []
+    candidates: list[list[Memory]] = []
     for query in track(queries, "gate: judging"):
         union = sorted({id for run in runs.values() for id in run[query.id]})
         living = store.get_many(union)
-        candidates = [living[id] for id in union if id in living and not living[id].held]
-        names.append((query.id, [memory.id for memory in candidates]))
-        found = relevance(query, candidates)
-        if inspect.isawaitable(found):
-            waiting.append(found)
-        else:
-            assert not inspect.isawaitable(found)
-            results.append(found)
-    if waiting:
-        results = asyncio.run(_gather(waiting))
+        candidates.append([living[id] for id in union if id in living and not living[id].held])
+
+    async def judged() -> list[Gains]:
+        return await asyncio.gather(*map(relevance, queries, candidates))
+
     return {
-        query: dict(zip(ids, map(float, gains), strict=True))
-        for (query, ids), gains in zip(names, results, strict=True)
+        query.id: {memory.id: float(gain) for memory, gain in zip(found, gains, strict=True)}
+        for query, found, gains in zip(queries, candidates, asyncio.run(judged()), strict=True)
     }
-
-
-async def _gather(waiting: Sequence[Awaitable[Gains]]) -> list[Gains]:
-    return list(await asyncio.gather(*waiting))

@@ -19,7 +19,7 @@ from memshare.retrieval.text import memory_text
 from tests.retrieving import fill, publish_now
 
 
-def all_alike(query: Memory, candidates: Sequence[Memory]) -> list[float]:
+async def all_alike(query: Memory, candidates: Sequence[Memory]) -> list[float]:
     return [0.4] * len(candidates)
 
 
@@ -53,9 +53,9 @@ def test_what_bm25_finds_is_judged_too_and_no_more_of_each_than_asked_for(
     memories = fill(store, "p", 60)
     judged: dict[str, set[str]] = {}
 
-    def remember(query: Memory, candidates: Sequence[Memory]) -> list[float]:
+    async def remember(query: Memory, candidates: Sequence[Memory]) -> list[float]:
         judged[query.id] = {memory.id for memory in candidates}
-        return all_alike(query, candidates)
+        return await all_alike(query, candidates)
 
     gate(store, config, encoders[0], memories[:5], remember, depth=3)
     texts = [memory_text(memory.prompt, memory.answer) for memory in memories]
@@ -69,7 +69,7 @@ def test_what_bm25_finds_is_judged_too_and_no_more_of_each_than_asked_for(
 def test_the_configured_encoder_may_be_the_best_so_far(
     store: PoolStore, config: Config, encoders: list[Encoder]
 ) -> None:
-    def same_agent(query: Memory, candidates: Sequence[Memory]) -> list[float]:
+    async def same_agent(query: Memory, candidates: Sequence[Memory]) -> list[float]:
         return [float(memory.agent == query.agent) for memory in candidates]
 
     memories = fill(store, "p", 12)
