@@ -28,7 +28,7 @@ class BertScorer:
     comparable between runs with equal ``name`` and ``layer``, so reports carry both.
     """
 
-    def __init__(self, model: str, *, batch_size: int = 64, device: str | None = None) -> None:
+    def __init__(self, model: str) -> None:
         from bert_score import BERTScorer
         from bert_score.utils import model2layers
         from transformers import AutoConfig
@@ -38,14 +38,9 @@ class BertScorer:
         self.layer: int = (
             tuned.get(self.name) or AutoConfig.from_pretrained(model).num_hidden_layers
         )
-        self._batch_size = batch_size
         with using_transformers():
             self._scorer = BERTScorer(
-                model_type=model,
-                num_layers=self.layer,
-                batch_size=batch_size,
-                device=device,
-                use_fast_tokenizer=True,
+                model_type=model, num_layers=self.layer, use_fast_tokenizer=True
             )
         # A tokenizer that states no limit would let a long text overrun the position table.
         tokenizer, positions = self._scorer._tokenizer, self._scorer._model.config
@@ -63,9 +58,7 @@ class BertScorer:
         scores = [_NOTHING] * len(candidates)
         if filled:
             columns = self._scorer.score(
-                [candidates[i] for i in filled],
-                [references[i] for i in filled],
-                batch_size=self._batch_size,
+                [candidates[i] for i in filled], [references[i] for i in filled]
             )
             for i, precision, recall, f1 in zip(
                 filled, *(c.tolist() for c in columns), strict=True

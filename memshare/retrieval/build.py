@@ -45,13 +45,9 @@ class Built:
 
 
 def build_generation(
-    store: PoolStore,
-    config: Config,
-    encoder: Encoder,
-    pools: Sequence[str] | None = None,
-    peers: Peers | None = None,
+    store: PoolStore, config: Config, encoder: Encoder, peers: Peers | None = None
 ) -> Built:
-    """The living, not held memories of ``pools`` (None: those that the retriever serves), encoded.
+    """The living, not held memories of the pools that the retriever serves, encoded.
 
     Vectors that the current generation has already are copied from it, if its memory tower is this
     encoder's. Streamed from the store. Each pool is read up to its position now; what is added or
@@ -70,7 +66,7 @@ def build_generation(
         divided = peers if peers is not None and peers.size > 1 and generation is None else None
         if peers is not None:
             engage(peers, None if divided is None else fingerprint)
-        for pool in config.served_pools if pools is None else pools:
+        for pool in config.served_pools:
             start, position = len(ids), store.last_seq(pool)
             rows = _alone(store, vectors, pool, position)
             if divided is not None:

@@ -93,9 +93,7 @@ def cut_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 class Encoder:
     """A text encoder with its tokenizer and settings. Not thread-safe: one thread owns it."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, settings: Settings, device: str, batch_tokens: int = 8192
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, settings: Settings, device: str) -> None:
         """Use `load` or `from_folder`.
 
         ``model`` is a transformers model in float32, or a ``ModuleDict`` of two by `Side`.
@@ -107,8 +105,7 @@ class Encoder:
         self.query_prefix = settings.query_prefix
         self.memory_prefix = settings.memory_prefix
         self.max_length = settings.max_length
-        self.batch_tokens = batch_tokens
-        self.bf16 = False  # while encoding, by autocast
+        self.compute_as(EncoderConfig())
         self.dim = int(self.tower("query").config.hidden_size)
 
     @classmethod
@@ -125,14 +122,12 @@ class Encoder:
         )
         explicit = {name: chosen[name] for name in config.model_fields_set if name in chosen}
         settings = Settings(**{**chosen, **stored_settings(folder), **explicit})
-        encoder = cls._open(folder, settings, config.device, config.batch_tokens)
+        encoder = cls._open(folder, settings, config.device)
         encoder.compute_as(config)
         return encoder
 
     @classmethod
-    def from_folder(
-        cls, path: str | Path, device: str = "auto", batch_tokens: int = 8192
-    ) -> Encoder:
+    def from_folder(cls, path: str | Path, device: str = "auto") -> Encoder:
         """An encoder as its folder describes it: pooling, prefixes (prompts) and max_length.
 
         A plain transformers folder gets mean pooling, no prefixes, 256 tokens. Raises
@@ -141,11 +136,10 @@ class Encoder:
         folder = Path(path)
         if not folder.is_dir():
             raise EncoderError(f"{folder}: no such encoder folder")
-        stored = stored_settings(folder)
-        return cls._open(folder, Settings(**stored), device, batch_tokens)
+        return cls._open(folder, Settings(**stored_settings(folder)), device)
 
     @classmethod
-    def _open(cls, folder: Path, settings: Settings, device: str, batch_tokens: int) -> Encoder:
+    def _open(cls, folder: Path, settings: Settings, device: str) -> Encoder:
         towers = tower_folders(folder)
         parts = [encoder_folder.load_parts(path, settings) for path in towers]
         model, tokenizer, limit = parts[0]
@@ -157,7 +151,7 @@ class Encoder:
             if sizes[0] != sizes[1]:
                 raise EncoderError(f"{folder}: its towers' vectors differ in size: {sizes}")
             model = nn.ModuleDict({"query": model, "memory": other[0]})
-        encoder = cls(model, tokenizer, settings.capped(limit), device, batch_tokens)
+        encoder = cls(model, tokenizer, settings.capped(limit), device)
         try:
             for side in SIDES if encoder.two_towers else SIDES[:1]:
                 encoder.encode(["probe"], side=side)
@@ -187,7 +181,7 @@ class Encoder:
     def compute_as(self, config: EncoderConfig) -> None:
         """Encode in the batches and the precision that ``config`` says, from the next one on."""
         self.batch_tokens = config.batch_tokens
-        self.bf16 = config.precision == "bf16"
+        self.bf16 = config.precision == "bf16"  # by autocast
 
     def move(self, device: str) -> None:
         """To another device, from the next batch on."""

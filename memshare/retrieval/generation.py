@@ -102,13 +102,13 @@ def best(root: Path, retriever: str) -> int | None:
     return manifests[-1].best if manifests else None
 
 
-def verify_generation(root: Path, retriever: str, number: int, *, fresh: bool = True) -> Manifest:
+def verify_generation(root: Path, retriever: str, number: int) -> Manifest:
     """Read and check every byte of a generation; raises `DamagedGeneration` or `NoGeneration`."""
     home = home_of(root, retriever)
     lease = Lease(home, number)
     try:
         manifest = read_manifest(home / folder_name(number))
-        verify(home / folder_name(number), manifest, fresh=fresh)
+        verify(home / folder_name(number), manifest, fresh=True)
         return manifest
     finally:
         lease.release()

@@ -93,7 +93,7 @@ def together(store: PoolStore, config: Config, folders: list[Path]) -> tuple[Bui
         ]
         for other in others:  # an error of theirs is not to leave the main one waiting
             other.add_done_callback(lambda f: group.barrier.abort() if f.exception() else None)
-        main = threads.submit(build_generation, store, config, models[0], None, peers[0])
+        main = threads.submit(build_generation, store, config, models[0], peers[0])
         for other in others:
             other.result(30)
         return main.result(30), group
