@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from memshare.config import AgentConfig
 from memshare.llm.base import LLM, Completion, Message
@@ -52,19 +51,14 @@ class Agent:
         return messages, [memory.id for memory in memories[:kept]]
 
     async def answer(
-        self,
-        question: str,
-        memories: Sequence[Memory],
-        seed: int | None = None,
-        extra: Mapping[str, Any] | None = None,
+        self, question: str, memories: Sequence[Memory], seed: int | None = None
     ) -> AgentAnswer:
-        """Answer ``question`` with ``memories`` (best first) shown; ``extra`` passes through."""
+        """Answer ``question`` with ``memories`` (best first) shown."""
         messages, used = await self.prompt(question, memories)
         completion = await self.llm.chat(
             messages,
             max_tokens=self.config.max_tokens,
             temperature=self.config.temperature,
             seed=seed,
-            extra=extra,
         )
         return AgentAnswer(completion, used)

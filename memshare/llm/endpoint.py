@@ -32,7 +32,7 @@ class EndpointBackend:
     broken in every text that goes out; those that no one but its own tokenizer knows are not.
     """
 
-    def __init__(self, model: str, config: LLMConfig, backoff_seconds: float = 0.5) -> None:
+    def __init__(self, model: str, config: LLMConfig) -> None:
         self.config = config
         self._name = model
         self._http = Transport(
@@ -42,7 +42,6 @@ class EndpointBackend:
             retries=config.retries,
             concurrency=config.max_concurrency,
             api_key=os.environ.get(config.api_key_env),
-            backoff=backoff_seconds,
         )
         self.model = f"{model}@{urlsplit(config.urls[0]).netloc}"
 

@@ -7,12 +7,10 @@ depends on how well the LLM judges itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from memshare.llm.base import LLM, Message
 from memshare.llm.labels import expected_fraction
 from memshare.llm.quoting import quote, warning
-from memshare.llm.structured import read_integers
 
 _TASK = (
     "You judge worked examples. Given a question, its correct answer, and one example (another "
@@ -22,41 +20,28 @@ _TASK = (
 
 
 class Prompted:
-    """Asks ``llm`` for the probability, by digit labels (nothing is generated) or a JSON number."""
+    """Asks ``llm`` for the probability, by digit labels: nothing is generated."""
 
-    def __init__(self, llm: LLM, grading: Literal["labels", "structured"] = "labels") -> None:
+    def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self.grading = grading
 
     async def score(
         self, query_prompt: str, answer: str, shots: Sequence[tuple[str, str]] = ()
-    ) -> float | None:
-        """Probability (0..1) that ``shots`` (best first) help to produce ``answer``.
-
-        None if the LLM's reply can't be read.
-        """
+    ) -> float:
+        """Probability (0..1) that ``shots`` (best first) help to produce ``answer``."""
         await self.llm.ready()
-        if self.grading == "labels":
-            form = "Reply with one digit: 0 for impossible, 9 for certain."
-            return await expected_fraction(
-                self.llm, self._messages(query_prompt, answer, shots, form)
-            )
-        form = 'Reply with JSON only: {"probability": an integer from 0 to 100}.'
-        fields = {"probability": 100}
-        values = await read_integers(
-            self.llm, self._messages(query_prompt, answer, shots, form), fields, max_tokens=32
-        )
-        return values["probability"] / 100 if isinstance(values, dict) else None
+        return await expected_fraction(self.llm, self._messages(query_prompt, answer, shots))
 
     @staticmethod
     def _messages(
-        query_prompt: str, answer: str, shots: Sequence[tuple[str, str]], form: str
+        query_prompt: str, answer: str, shots: Sequence[tuple[str, str]]
     ) -> list[Message]:
         data = {"question": query_prompt, "correct answer": answer}
         for number, (prompt, reply) in enumerate(shots, 1):
             data[f"example {number} question"] = prompt
             data[f"example {number} answer"] = reply
         code, block = quote(data)
+        form = "Reply with one digit: 0 for impossible, 9 for certain."
         return [
             {"role": "system", "content": f"{_TASK}\n\n{warning(code)}"},
             {"role": "user", "content": f"{block}\n\n{form}"},

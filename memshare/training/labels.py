@@ -113,7 +113,6 @@ async def open_labeller(
                 measure, _ = _limited(_likelihood(likelihood), config.scorer_llm)
                 yield Labeller(scorer.model, measure, True, lambda: likelihood.measured)
             elif labels == "prompted":
-                # Asked by digits, not for JSON: that works with every backend.
                 measure, calls = _limited(_prompted(Prompted(scorer)), config.scorer_llm)
                 yield Labeller(scorer.model, measure, False, calls)
             else:
@@ -171,7 +170,7 @@ def _prompted(prompted: Prompted) -> Measure:
         assert candidate is not None
         shots = [(candidate.prompt, candidate.answer)]
         probability = await prompted.score(query.prompt, query.answer, shots)
-        return None if probability is None else math.log(max(probability, 1e-6))
+        return math.log(max(probability, 1e-6))
 
     return measure
 

@@ -174,7 +174,4 @@ def test_another_file_may_grow_meanwhile(tmp_path: Path) -> None:
 
 def test_prompted_reads_a_probability(backend: TransformersBackend) -> None:
     value = asyncio.run(Prompted(backend).score("why", "because", [("q", "a")]))
-    assert value is not None and 0.0 <= value <= 1.0
-    # A random model writes no JSON, and this backend can't force it to: unreadable, not a number.
-    structured = Prompted(backend, grading="structured")
-    assert asyncio.run(structured.score("why", "because", [("q", "a")])) is None
+    assert 0.0 <= value <= 1.0

@@ -102,13 +102,14 @@ def test_prompted_is_the_log_of_what_the_scorer_states(
         def __init__(self, *_: Any) -> None:
             pass
 
-        async def score(self, *what: Any) -> float | None:
+        async def score(self, *what: Any) -> float:
             asked.append(what)
-            return {"two words": 0.25, "long": 0.0}.get(what[2][0][1])
+            return {"two words": 0.25, "long": 0.0}.get(what[2][0][1], 0.5)
 
     monkeypatch.setattr(labels, "Prompted", Stated)
     query, *others = store.iter("main")
     baseline, worth = measured("prompted", store, query, *others)
     assert not baseline
-    assert worth == [math.log(0.25), pytest.approx(math.log(1e-6)), None, None]
+    half = math.log(0.5)
+    assert worth == [math.log(0.25), pytest.approx(math.log(1e-6)), half, half]
     assert asked[0] == ("q0", "own", [("q1", "two words")])
