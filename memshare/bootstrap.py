@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +22,7 @@ from memshare.pool.validate import check_text
 from memshare.progress import log, track
 from memshare.records import Memory, normalise
 from memshare.sharing import Pair, SharedMemory
-from memshare.training.split import grams
+from memshare.training.split import Similar, grams
 
 AGENT = "bootstrap"
 _EXAMPLES = 4
@@ -66,11 +65,10 @@ class QuestionFilter:
         self._max_chars = max_chars
         self._seeds = set[str]()
         self._written = set[str]()
-        self._grams: list[frozenset[int]] = []
-        self._places: dict[int, list[int]] = {}
+        self._similar = Similar()
         for seed in seeds:
             self._seeds.add(normalise(seed))
-            self._remember(seed)
+            self._similar.add(grams(seed))
 
     def reject(self, question: str) -> str | None:
         """Why ``question`` is no good; None lets it through, and remembers it."""
@@ -85,25 +83,12 @@ class QuestionFilter:
             return SEED_COPY
         if key in self._written:
             return REPEATED
-        if self._near(question):
+        own = grams(question)
+        if self._similar.near(own, self._config.near_duplicate):
             return NEAR_DUPLICATE
         self._written.add(key)
-        self._remember(question)
+        self._similar.add(own)
         return None
-
-    def _remember(self, question: str) -> None:
-        own = frozenset(grams(question))
-        for gram in own:
-            self._places.setdefault(gram, []).append(len(self._grams))
-        self._grams.append(own)
-
-    def _near(self, question: str) -> bool:
-        own = frozenset(grams(question))
-        shared = Counter(place for gram in own for place in self._places.get(gram, ()))
-        return any(
-            common / (len(own) + len(self._grams[place]) - common) >= self._config.near_duplicate
-            for place, common in shared.items()
-        )
 
 
 @dataclass

@@ -14,43 +14,25 @@ from dataclasses import dataclass, replace
 
 from memshare.evaluation.data import Domain, Pair
 from memshare.records import normalise
-from memshare.retrieval.text import tokenize
+from memshare.training.split import Similar, grams
 
 NEAR_DUPLICATE = 0.8
-Shingles = frozenset[tuple[str, ...]]
-
-
-def shingles(text: str) -> Shingles:
-    """The set of word 3-grams; a shorter text is one shingle."""
-    words = tokenize(text)
-    if len(words) < 3:
-        return frozenset({tuple(words)})
-    return frozenset(zip(words, words[1:], words[2:], strict=False))
-
-
-def jaccard(a: Shingles, b: Shingles) -> float:
-    """Shared over all."""
-    return len(a & b) / len(a | b)
 
 
 class _Seen:
-    """Texts to compare with, by exact form and by shingle."""
+    """Texts to compare with, by exact form and by word 3-grams."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._exact = {normalise(text) for text in texts}
-        self._sets = [shingles(text) for text in self._exact]
-        self._by_shingle: dict[tuple[str, ...], list[int]] = {}
-        for number, found in enumerate(self._sets):
-            for shingle in found:
-                self._by_shingle.setdefault(shingle, []).append(number)
+        self._similar = Similar()
+        for text in self._exact:
+            self._similar.add(grams(text))
 
     def exact(self, text: str) -> bool:
         return normalise(text) in self._exact
 
     def near(self, text: str) -> bool:
-        own = shingles(text)
-        rivals = {number for shingle in own for number in self._by_shingle.get(shingle, ())}
-        return any(jaccard(own, self._sets[number]) >= NEAR_DUPLICATE for number in rivals)
+        return self._similar.near(grams(text), NEAR_DUPLICATE)
 
 
 @dataclass(frozen=True)

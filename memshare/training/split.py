@@ -71,28 +71,35 @@ def jaccard(left: Iterable[int], right: Iterable[int]) -> float:
     return len(a & b) / len(a | b)
 
 
-class _Side:
-    """Prompts of one fate, found by their rarest grams."""
+class Similar:
+    """Sets of `grams`, and whether one of them is similar to another."""
 
     def __init__(self) -> None:
-        self.sets: list[array[int]] = []
-        self.postings: dict[int, list[int]] = defaultdict(list)
+        """Empty."""
+        self._sets: list[array[int]] = []
+        self._postings: dict[int, list[int]] = defaultdict(list)
 
-    def add(self, gram_set: array[int], prefix: Iterable[int]) -> None:
-        for gram in prefix:
-            self.postings[gram].append(len(self.sets))
-        self.sets.append(gram_set)
+    def add(self, gram_set: array[int], prefix: Iterable[int] | None = None) -> None:
+        """Add a set; ``prefix``: those of its grams that it is found by (None: all)."""
+        for gram in gram_set if prefix is None else prefix:
+            self._postings[gram].append(len(self._sets))
+        self._sets.append(gram_set)
 
-    def near(self, gram_set: array[int], prefix: Iterable[int], threshold: float) -> bool:
-        """Whether some set here is at least ``threshold`` similar."""
+    def near(
+        self, gram_set: array[int], threshold: float, prefix: Iterable[int] | None = None
+    ) -> bool:
+        """Whether some set here is at least ``threshold`` similar, and shares a gram.
+
+        ``prefix``: those of the grams that it is looked for by (None: all).
+        """
         own, size, seen = set(gram_set), len(gram_set), set[int]()
         shortest, longest = size * threshold - _EPSILON, size / max(threshold, _EPSILON) + _EPSILON
-        for gram in prefix:
-            for row in self.postings.get(gram, ()):
+        for gram in gram_set if prefix is None else prefix:
+            for row in self._postings.get(gram, ()):
                 if row in seen:
                     continue
                 seen.add(row)
-                other = self.sets[row]
+                other = self._sets[row]
                 if shortest <= len(other) <= longest:
                     common = len(own.intersection(other))
                     if common + _EPSILON >= threshold * (size + len(other) - common):
@@ -120,7 +127,7 @@ def assign(
         for memory in memories
     ]
     frequency = Counter(gram for _, gram_set, _ in rows for gram in gram_set)
-    sides = {side: _Side() for side in _SIDES}
+    sides = {side: Similar() for side in _SIDES}
     decided: dict[bytes, Fate] = {}  # by gram set: equal prompts need no search
     indexed: set[tuple[bytes, Fate]] = set()
     fates: dict[str, Fate] = {}
@@ -132,7 +139,7 @@ def assign(
             keep = len(gram_set) - math.ceil(config.near_duplicate * len(gram_set) - _EPSILON) + 1
             prefix = sorted(gram_set, key=lambda gram: (frequency[gram], gram))[: max(keep, 1)]
             if fate is None:
-                near = [s for s in _SIDES if sides[s].near(gram_set, prefix, config.near_duplicate)]
+                near = [s for s in _SIDES if sides[s].near(gram_set, config.near_duplicate, prefix)]
                 fate = own_fate if not near else near[0] if len(near) == 1 else "none"
             if fate != "none":
                 sides[fate].add(gram_set, prefix)
