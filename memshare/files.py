@@ -42,6 +42,12 @@ def fsync_dir(folder: Path) -> None:
         os.close(fd)
 
 
+def fsync_tree(folder: Path) -> None:
+    """Make ``folder`` and everything in it durable."""
+    for path in (*folder.rglob("*"), folder):
+        fsync_dir(path)  # which does the same for a file
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write ``path`` so that readers and crashes see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memshare.config import IndexConfig
-from memshare.files import fsync_dir, write_atomic, write_json
+from memshare.files import fsync_tree, write_atomic, write_json
 from memshare.progress import log
 from memshare.retrieval.approximate import build_index, recall_at_10
 from memshare.retrieval.card import CARD, model_card
@@ -84,11 +84,8 @@ def write_files(
         manifest = replace(manifest, recall_at_10=parent.recall_at_10)
     _check_recall(manifest.recall_at_10, settings.recall_floor)
     write_atomic(folder / _CARD_FILE, model_card(encoder, metrics, manifest))
-    for path in [item for item in folder.rglob("*") if item.is_file()]:
-        _fsync(path)
     write_json(folder / "metrics.json", dict(metrics))
-    for path in [item for item in folder.rglob("*") if item.is_dir()]:
-        fsync_dir(path)
+    fsync_tree(folder)
     return manifest
 
 
@@ -194,11 +191,3 @@ def index_bytes(shape: tuple[int, ...], settings: IndexConfig) -> int:
 def weight_bytes(encoder: Encoder) -> int:
     """Size of the encoder's weights on disk."""
     return sum(int(item.numel() * item.element_size()) for item in encoder.model.parameters())
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -10,7 +10,6 @@ is then renamed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from memshare.files import fsync_dir, sha256_file, write_json
+from memshare.files import fsync_dir, fsync_tree, sha256_file, write_json
 from memshare.progress import log
 from memshare.training.optimizer import like, load_state_tensors, state_tensors
 from memshare.training.outcome import Refused
@@ -163,9 +162,7 @@ def save(
         save_file(moments, temporary / "optimizer.safetensors")
         if best:
             save_file(dict(best), temporary / _BEST)
-        for path in temporary.iterdir():
-            with open(path, "rb+") as handle:
-                os.fsync(handle.fileno())
+        fsync_tree(temporary)
         write_json(temporary / "state.json", asdict(state))
         manifest = {
             path.name: {"sha256": sha256_file(path), "size": path.stat().st_size}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memshare.files import disk_full, fsync_dir
+from memshare.files import disk_full, fsync_dir, fsync_tree
 from memshare.retrieval.card import CARD, model_card
 from memshare.retrieval.encoder import Encoder, EncoderError
 from memshare.training.lora import merge_adapters
@@ -28,7 +27,7 @@ def export(encoder: Encoder, folder: Path, metrics: Mapping[str, Any]) -> None:
     try:
         encoder.save(temporary)
         (temporary / CARD).write_text(model_card(encoder, metrics), encoding="utf-8")
-        _fsync(temporary)
+        fsync_tree(temporary)  # a crash must not leave a part of what the result calls whole
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
@@ -44,14 +43,3 @@ def export(encoder: Encoder, folder: Path, metrics: Mapping[str, Any]) -> None:
             "intact. Free some space and run the same command again"
         ) from error
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(folder: Path) -> None:
-    """Everything in ``folder``: a crash must not leave a part of what the result calls whole."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            fsync_dir(path)
-        else:
-            with open(path, "rb+") as handle:
-                os.fsync(handle.fileno())
-    fsync_dir(folder)

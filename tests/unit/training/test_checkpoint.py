@@ -125,7 +125,7 @@ def test_a_damaged_one_is_refused_and_the_one_before_used(
     assert checkpoint.latest_intact(tmp_path) is None
 
 
-OPERATIONS = 10  # durable ones, of a save into a folder that has one already
+OPERATIONS = 11  # durable ones, of a save into a folder that has one already
 
 
 @pytest.mark.parametrize("at", range(1, OPERATIONS + 2))
