@@ -64,8 +64,8 @@ def _filled(value: Any, default: Any) -> Any:
 
 def find(
     root: Path, settings: Mapping[str, Any], *, must: bool, allow_change: bool
-) -> tuple[Path, TrainState] | None:
-    """The checkpoint to continue from, and its state with ``settings`` as they are now.
+) -> tuple[Path, TrainState, list[str]] | None:
+    """The checkpoint to continue from, its state with ``settings`` as they are now, what changed.
 
     None where there is none, unless it ``must`` be. Raises `CheckpointError`; `NotContinued` names
     every setting that changed since, unless told to ``allow_change`` or if they are all `MEMORY`.
@@ -84,7 +84,8 @@ def find(
         )
     # What was best by other held-out examples says nothing by these.
     same = state.settings.get("held_out") == settings.get("held_out")
-    return folder, replace(state, settings=dict(settings), best=state.best if same else None)
+    now = replace(state, settings=dict(settings), best=state.best if same else None)
+    return folder, now, changed
 
 
 def resume(
@@ -126,7 +127,7 @@ def resume(
     world.check_same(f"{found and found[0]} {past}", "checkpoints")
     state, best = start, dict[str, Tensor]()
     if found:
-        folder, state = found
+        folder, state, changed = found
         restore(folder, model, optimizer)
         best = best_weights(folder, state) if world.main else {}
     elif past:
@@ -139,7 +140,6 @@ def resume(
         world.divided.follow(optimizer)  # from here on, weights are whole between two steps
     if world.main:
         if found:
-            changed = changed_settings(read_state(folder).settings, state.settings)
             told = f"continuing from {folder}: {state.step} steps are done"
             log("\n  ".join([told + "; since then:", *changed]) if changed else told)
         discard(root, after=state.step if found else -1)

@@ -179,9 +179,10 @@ def test_changed_settings_are_named(tmp_path: Path) -> None:
     assert "training.lr: 0.001 -> 0.002" in str(refused.value)
     assert "steps: None -> 9" in str(refused.value)
     found = find(tmp_path, now, must=False, allow_change=True)
-    assert found == (folder, replace(STATE, settings=now))
+    changed = ["steps: None -> 9", "training.lr: 0.001 -> 0.002"]
+    assert found == (folder, replace(STATE, settings=now), changed)
     found = find(tmp_path, STATE.settings, must=True, allow_change=False)
-    assert found == (folder, STATE)
+    assert found == (folder, STATE, [])
 
 
 def test_a_setting_that_came_later_and_has_its_default_is_no_change(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_a_setting_that_came_later_and_has_its_default_is_no_change(tmp_path: Pa
     shutil.rmtree(folder)
     checkpoint.save(tmp_path, model, optimizer, state)
     found = find(tmp_path, now, must=True, allow_change=False)
-    assert found == (folder, replace(state, settings=now))
+    assert found == (folder, replace(state, settings=now), [])
     dropped = {**now, "training.lora": {**now["training.lora"], "dropout": 0.5}}
     with pytest.raises(NotContinued, match=r"'dropout': 0\.05.* -> .*'dropout': 0\.5"):
         find(tmp_path, dropped, must=True, allow_change=False)
