@@ -28,7 +28,7 @@ from memshare.config import Config, ConfigError, add_config_arguments, load_conf
 from memshare.files import RunLocked, run_lock, write_json
 from memshare.llm.base import LLMError
 from memshare.llm.rubric import RubricError
-from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolError, PoolUnavailable
+from memshare.pool.errors import PoolError, PoolUnavailable
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.blobs import PoorIndex
@@ -46,7 +46,7 @@ from memshare.retrieval.refresh import refresh
 from memshare.training.gate_report import report_gate
 from memshare.training.gather import World, launch, leave
 from memshare.training.mining_plan import split_memories
-from memshare.training.outcome import DATABASE_AWAY, read_result
+from memshare.training.outcome import DATABASE_AWAY, read_result, tell
 from memshare.training.relevance import HeldOutRelevance
 from memshare.training.rounds import latest_encoder
 from memshare.training.split import SplitError
@@ -76,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         accelerator = launch()
     except ConfigError as error:
-        log(f"error: {error}")
-        return 2
+        return tell(error)
     world = World(accelerator.device)
     try:
         if not world.main:
@@ -91,14 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(outcome, ensure_ascii=False), flush=True)
             if outcome["outcome"] == "rejected":  # the round is over: nothing below changes that
                 refresh(store, config)
-    except PoolUnavailable as error:
-        log(f"error: {error}")
-        if args.result is not None:  # accelerate makes every exit code but 0 a 1
-            write_json(args.result, {"outcome": DATABASE_AWAY})
-        return EXIT_DATABASE_AWAY
     except EXPECTED as error:
-        log(f"error: {error}")
-        return 1
+        code = tell(error)
+        if isinstance(error, PoolUnavailable) and args.result is not None:
+            # accelerate makes every exit code but 0 a 1
+            write_json(args.result, {"outcome": DATABASE_AWAY})
+        return code
     finally:
         leave(accelerator, world)
     return 0

@@ -24,7 +24,7 @@ from memshare.config import Config, ConfigError, add_config_arguments, load_conf
 from memshare.files import RunLocked, run_lock
 from memshare.llm.base import LLMError
 from memshare.llm.rubric import RubricError
-from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolError, PoolUnavailable
+from memshare.pool.errors import PoolError
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.errors import EncoderError
@@ -41,6 +41,7 @@ from memshare.training.mining_plan import (
     read_plan,
     split_memories,
 )
+from memshare.training.outcome import tell
 from memshare.training.proposals import open_proposer
 from memshare.training.rounds import last_begun, last_mined, open_spans
 from memshare.training.split import SplitError
@@ -79,15 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         since = positions(args.since_seq, config.served_pools)
         until = positions(args.until_seq, config.served_pools)
     except ConfigError as error:
-        log(f"error: {error}")
-        return 2
+        return tell(error)
     role = "mining" if args.share is None else f"mining-{args.share.name}"
     try:
         with run_lock(config.run.dir, role), PoolStore.open(config.url) as store:
             marker = asyncio.run(run(config, store, args, since, until))
     except EXPECTED as error:
-        log(f"error: {error}")
-        return EXIT_DATABASE_AWAY if isinstance(error, PoolUnavailable) else 1
+        return tell(error)
     if marker is not None:
         print(json.dumps(marker, ensure_ascii=False))
     return 0

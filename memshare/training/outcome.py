@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from memshare.config import ConfigError
 from memshare.files import disk_full, run_lock, write_atomic, write_json
+from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolUnavailable
 from memshare.progress import log
 
 Status = Literal["trained", "empty", "stopped", "failed"]
@@ -60,6 +61,8 @@ def empty(
 def tell(error: Exception) -> int:
     """Log an error that ends a program; the exit code that goes with it."""
     log(f"error: {error}")
+    if isinstance(error, PoolUnavailable):
+        return EXIT_DATABASE_AWAY
     return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_CODES["failed"]
 
 
