@@ -27,7 +27,7 @@ from memshare.evaluation import demo
 from memshare.evaluation.report import Section, print_tables, write_report
 from memshare.evaluation.traffic import Stream, Traffic
 from memshare.files import RunLocked, run_lock, write_json
-from memshare.gateway.readiness import state_of
+from memshare.gateway.readiness import state_of, url_of
 from memshare.gateway.supervisor import Supervisor
 from memshare.pocket.lm import RECIPES
 from memshare.pocket.world import Splits, World, write_references
@@ -102,11 +102,10 @@ def serve(config: Config, args: argparse.Namespace, pool: str, splits: Splits) -
     """Steps 3 and 4: everything up, the stream of questions, everything down."""
     supervisor = Supervisor(config.run.dir / "logs", grace_seconds=60.0)
     up = supervisor.start("up", [sys.executable, "-u", str(ROOT / "serve/up.py"), *words(args)])
-    url = f"http://{config.gateway.host}:{config.gateway.port}"
+    record = config.run.dir / "gateway.json"
     started = time.monotonic()
     finished = learned(config)
     first = current(config.generations_dir, config.retriever.name)
-    stream = Stream(url, pool, AGENTS, RATE)
 
     def check() -> None:
         if up.process.poll() is not None:
@@ -120,12 +119,13 @@ def serve(config: Config, args: argparse.Namespace, pool: str, splits: Splits) -
         return finished() and number in (first, *stream.traffic.swaps)
 
     try:
-        while not state_of(url).get("ready"):
+        while (url := url_of(record, 0)) is None or not state_of(url).get("ready"):
             check()
             if time.monotonic() - started > START_SECONDS:
                 raise DemoFailed(f"not ready after {START_SECONDS:g} s; see {up.log_file}")
             time.sleep(0.5)
         log(f"serving on {url}; {len(splits.problems)} questions at {RATE:g} a second")
+        stream = Stream(url, pool, AGENTS, RATE)
         return asyncio.run(stream.run(splits.problems, splits.test, done, progress(splits)))
     finally:
         supervisor.stop()
