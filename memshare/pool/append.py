@@ -8,10 +8,9 @@ import sqlalchemy as sa
 
 from memshare.pool.ids import new_id
 from memshare.pool.limits import NO_LIMITS, Limits, Tally
+from memshare.pool.rows import in_parts
 from memshare.pool.schema import changes, memories, pools
 from memshare.records import AppendResult, AppendStatus, NewMemory, content_key
-
-_KEYS_PER_QUERY = 500
 
 
 def append_to_pool(
@@ -94,11 +93,10 @@ def _present(
 ) -> dict[str, tuple[str, int]]:
     """Content key to (id, seq) of those that the pool has."""
     found: dict[str, tuple[str, int]] = {}
-    for start in range(0, len(keys), _KEYS_PER_QUERY):
+    for part in in_parts(keys):
         rows = connection.execute(
             sa.select(memories.c.content_key, memories.c.id, memories.c.seq).where(
-                memories.c.pool == pool,
-                memories.c.content_key.in_(keys[start : start + _KEYS_PER_QUERY]),
+                memories.c.pool == pool, memories.c.content_key.in_(part)
             )
         )
         found.update((key, (id, seq)) for key, id, seq in rows)
@@ -107,9 +105,7 @@ def _present(
 
 def _taken_ids(connection: sa.Connection, wanted: Iterable[str | None]) -> set[str]:
     """Those ids that a memory, living or deleted, in any pool has or had."""
-    ids = [id for id in wanted if id is not None]
     taken: set[str] = set()
-    for start in range(0, len(ids), _KEYS_PER_QUERY):
-        part = ids[start : start + _KEYS_PER_QUERY]
+    for part in in_parts([id for id in wanted if id is not None]):
         taken.update(connection.scalars(sa.select(memories.c.id).where(memories.c.id.in_(part))))
     return taken

@@ -15,13 +15,12 @@ import sqlalchemy as sa
 
 from memshare.pool.engine import Database
 from memshare.pool.errors import InvalidMemory
-from memshare.pool.rows import ALIVE, need_pool
+from memshare.pool.rows import ALIVE, in_parts, need_pool
 from memshare.pool.schema import feedback, memories
 from memshare.pool.validate import check_text, now
 
 NEUTRAL_VOTES = 2
 _MAX_COMMENT_CHARS = 2000
-_IDS_PER_QUERY = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +68,8 @@ class Feedback:
         """The standings of those among ``ids`` that have any; the others are at `NO_STANDING`."""
         found: dict[str, Standing] = {}
         with self._db.read() as connection:
-            for start in range(0, len(ids), _IDS_PER_QUERY):
-                found.update(_standings(connection, ids[start : start + _IDS_PER_QUERY]))
+            for part in in_parts(ids):
+                found.update(_standings(connection, part))
         return found
 
     def of_pool(self, pool: str) -> dict[str, Standing]:

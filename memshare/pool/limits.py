@@ -15,11 +15,9 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from memshare.pool.rows import ALIVE, size_of
+from memshare.pool.rows import ALIVE, in_parts, size_of
 from memshare.pool.schema import authors, copies, memories, pools
 from memshare.records import NewMemory
-
-_AGENTS_PER_QUERY = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +135,7 @@ def forget(connection: sa.Connection, pool: str, id: str, agent: str | None) -> 
 
 def _counts(connection: sa.Connection, pool: str, agents: Collection[str]) -> dict[str, int]:
     found: dict[str, int] = {}
-    names = sorted(agents)
-    for start in range(0, len(names), _AGENTS_PER_QUERY):
-        part = names[start : start + _AGENTS_PER_QUERY]
+    for part in in_parts(sorted(agents)):
         rows = connection.execute(
             sa.select(authors.c.agent, authors.c.count).where(
                 authors.c.pool == pool, authors.c.agent.in_(part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,6 +14,13 @@ from memshare.pool.schema import memories, pools
 from memshare.records import Memory, PoolInfo
 
 ALIVE = memories.c.deleted_at.is_(None)
+_VALUES_PER_QUERY = 500
+
+
+def in_parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    """``values`` in order, as many at a time as one query is given."""
+    for start in range(0, len(values), _VALUES_PER_QUERY):
+        yield values[start : start + _VALUES_PER_QUERY]
 
 
 def find_pool(connection: sa.Connection, name: str, lock: bool = False) -> PoolInfo | None:

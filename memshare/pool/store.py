@@ -24,6 +24,7 @@ from memshare.pool.limits import NO_LIMITS, Limits
 from memshare.pool.rows import (
     ALIVE,
     find_pool,
+    in_parts,
     make_cursor,
     memory_of,
     need_pool,
@@ -47,7 +48,6 @@ from memshare.records import AppendResult, Change, Memory, NewMemory, PoolInfo
 PAGE = 1000
 MAX_REASON_CHARS = 500
 NONE: Mapping[str, Limits] = {}  # no pool has limits
-_IDS_PER_QUERY = 500
 _SCRUB_PAUSE_SECONDS = 0.02  # between two tries; readers of a pool take milliseconds
 
 
@@ -291,10 +291,8 @@ class PoolStore:
     def get_many(self, ids: Sequence[str]) -> dict[str, Memory]:
         """The living memories among ``ids``, held ones too, by id."""
         found: dict[str, Memory] = {}
-        unique = list(dict.fromkeys(ids))
         with self._db.read() as connection:
-            for start in range(0, len(unique), _IDS_PER_QUERY):
-                part = unique[start : start + _IDS_PER_QUERY]
+            for part in in_parts(list(dict.fromkeys(ids))):
                 rows = connection.execute(sa.select(memories).where(memories.c.id.in_(part), ALIVE))
                 found.update((row.id, memory_of(row)) for row in rows)
         return found

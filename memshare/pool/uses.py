@@ -9,10 +9,8 @@ from collections.abc import Iterable, Mapping
 import sqlalchemy as sa
 
 from memshare.pool.engine import USES_LOCK, Database
-from memshare.pool.rows import ALIVE, need_pool
+from memshare.pool.rows import ALIVE, in_parts, need_pool
 from memshare.pool.schema import memories, uses
-
-_IDS_PER_QUERY = 500
 
 
 class UseCounts:
@@ -28,7 +26,7 @@ class UseCounts:
             return
         with self._db.write() as connection:
             self._db.backend.lock(connection, USES_LOCK)
-            for part in _parts(counts):
+            for part in in_parts(sorted(counts)):
                 there = set(
                     connection.scalars(
                         sa.select(memories.c.id).where(memories.c.id.in_(part), ALIVE)
@@ -92,7 +90,7 @@ class UseCounter:
         with self._lock:
             fresh, self._fresh = self._fresh, Counter()
         try:
-            for part in _parts(dict(fresh)):
+            for part in in_parts(sorted(fresh)):
                 self._counts.add({id: fresh[id] for id in part})
                 for id in part:
                     del fresh[id]
@@ -100,8 +98,3 @@ class UseCounter:
             with self._lock:
                 self._fresh.update(fresh)
             raise
-
-
-def _parts(counts: Mapping[str, int]) -> Iterable[list[str]]:
-    ids = sorted(counts)
-    return (ids[start : start + _IDS_PER_QUERY] for start in range(0, len(ids), _IDS_PER_QUERY))
