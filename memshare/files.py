@@ -24,6 +24,8 @@ NETWORK_FILE_SYSTEMS = frozenset(
     }
 )  # fmt: skip
 
+_BUSY_SECONDS = 60.0  # how long a cache is waited for that others write
+
 
 class RunLocked(RuntimeError):
     """Another process holds this role on the run folder."""
@@ -106,6 +108,23 @@ def write_ahead(connection: sqlite3.Connection, seconds: float) -> None:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
+
+
+def open_cache(path: Path | None, table: str) -> sqlite3.Connection:
+    """An SQLite file of what can be made again, shared by threads and processes; None: in memory.
+
+    ``table``: the one in it, "NAME (COLUMNS)". Raises `sqlite3.Error` where it can't be opened.
+    """
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(
+        path or ":memory:", timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+    )
+    write_ahead(connection, _BUSY_SECONDS)
+    # A crash of the machine may lose the last rows; they are made again.
+    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute(f"CREATE TABLE IF NOT EXISTS {table} WITHOUT ROWID")
+    return connection
 
 
 @contextmanager

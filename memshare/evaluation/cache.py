@@ -10,18 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from memshare.files import write_ahead
+from memshare.files import open_cache
 from memshare.llm.base import LLM, Completion, LogLikelihood, Message
 from memshare.llm.inflight import InFlight
 
-_BUSY_SECONDS = 60.0
 VERSION = 1  # part of every key: raise it when what is kept under a key changes
 # The code around quoted text (`quoting`) is secret, so another one in every process; it says
 # nothing that the text between does not.
@@ -37,34 +35,20 @@ def content_hash(*parts: Any) -> str:
 class ResultCache:
     """JSON values by key in one SQLite file; None keeps them for this process alone.
 
-    Threads and processes may share it. ``hits`` and ``misses`` count what was asked of it.
+    Threads and processes may share it. ``hits`` counts what was found in it.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         """Raises `sqlite3.Error` where the file can't be opened."""
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self.hits = self.misses = 0
+        self.hits = 0
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(
-            path or ":memory:", timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
-        write_ahead(self._db, _BUSY_SECONDS)
-        # A crash of the machine may lose the last entries; they are made again.
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS results "
-            "(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
-        )
+        self._db = open_cache(path, "results (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
 
     def get(self, key: str) -> Any:
         """The value kept under ``key``, or None."""
         with self._lock:
             row = self._db.execute("SELECT value FROM results WHERE key = ?", (key,)).fetchone()
-            if row is None:
-                self.misses += 1
-            else:
-                self.hits += 1
+            self.hits += row is not None
         return None if row is None else json.loads(row[0])
 
     def put(self, key: str, value: Any) -> None:

@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from memshare.files import write_ahead
+from memshare.files import open_cache
 from memshare.llm.base import LLM, LogLikelihood
 from memshare.llm.inflight import InFlight
 from memshare.llm.prompts import few_shot
 
-_BUSY_SECONDS = 60.0
 _VERSION = 1  # part of every key: raise it when the prompt around the texts changes
 
 
@@ -36,19 +35,9 @@ class LikelihoodCache:
         So the nodes of a shared file system may all have it. Who writes it meanwhile costs them
         entries at most: those that aren't seen are measured again.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(
-            path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
-        write_ahead(self._db, _BUSY_SECONDS)
-        # A crash of the machine may lose the last entries; they are measured again.
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS likelihoods ("
-            "key BLOB PRIMARY KEY, sum REAL NOT NULL, tokens INTEGER NOT NULL) WITHOUT ROWID"
-        )
+        columns = "key BLOB PRIMARY KEY, sum REAL NOT NULL, tokens INTEGER NOT NULL"
+        self._db = open_cache(path, f"likelihoods ({columns})")
         self._base: sqlite3.Connection | None = None
         if base is not None and base.exists():
             # Immutable: without locks, and without the shared memory that a WAL asks for.
