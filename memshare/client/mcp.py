@@ -53,8 +53,8 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_server(pool: str, url: str | None = None, key: str | None = None) -> MCPServer[Any]:
-    """The server for ``pool``; ``url`` and ``key`` as `AsyncClient` takes them."""
+def make_server(pool: str, url: str | None) -> MCPServer[Any]:
+    """The server for ``pool``; ``url`` as `AsyncClient` takes it."""
     # Only now: the SDK is slow to import, and `memshare --help` does without.
     from mcp.server import MCPServer
 
@@ -62,7 +62,7 @@ def make_server(pool: str, url: str | None = None, key: str | None = None) -> MC
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[Any]) -> AsyncIterator[None]:
-        async with AsyncClient(url, key) as client:
+        async with AsyncClient(url) as client:
             clients[:] = [client]
             yield
 

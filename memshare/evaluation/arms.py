@@ -83,16 +83,12 @@ async def answer_arm(
 
 
 async def shot_arms(
-    agent: Agent,
-    scorer: BertScorer,
-    tests: Sequence[Pair],
-    ranked: Sequence[Sequence[Memory]],
-    counts: Sequence[int] = (0, 1, 2, 3),
+    agent: Agent, scorer: BertScorer, tests: Sequence[Pair], ranked: Sequence[Sequence[Memory]]
 ) -> dict[str, Arm]:
     """One arm for each number of shots, the first n of every question's ranked memories."""
     return {
-        SHOT_NAMES[n]: await answer_arm(agent, scorer, tests, [row[:n] for row in ranked])
-        for n in counts
+        name: await answer_arm(agent, scorer, tests, [row[:n] for row in ranked])
+        for n, name in enumerate(SHOT_NAMES)
     }
 
 

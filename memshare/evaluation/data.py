@@ -108,14 +108,14 @@ def load_domains(folder: Path) -> dict[str, Domain]:
     }
 
 
-def load_nine(root: Path | None = None) -> dict[str, Domain]:
+def load_nine() -> dict[str, Domain]:
     """The three domains, and ``single`` with the mixed pool and the tests of all nine datasets."""
-    return load_domains((root or data_root()) / "nine")
+    return load_domains(data_root() / "nine")
 
 
-def load_banking77(root: Path | None = None) -> tuple[list[Pair], list[Pair]]:
+def load_banking77() -> tuple[list[Pair], list[Pair]]:
     """Training and test questions, each with its intent as the answer."""
-    base = (root or data_root()) / "banking77"
+    base = data_root() / "banking77"
 
     def read(path: Path) -> list[Pair]:
         with path.open(encoding="utf-8", newline="") as handle:

@@ -15,14 +15,14 @@ from memshare.records import Memory, content_key, normalise
 _WORLD_LEAST = (60, 280)
 
 
-def as_memories(pool: str, pairs: Iterable[Pair], agent: str | None = None) -> list[Memory]:
+def as_memories(pool: str, pairs: Iterable[Pair]) -> list[Memory]:
     """``pairs`` as a pool's memories in their order; copies count once, as in a store."""
     found: dict[str, Memory] = {}
     for pair in pairs:
         key = content_key(pool, *pair)
         if pair.answer.strip() and key not in found:
             found[key] = Memory(
-                key[:24], pool, *pair, None, agent, None, "1970-01-01T00:00:00+00:00", {},
+                key[:24], pool, *pair, None, None, None, "1970-01-01T00:00:00+00:00", {},
                 len(found) + 1,
             )  # fmt: skip
     return list(found.values())

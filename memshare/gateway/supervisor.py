@@ -16,7 +16,7 @@ from typing import IO
 
 from memshare.progress import log
 
-_TAIL_BYTES = 8192
+_TAIL_LINES, _TAIL_BYTES = 20, 8192
 
 
 def shared_cores() -> dict[str, str]:
@@ -36,13 +36,13 @@ class Part:
     process: subprocess.Popen[bytes]
     begin: int
 
-    def tail(self, lines: int = 20) -> str:
+    def tail(self) -> str:
         """The last lines that it wrote to its log."""
         with open(self.log_file, "rb") as handle:
             handle.seek(0, os.SEEK_END)
             handle.seek(max(self.begin, handle.tell() - _TAIL_BYTES))
             text = handle.read().decode("utf-8", errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+        return "\n".join(text.splitlines()[-_TAIL_LINES:])
 
 
 class Supervisor:

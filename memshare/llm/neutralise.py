@@ -83,7 +83,7 @@ class Neutraliser:
     by `is_control`. Results are remembered, since the same shots are shown again and again.
     """
 
-    def __init__(self, tokenizer: Any, remember: int = 8192) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         tokens = {i: t for i, t in tokenizer.added_tokens_decoder.items()}
         special = set(tokenizer.all_special_ids)
@@ -95,7 +95,7 @@ class Neutraliser:
         self.control_ids = frozenset(control)
         own = sorted((re.escape(text.strip()) for text in control.values()), key=len, reverse=True)
         self._pattern = re.compile("|".join([*own, *_KNOWN]))
-        self._cached = lru_cache(maxsize=remember)(self._neutralise)
+        self._cached = lru_cache(maxsize=8192)(self._neutralise)
 
     def __call__(self, text: str) -> str:
         """``text`` with every control string broken; equal to ``text`` if there is none.

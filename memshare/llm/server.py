@@ -19,6 +19,7 @@ from memshare.llm.base import LLMError
 from memshare.llm.plan import ServerPlan
 
 _POLL_SECONDS = 1.0
+_LAST_LINES = 25
 
 
 def server_command(plan: ServerPlan) -> list[str]:
@@ -123,13 +124,13 @@ class Server:
             raise LLMError(f"vLLM ({self.plan.name}) ended with code {code}:\n{self.last_words()}")
         return serves(self.plan)
 
-    def last_words(self, lines: int = 25) -> str:
+    def last_words(self) -> str:
         """The end of its log."""
         try:
             text = self.log.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             return f"(no log: {error})"
-        return "\n".join(text.splitlines()[-lines:]) + f"\n(whole log: {self.log})"
+        return "\n".join(text.splitlines()[-_LAST_LINES:]) + f"\n(whole log: {self.log})"
 
     def stop(self, patience: float = 20.0) -> None:
         """Terminate, wait, kill; then whatever is left of its process group."""

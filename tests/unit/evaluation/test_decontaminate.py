@@ -1,6 +1,6 @@
 import pytest
 
-from memshare.evaluation.data import Domain, Pair, data_root, load_nine
+from memshare.evaluation.data import Domain, Pair, load_nine
 from memshare.evaluation.decontaminate import decontaminate, leak_report, unique
 from memshare.records import normalise
 
@@ -36,7 +36,7 @@ def test_tests_are_unique_by_question_and_keep_their_order() -> None:
 @pytest.fixture(scope="module")
 def nine() -> dict[str, Domain]:
     try:
-        return load_nine(data_root())
+        return load_nine()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
