@@ -11,8 +11,9 @@ Of a BERT layer, whose hidden width is H and whose feed-forward's is I, a token'
 
 Where texts are padded each layer keeps attention's mask, a number a token of the longest text.
 Dropout keeps what it drew: a byte a number on a GPU, the number itself on a CPU. With dropout of
-attention weights a CPU keeps attention's matrices three times over, in float32. Other families keep
-about as much where they have these layers; one that keeps attention's matrices keeps more.
+attention weights a CPU keeps attention's matrices three times over, in float32. Adapters (`lora`)
+with dropout keep what each of them drew and its own copy of its input. Other families keep about as
+much where they have these layers; one that keeps attention's matrices keeps more.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Activations:
     """How much is kept of micro-batches, all in bytes.
 
     ``half``: under bf16 autocast; ``packed``: without padding; ``drops``: dropout of hidden states,
-    ``drops_attention``: of attention weights; ``kind``: of device.
+    ``drops_attention``: of attention weights; ``kind``: of device. ``dropped_inputs``: the
+    widths of all inputs of adapters with dropout, added up.
     """
 
     shape: Shape
@@ -67,6 +69,7 @@ class Activations:
     drops: bool
     drops_attention: bool
     kind: str
+    dropped_inputs: int = 0
 
     def kept(self, tokens: int, width: int) -> int:
         """For the backward pass of ``tokens`` (padding included), ``width`` the longest text's.
@@ -76,7 +79,8 @@ class Activations:
         shape, item = self.shape, 2 if self.half else _FLOAT
         everywhere = tokens * 2 * shape.hidden * _FLOAT  # embeddings' norm, and the last layer
         casts = shape.matrices * item if self.half else 0
-        return shape.layers * tokens * self._token(width, item) + everywhere + casts
+        drawn = tokens * self.dropped_inputs * (_FLOAT if self.kind == "cpu" else 1)
+        return shape.layers * tokens * self._token(width, item) + everywhere + casts + drawn
 
     def working(self, tokens: int) -> int:
         """While a layer of ``tokens`` computes: its states, feed-forward, and their gradients."""
@@ -85,7 +89,7 @@ class Activations:
 
     def _token(self, width: int, item: int) -> int:
         shape = self.shape
-        hidden = item * (3 if self.half else 1)  # inputs of the projections
+        hidden = item * (3 if self.half or self.dropped_inputs else 1)  # inputs of the projections
         attention = 3 * item
         matrices = 0 if self.packed else item * width
         if self.drops_attention and self.kind == "cpu":
@@ -109,4 +113,15 @@ def of(tower: Any, device: torch.device, *, half: bool, packed: bool, dropout: b
         drops=dropout and getattr(config, "hidden_dropout_prob", 0.1) > 0,
         drops_attention=dropout and attention_dropout(config) > 0,
         kind=device.type,
+        dropped_inputs=_dropped_inputs(tower) if dropout else 0,
+    )
+
+
+def _dropped_inputs(tower: nn.Module) -> int:
+    """The widths of all inputs of adapters with dropout, added up."""
+    adapted: list[Any] = [item for item in tower.modules() if hasattr(item, "lora_dropout")]
+    return sum(
+        item.in_features
+        for item in adapted
+        if any(isinstance(part, nn.Dropout) for part in item.lora_dropout.values())  # 0: Identity
     )

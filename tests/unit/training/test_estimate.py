@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from memshare.config import Config, load_config
+from memshare.config import Config, LoRAConfig, load_config
 from memshare.retrieval import packing
-from memshare.retrieval.encoder import Encoder, pool_embeddings
+from memshare.retrieval.encoder import Encoder, Settings, pool_embeddings
 from memshare.retrieval.ragged import Ragged
 from memshare.training import activations
 from memshare.training import estimate as estimate_module
 from memshare.training.batching import Batches
 from memshare.training.estimate import Estimate, estimate
+from memshare.training.lora import add_adapters
 from memshare.training.precision import Autocast
 from memshare.training.select import select
 from memshare.training.towers import prepare
@@ -66,16 +67,23 @@ def bf16() -> torch.autocast:
     [(True, False, 0.1), (True, True, 0.0), (False, False, 0.1), (False, True, 0.1)],
     ids=["packed", "packed, dropout", "padded", "padded, dropout"],
 )
-@pytest.mark.parametrize(("width", "hidden", "layers"), [(16, 64, 2), (96, 256, 4)])
+@pytest.mark.parametrize(
+    ("width", "hidden", "layers", "adapters"),
+    [(16, 64, 2, None), (96, 256, 4, None), (16, 64, 2, 0.0), (16, 64, 2, 0.05)],
+    ids=["small", "large", "lora", "lora with dropout"],
+)
 def test_activations_are_what_autograd_keeps(
-    width: int, hidden: int, layers: int, packed: bool, dropout: bool, attention_dropout: float,
-    half: bool,
+    width: int, hidden: int, layers: int, adapters: float | None, packed: bool, dropout: bool,
+    attention_dropout: float, half: bool,
 ) -> None:  # fmt: skip
     config = BertConfig(
         vocab_size=50, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
         intermediate_size=4 * hidden, attention_probs_dropout_prob=attention_dropout,
     )  # fmt: skip
-    model = BertModel(config, add_pooling_layer=False).train(dropout)
+    encoder = Encoder(BertModel(config, add_pooling_layer=False), None, Settings(), "cpu")
+    if adapters is not None:
+        add_adapters(encoder, "query", LoRAConfig(enabled=True, dropout=adapters), seed=0)
+    model = encoder.model.train(dropout)
     autocast: Autocast = bf16 if half else nullcontext
     rows = [[7] * width] * 5 + [[7] * (width - 4)]
     assert packing.enable([model], CPU, half=half, dropout=dropout) == (
