@@ -21,7 +21,10 @@ from memshare.training.precision import Autocast, described, in_bf16
 from memshare.training.step import TILE_ROWS
 
 _FLOAT = 4  # bytes
-_LOGIT_COPIES = 6  # similarities, masked ones, softplus, and what their gradients keep
+# Copies of the similarities: what autograd keeps of them at each width (for InfoNCE two and two
+# masks, for the KL divergence as many), and those that are worked on.
+_KEPT_COPIES = 2.5
+_WORKING_COPIES, _MORE_TO_DISTIL = 4, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +114,22 @@ def estimate(
         weights_bytes=weights,
         optimizer_bytes=round(trainable * _FLOAT * copies),
         activation_bytes=_most(lengths[deal(lengths, processes)[0]], kept, config),
-        logits_bytes=rows * batch.docs * _FLOAT * _LOGIT_COPIES,
+        logits_bytes=similarities(rows, batch.docs, config),
         frozen_bytes=len(batches.doc_rows) * encoder.dim * _FLOAT if frozen else 0,
         precision=described(half, device.type),
         free_bytes=_free(device) + weights,
     )
+
+
+def similarities(rows: int, docs: int, config: TrainingConfig) -> int:
+    """What the loss of ``rows`` queries against ``docs`` docs takes (`objective_rows`), in bytes.
+
+    Its gradient is taken of all widths at once, so what each of them keeps is there together.
+    """
+    widths, distils = 1 + len(config.matryoshka), config.distill_weight > 0
+    kept = widths * _KEPT_COPIES * (2 if distils else 1)
+    working = _WORKING_COPIES + (_MORE_TO_DISTIL if distils else 0)
+    return round(rows * docs * _FLOAT * (kept + working))
 
 
 def _most(lengths: Ints, kept: Activations, config: TrainingConfig) -> int:

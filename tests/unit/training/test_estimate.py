@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from memshare.config import Config, LoRAConfig, load_config
+from memshare.config import Config, LoRAConfig, TrainingConfig, load_config
 from memshare.retrieval import packing
 from memshare.retrieval.encoder import Encoder, Settings, pool_embeddings
 from memshare.retrieval.ragged import Ragged
 from memshare.training import activations
 from memshare.training import estimate as estimate_module
 from memshare.training.batching import Batches
-from memshare.training.estimate import Estimate, estimate
+from memshare.training.estimate import Estimate, estimate, similarities
 from memshare.training.lora import add_adapters
+from memshare.training.loss import objective_rows
 from memshare.training.precision import Autocast
 from memshare.training.select import select
 from memshare.training.towers import prepare
@@ -43,9 +44,10 @@ LEFT = {
 }
 
 
-def saved_bytes(model: BertModel, forward: Callable[[], Tensor]) -> int:
+def saved_bytes(model: nn.Module | None, forward: Callable[[], Tensor]) -> int:
     """Of all storages but the weights that autograd keeps of a forward pass."""
-    ours = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    weights = () if model is None else (*model.parameters(), *model.buffers())
+    ours = {p.untyped_storage().data_ptr() for p in weights}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -103,6 +105,27 @@ def test_activations_are_what_autograd_keeps(
     rule = activations.of(model, CPU, half=half, packed=packed, dropout=dropout)
     told = rule.kept(sum(map(len, rows)) if packed else len(rows) * width, width)
     assert told == pytest.approx(saved_bytes(model, forward), rel=0.1)
+
+
+@pytest.mark.parametrize("distil", [0.0, 0.5], ids=["", "distilled"])
+def test_similarities_are_kept_at_every_width(distil: float) -> None:
+    """The rest of what is told is worked on: as much at one width as at four."""
+    rows, docs = 64, 1024
+    queries, texts = (torch.randn(n, 8).requires_grad_() for n in (rows, docs))
+    positive, valid = torch.eye(rows, docs).bool(), torch.ones(rows, docs).bool()
+    logliks = torch.randn(rows, docs) if distil else None
+
+    def kept_and_told(dims: tuple[int, ...]) -> tuple[int, int]:
+        def loss() -> Tensor:
+            how = {"temperature": 0.05, "distill_weight": distil}
+            return objective_rows(queries, texts, positive, valid, logliks, dims=dims, **how).loss
+
+        config = TrainingConfig(distill_weight=distil, matryoshka=dims)
+        return saved_bytes(None, loss), similarities(rows, docs, config)
+
+    (one, told), (four, all_told) = map(kept_and_told, ((), (6, 4, 2)))
+    assert one < told and four < all_told
+    assert all_told - told == pytest.approx(four - one, rel=0.1)
 
 
 def told_of(config: Config, shape: BertConfig, folder: Path, *, half: bool, kind: str) -> Estimate:
