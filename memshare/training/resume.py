@@ -102,7 +102,7 @@ def resume(
     """Go on from the last intact checkpoint in ``root`` where there is one, else from ``start``.
 
     A run that starts takes its optimizer's state from the last checkpoint of the training
-    ``warm`` (its output folder), as far as there is one.
+    ``warm`` (its output folder), as far as there is one; none of it is for adapters, which are new.
 
     ``how``: there ``must`` be one, or it is ``never`` used; one that was made with other settings,
     or by another version, is refused, or not used (``same``: for who can't be asked). Later
@@ -122,7 +122,9 @@ def resume(
         else:
             if world.main and found is None and checkpoints(root):
                 log(f"{root}: no intact checkpoint; starting from the beginning")
-    if warm and not found:
+    # Of the earlier training's adapters, new ones have the names and shapes alone.
+    adapters = start.settings.get("training.lora", {}).get("enabled", False)
+    if warm and not found and not adapters:
         past = latest_intact(Path(warm) / "checkpoints")
     world.check_same(f"{found and found[0]} {past}", "checkpoints")
     state, best = start, dict[str, Tensor]()
@@ -135,7 +137,8 @@ def resume(
         if world.main:
             log(f"the optimizer goes on from {past}, with the state of {known} parameters")
     elif warm and world.main:
-        log(f"{warm}: no intact checkpoint, so the optimizer starts without a past")
+        why = "training.lora's adapters are new" if adapters else "no intact checkpoint"
+        log(f"{warm}: {why}, so the optimizer starts without a past")
     if world.divided is not None:
         world.divided.follow(optimizer)  # from here on, weights are whole between two steps
     if world.main:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from memshare.config import TrainingConfig
+from memshare.config import LoRAConfig, TrainingConfig
 from memshare.training import checkpoint
 from memshare.training.checkpoint import Best, NotContinued, TrainState
 from memshare.training.gather import World
@@ -91,3 +91,22 @@ def test_a_damaged_checkpoint_after_the_one_it_goes_on_from_is_deleted(
     state, _ = resume(tmp_path, start, model, optimizer, world, how="auto", allow_change=False)
     assert state.step == 5
     assert checkpoint.checkpoints(tmp_path) == [good] and not damaged.exists()
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_warm_optimizer_knows_nothing_of_new_adapters(
+    tmp_path: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
+    capsys: pytest.CaptureFixture[str], adapters: bool,
+) -> None:  # fmt: skip
+    """They have the names and shapes of the earlier training's, and other weights."""
+    settings = fixed_settings(TrainingConfig(lora=LoRAConfig(enabled=adapters)))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    start, world = TrainState(0, settings, 7, "x"), World(torch.device("cpu"))
+    checkpoint.save(tmp_path / "warm" / "checkpoints", model, optimizer, start)
+    new = make_optimizer(model, TrainingConfig())
+    warm = str(tmp_path / "warm")
+    resume(tmp_path, start, model, new, world, how="auto", allow_change=False, warm=warm)
+    assert bool(new.state) != adapters
+    told = "starts without a past" if adapters else "with the state of 2 parameters"
+    assert told in capsys.readouterr().err
