@@ -11,7 +11,7 @@ import torch
 
 from memshare.config import TrainingConfig
 from memshare.retrieval import packing
-from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder import SIDES, Encoder
 from memshare.training import activations
 from memshare.training.activations import Activations
 from memshare.training.batching import Batches, cut, cut_packed, deal
@@ -96,7 +96,9 @@ def estimate(
     trainable = sum(count for count, trained in parameters if trained)
     batch = batches.batch(0)
     # Gradients and two moments; or whole gradients, and a share of four (`sharding`).
-    copies = 1 + 4 / processes if processes > 1 and wants_fsdp() else 3
+    divided = processes > 1 and wants_fsdp()
+    copies = 1 + 4 / processes if divided else 3
+    shares = _frozen_beside(encoder) / processes if divided else 0
     frozen = config.towers == "query-only"
     learns = batch.texts[batch.docs :] if frozen else batch.texts
     lengths = batches.table.lengths[learns]
@@ -112,13 +114,21 @@ def estimate(
         steps=steps,
         tokens_per_step=int(lengths.sum()),
         weights_bytes=weights,
-        optimizer_bytes=round(trainable * _FLOAT * copies),
+        optimizer_bytes=round((trainable * copies + shares) * _FLOAT),
         activation_bytes=_most(lengths[deal(lengths, processes)[0]], kept, config),
         logits_bytes=similarities(rows, batch.docs, config),
         frozen_bytes=len(batches.doc_rows) * encoder.dim * _FLOAT if frozen else 0,
         precision=described(half, device.type),
         free_bytes=_free(device) + weights,
     )
+
+
+def _frozen_beside(encoder: Encoder) -> int:
+    """The weights that do not learn of towers that do, as with LoRA: they are divided, too."""
+    towers = [encoder.tower(side) for side in (SIDES if encoder.two_towers else SIDES[:1])]
+    parts = [[(p.numel(), p.requires_grad) for p in tower.parameters()] for tower in towers]
+    learning = (part for part in parts if any(trained for _, trained in part))
+    return sum(count for part in learning for count, trained in part if not trained)
 
 
 def similarities(rows: int, docs: int, config: TrainingConfig) -> int:

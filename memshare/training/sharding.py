@@ -5,7 +5,8 @@ updates every process holds whole weights, so that evaluation, checkpoints and u
 micro-batches need no collectives; gradients add up locally. Then they are reduce-scattered, summed,
 each process updates its share with its share of AdamW's state, and the weights are gathered again.
 So a weight costs 8 + 16 / W bytes on each of W processes instead of 16: weights and gradients
-whole, and the shares of weights, gradients and two moments.
+whole, and the shares of weights, gradients and two moments. One that an adapter leaves as it is
+costs 4 + 4 / W instead of 4, since its tower is divided as a whole.
 """
 
 from __future__ import annotations

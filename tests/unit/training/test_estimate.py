@@ -177,6 +177,30 @@ def test_free_memory_is_shared_by_the_processes_of_a_machine(
     assert estimate_module._free(CPU) == 3 * GIB
 
 
+@pytest.mark.parametrize("towers", ["shared", "separate", "query-only"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["", "lora"])
+def test_fsdp_divides_all_weights_of_the_towers_that_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, towers: str, adapters: bool
+) -> None:
+    """What it costs beside whole weights: gradients whole, and shares (`sharding`)."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    encoder = Encoder.from_folder(tiny_encoder(tmp_path / "tiny"), device="cpu")
+    lora = LoRAConfig(enabled=adapters)
+    config = TrainingConfig(towers=towers, lora=lora)  # type: ignore[arg-type]
+    prepare(encoder, config, seed=0)
+    data = Batches(select(examples(8), config).items, encoder, global_batch=8, seed=0)
+    alone, told = (estimate(encoder, data, 1, config, processes) for processes in (1, 4))
+    learn = alone.trainable
+    divided = alone.parameters
+    if towers == "query-only":
+        divided -= sum(p.numel() for p in encoder.tower("memory").parameters())
+    assert alone.optimizer_bytes == 4 * 3 * learn
+    # Shares of weights, and of gradients and two moments.
+    assert told.optimizer_bytes == 4 * learn + divided + 3 * learn
+    assert (divided == learn) != adapters
+
+
 def test_only_what_is_kept_at_a_time_counts() -> None:
     """Micro-batches that are encoded again come one by one, after those whose graphs were kept."""
     rule = activations.of(
