@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -67,7 +66,7 @@ def check_score(score: object, field: str = "score") -> float | None:
         return None
     if isinstance(score, bool) or not isinstance(score, int | float):
         raise InvalidMemory(field, f"a number expected, got {type(score).__name__}")
-    if not math.isfinite(score) or not 0 <= score <= 100:
+    if not 0 <= score <= 100:  # nor is NaN; a whole number may be beyond any float
         raise InvalidMemory(field, f"{score} is not in 0..100")
     return float(score)
 

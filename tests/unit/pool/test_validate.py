@@ -30,6 +30,7 @@ for _ in range(100_000):
         ("score", float("nan"), "0..100"),
         ("score", 100.5, "0..100"),
         ("score", -1, "0..100"),
+        ("score", 10**400, "0..100"),  # JSON has such numbers, and no float is as large
         ("score", True, "number"),
         ("score", "80", "number"),
         ("agent", "", "empty"),
