@@ -25,12 +25,22 @@ def in_parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
 
 def find_pool(connection: sa.Connection, name: str, lock: bool = False) -> PoolInfo | None:
     """The pool or None; ``lock`` keeps other writers off it until the transaction ends."""
+    if not _possible(name):
+        return None
     query = sa.select(pools).where(pools.c.name == name)
     # SQLite has no row locks and needs none: its writers are alone. The weaker kind of lock keeps
     # off writers alone, not those who put a decision about the pool on record.
     query = query.with_for_update(key_share=True) if lock else query
     row = connection.execute(query).one_or_none()
     return None if row is None else pool_info(row)
+
+
+def _possible(name: str) -> bool:
+    """Whether a database can be asked for it: PostgreSQL refuses NUL, and none has surrogates."""
+    try:
+        return b"\x00" not in name.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def need_pool(connection: sa.Connection, name: str, lock: bool = False) -> PoolInfo:

@@ -75,6 +75,14 @@ def test_an_unknown_pool_is_named_with_those_that_exist(store: PoolStore) -> Non
     assert store.last_seq("main") == 0, "a batch with one unknown pool writes nothing"
 
 
+@pytest.mark.parametrize("name", ["", "a\x00b", "a\ud800b", "x" * 300])
+def test_a_name_that_no_pool_can_have_is_that_of_an_unknown_pool(
+    store: PoolStore, name: str
+) -> None:
+    with pytest.raises(UnknownPool, match="main"):
+        store.pool(name)
+
+
 def test_append_returns_results_in_order_and_stores_every_field(store: PoolStore) -> None:
     store.create_pool("other")
     first, second, third = store.append(
