@@ -49,7 +49,7 @@ _SLACK = 1 << 20  # tokenizer, configuration and manifest, in bytes
 
 
 class PublishError(GenerationError):
-    """A generation could not be published; what was there before is untouched."""
+    """A generation could not be published; what was there before is untouched (see `publish`)."""
 
 
 def publish(
@@ -80,7 +80,7 @@ def publish(
 
     Raises `PoorIndex` for an index below its recall floor, and `PublishError` for parts that do not
     belong together and where the files can't be written, a full disk among them; nothing but the
-    old state is left then.
+    old state is left then, unless CURRENT has moved and just that can't be made durable.
     """
     memory_fingerprint = encoder.memory_fingerprint()
     if built_by is not None and built_by != memory_fingerprint:
@@ -211,7 +211,12 @@ def _rename(home: Path, folder: Path, number: int, staged: Path | None) -> None:
         fsync_dir(home)
         if staged is not None:
             write_current(home, staged)
-    except OSError:
+    except OSError as error:
+        if read_current(home)[0] == number:  # readers may have it: CURRENT must not name nothing
+            raise PublishError(
+                f"{home}: generation {number} is CURRENT, but a crash of this machine may undo "
+                f"that: {error}"
+            ) from error
         discard(home, number)  # all or nothing: a failed publish leaves no generation behind
         raise
 

@@ -10,8 +10,9 @@ import pytest
 from memshare.config import Config
 from memshare.pool.store import PoolStore
 from memshare.retrieval import publish as publish_module
+from memshare.retrieval import shelf
 from memshare.retrieval.encoder import Encoder
-from memshare.retrieval.generation import current
+from memshare.retrieval.generation import current, load
 from memshare.retrieval.publish import PublishError
 from memshare.retrieval.shelf import numbers
 from tests.retrieving import publish_now
@@ -37,3 +38,21 @@ def test_one_that_can_not_become_current_is_taken_back(
             publish_now(store, config, encoders[0])
     assert numbers(config.generations_dir / "main") == [1]
     assert publish_now(store, config, encoders[0]) == 2 == current(config.generations_dir, "main")
+
+
+def test_one_that_readers_have_met_as_current_is_not_taken_back(
+    store: PoolStore, config: Config, encoders: list[Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CURRENT has moved, and what fails is to make that durable: it must not name nothing."""
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "I/O error")
+
+    publish_now(store, config, encoders[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(shelf, "fsync_dir", broken)
+        with pytest.raises(PublishError, match=r"generation 2 is CURRENT, .*I/O"):
+            publish_now(store, config, encoders[1])
+    load(config.generations_dir, "main").close()
+    assert numbers(config.generations_dir / "main") == [1, 2]
+    assert publish_now(store, config, encoders[0]) == 3 == current(config.generations_dir, "main")
