@@ -145,11 +145,7 @@ def complete(root: Path, retriever: str, number: int, keep: int) -> None:
         if pinned:
             _tell_of_pin(retriever, number, held)
             return
-        try:
-            fsync_dir(home)  # the generation's rename first: who was killed may not have come to it
-            write_current(home, stage_current(home, number, pinned=False))
-        except OSError as error:
-            raise PublishError(f"{home}: CURRENT can't be moved to {number}: {error}") from error
+        _move(home, number, pinned=False)
         _prune(home, keep, manifest.best)
     log(f"{retriever}: publishing generation {number} was cut short; CURRENT is moved to it now")
 
@@ -157,27 +153,38 @@ def complete(root: Path, retriever: str, number: int, keep: int) -> None:
 def activate(root: Path, retriever: str, number: int) -> None:
     """Roll back or forward: move CURRENT to ``number`` and pin it there.
 
-    Every byte is verified first; raises `NoGeneration` or `DamagedGeneration` and changes nothing.
+    Every byte is verified first; raises `NoGeneration` or `DamagedGeneration` and changes nothing,
+    and `PublishError` where CURRENT can't be written.
     """
     home = home_of(root, retriever)
     verify_generation(root, retriever, number)
     with locked(home):
         read_manifest(home / folder_name(number))  # it may have been pruned in between
-        write_current(home, stage_current(home, number, pinned=True))
+        _move(home, number, pinned=True)
 
 
 def unpin(root: Path, retriever: str) -> int | None:
     """Let publishers move CURRENT again; it stays where it is until the next publish.
 
-    Returns the number that was pinned, None where nothing was.
+    Returns the number that was pinned, None where nothing was. Raises `PublishError` where CURRENT
+    can't be written.
     """
     home = home_of(root, retriever)
     with locked(home):
         number, pinned = read_current(home)
         if number is None or not pinned:
             return None
-        write_current(home, stage_current(home, number, pinned=False))
+        _move(home, number, pinned=False)
         return number
+
+
+def _move(home: Path, number: int, *, pinned: bool) -> None:
+    """Have CURRENT name a generation that is there; the caller holds the lock."""
+    try:
+        fsync_dir(home)  # its rename first: a publisher that was killed may not have come to it
+        write_current(home, stage_current(home, number, pinned=pinned))
+    except OSError as error:
+        raise PublishError(f"{home}: CURRENT can't be moved to {number}: {error}") from error
 
 
 def _check(

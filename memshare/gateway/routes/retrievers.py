@@ -15,7 +15,7 @@ from memshare.gateway.state import Gateway, ReadyGateway
 from memshare.gateway.strict import StrictRoute
 from memshare.retrieval.generation import generations
 from memshare.retrieval.manifest import DamagedGeneration, Manifest, NoGeneration
-from memshare.retrieval.publish import activate
+from memshare.retrieval.publish import PublishError, activate
 from memshare.retrieval.shelf import home_of, read_current
 
 router = APIRouter(prefix="/v1/retrievers", route_class=StrictRoute, tags=["retrievers"])
@@ -94,4 +94,6 @@ async def activate_generation(
         raise ApiError(404, str(error), param="number", code="unknown_generation") from error
     except DamagedGeneration as error:
         raise ApiError(409, str(error), param="number", code="damaged_generation") from error
+    except PublishError as error:  # such as a full disk
+        raise ApiError(503, str(error), param="number", code="current_not_written") from error
     return JSONResponse({"retriever": name, "current": number})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memshare.pool import PoolError, PoolStore
+from memshare.retrieval.encoder import Encoder
+from tests.retrieving import publish_now
 from tests.unit.gateway.conftest import running
 
 POSTS = ["/v1/chat/completions", "/v1/memories", "/v1/memories/search"]
@@ -147,3 +150,21 @@ def test_no_body_breaks_the_gateway(client: TestClient, path: str, body: dict[st
     for content in (text, json.dumps({**good, **body}), json.dumps({"items": [body]})):
         reply = client.post(path, content=content.encode(), headers=JSON)
         assert reply.status_code < 500, (content, reply.text)
+
+
+def test_a_roll_back_that_the_disk_does_not_take_is_no_bug(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with running(tmp_path, models) as client:
+        app: Any = client.app
+        shared = app.state.gateway.shared
+        publish_now(shared.store, shared.config, Encoder.load(shared.config.encoder))
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", full)
+            reply = client.post("/v1/retrievers/main/generations/1/activate")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "current_not_written")
+        assert "No space" in reply.json()["error"]["message"]
+        assert client.post("/v1/retrievers/main/generations/1/activate").status_code == 200

@@ -13,7 +13,7 @@ from memshare.retrieval import publish as publish_module
 from memshare.retrieval import shelf
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import current, load
-from memshare.retrieval.publish import PublishError
+from memshare.retrieval.publish import PublishError, activate, unpin
 from memshare.retrieval.shelf import numbers
 from tests.retrieving import publish_now
 
@@ -56,3 +56,22 @@ def test_one_that_readers_have_met_as_current_is_not_taken_back(
     load(config.generations_dir, "main").close()
     assert numbers(config.generations_dir / "main") == [1, 2]
     assert publish_now(store, config, encoders[0]) == 3 == current(config.generations_dir, "main")
+
+
+def test_a_disk_that_takes_no_new_current_is_told_of(
+    store: PoolStore, config: Config, encoders: list[Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    root = config.generations_dir
+    for encoder in encoders:
+        publish_now(store, config, encoder)
+    activate(root, "main", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(PublishError, match=r"CURRENT can't be moved to 1: .*No space"):
+            activate(root, "main", 1)
+        with pytest.raises(PublishError, match=r"CURRENT can't be moved to 2: .*No space"):
+            unpin(root, "main")
+    assert shelf.read_current(root / "main") == (2, True)
