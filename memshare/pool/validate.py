@@ -12,6 +12,7 @@ from memshare.pool.errors import InvalidMemory
 from memshare.records import NewMemory
 
 MAX_TEXT_CHARS = 32_768
+_MAX_DEPTH = 64  # of metadata; a reader deep in calls of its own has less room for it than a writer
 _MAX_NAME_CHARS = 256
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
@@ -100,7 +101,10 @@ def check_memory(memory: NewMemory, max_chars: int = MAX_TEXT_CHARS) -> NewMemor
 
 
 def check_metadata(metadata: object, max_chars: int) -> None:
-    """Raise `InvalidMemory` unless ``metadata`` is a JSON object of at most ``max_chars``."""
+    """Raise `InvalidMemory` unless ``metadata`` is a JSON object of at most ``max_chars``.
+
+    Nor may it be nested deeper than `_MAX_DEPTH`.
+    """
     if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
         raise InvalidMemory("metadata", "a JSON object expected")
     try:
@@ -111,3 +115,14 @@ def check_metadata(metadata: object, max_chars: int) -> None:
         raise InvalidMemory("metadata", f"is {len(text)} characters long, at most {max_chars}")
     if _JSON_NUL.search(text) or _SURROGATE.search(text):
         raise InvalidMemory("metadata", "contains a NUL character or a lone surrogate")
+    if _deeper(metadata, _MAX_DEPTH):
+        raise InvalidMemory("metadata", f"is nested deeper than {_MAX_DEPTH} levels")
+
+
+def _deeper(value: object, levels: int) -> bool:
+    """Whether objects and lists are nested more than ``levels`` deep in ``value``, it included."""
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return False
+    return levels == 0 or any(_deeper(item, levels - 1) for item in value)

@@ -14,6 +14,11 @@ for _ in range(100_000):
     DEEP = [DEEP]
 
 
+def nested(levels: int) -> dict[str, object]:
+    """An object with ``levels`` of objects in all."""
+    return {"a": 1} if levels == 1 else {"a": nested(levels - 1)}
+
+
 @pytest.mark.parametrize(
     ("field", "value", "problem"),
     [
@@ -99,3 +104,12 @@ def test_a_time_that_utc_cannot_hold_is_refused() -> None:
 def test_scores_become_floats() -> None:
     assert check_score(80) == 80.0 and isinstance(check_score(80), float)
     assert check_score(None) is None
+
+
+def test_metadata_is_as_deep_as_any_reader_can_follow() -> None:
+    """Python's reading of JSON ends at its limit of recursion, less the calls that led there."""
+    deep = nested(64)
+    assert check_memory(replace(GOOD, metadata=deep)).metadata == deep
+    for levels in (65, 500):
+        with pytest.raises(InvalidMemory, match="metadata: is nested deeper than 64 levels"):
+            check_memory(replace(GOOD, metadata=nested(levels)))
