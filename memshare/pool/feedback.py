@@ -20,6 +20,7 @@ from memshare.pool.schema import feedback, memories
 from memshare.pool.validate import check_text, now
 
 NEUTRAL_VOTES = 2
+_LEAST = 1e-9  # a weaker opinion is neutral: PostgreSQL refuses quotients too small for a float
 _MAX_COMMENT_CHARS = 2000
 
 
@@ -52,7 +53,8 @@ class Feedback:
             raise InvalidMemory("value", f"{value} is not in -1..1")
         if comment is not None:
             check_text("comment", comment, _MAX_COMMENT_CHARS)
-        opinion = {"value": float(value), "comment": comment, "given_at": now()}
+        kept = float(value) if abs(value) >= _LEAST else 0.0
+        opinion = {"value": kept, "comment": comment, "given_at": now()}
         mine = sa.and_(feedback.c.memory_id == memory_id, feedback.c.principal == principal)
         with self._db.write() as connection:
             # Locked, so that two first opinions of one principal come one after the other.

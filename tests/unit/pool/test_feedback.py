@@ -56,3 +56,12 @@ def test_what_is_no_opinion(url: str) -> None:
             with pytest.raises(InvalidMemory, match="comment"):
                 feedback.give(added.id, "ann", 1, comment)
         assert feedback.give("unknown", "ann", 1) is None
+
+
+def test_an_opinion_too_weak_to_divide_is_neutral(url: str) -> None:
+    with PoolStore.open(url) as store:
+        store.create_pool("main")
+        (added,) = store.append([NewMemory("main", "p", "x")])
+        feedback = Feedback(store.database)
+        assert feedback.give(added.id, "ann", 5e-324) == Standing(0.0, 1)
+        assert feedback.of_pool("main") == {added.id: Standing(0.0, 1)}
