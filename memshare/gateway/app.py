@@ -20,6 +20,7 @@ from memshare.gateway.routes import chat, health, memories, retrievers
 from memshare.gateway.schemas import ErrorReply
 from memshare.gateway.state import Gateway, LLMProbe
 from memshare.progress import log
+from memshare.retrieval.searcher import SearcherClosed
 from memshare.sharing import SharedMemory, uses_scorer_llm
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -102,6 +103,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _start(gateway: Gateway) -> None:
     try:
         await gateway.shared.start()
+    except SearcherClosed:  # by `_lifespan`: told to stop before it was ready, which is no failure
+        return
     except Exception as error:
         gateway.failure = f"the searcher can't start: {error}"
         logger.error(gateway.failure)
