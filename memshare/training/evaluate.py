@@ -19,7 +19,7 @@ import torch
 
 from memshare.config import Config
 from memshare.metrics.ir import METRICS, MORE_RECALL, ir_metrics, mean_metrics
-from memshare.records import Example
+from memshare.records import Example, normalise
 from memshare.retrieval.encoder import SIDES, Encoder
 from memshare.retrieval.gate import grades
 from memshare.training.batching import deal
@@ -50,16 +50,21 @@ class HeldOut:
     def of(cls, examples: Iterable[Example], gain: float, trained: Collection[str] = ()) -> HeldOut:
         """Judge by the gate's rule: a candidate is relevant if its gain is above ``gain``.
 
-        Queries without a relevant candidate tell nothing and are left out; so are memories among
-        ``trained`` (ids), should they have been split otherwise when those were mined. Of a query
-        that comes twice the later counts.
+        Queries without a relevant candidate tell nothing and are left out; so are those that
+        ``trained`` has, by id, as memories that were split otherwise when those were mined, or by
+        what is asked (as `normalise` has it), as in data from elsewhere. Of a query that comes
+        twice the later counts.
         """
         queries: dict[str, str] = {}
         graded: dict[str, dict[str, int]] = {}
         texts: dict[str, str] = {}
         known = set(trained)
         latest = {example.query_id: example for example in examples}
-        fresh = [example for name, example in latest.items() if name not in known]
+        fresh = [
+            example
+            for example in latest.values()
+            if known.isdisjoint((example.query_id, normalise(example.query)))
+        ]
         for example in fresh:
             candidates = distinct_candidates(example)
             found = grades(mined_gains(example, candidates), gain)
@@ -107,11 +112,10 @@ def read_held_out(
             raise ExamplesError("held-out examples are of no use without training.eval_every")
         return HeldOut()
     folders = given or [path for path in map(held_out_dir, rounds) if path.exists()]
-    seen = {
-        id
-        for item in trained
-        for id in (item.query_id, *(p.id for p in (*item.positives, *item.negatives)))
-    }
+    seen = set[str]()
+    for item in trained:
+        seen |= {item.query_id, normalise(item.query)}
+        seen |= {passage.id for passage in (*item.positives, *item.negatives)}
     mined = (example for folder in folders for example in read_examples(folder))
     return HeldOut.of(mined, config.relevant_above, seen)
 

@@ -134,8 +134,8 @@ def test_the_encoder_and_the_random_state_are_as_before(tmp_path: Path) -> None:
     assert encoder.model.training and torch.get_rng_state().equal(before)
 
 
-def selected(name: str) -> Selected:
-    return Selected(name, name, "main", None, 1, "", (), (), frozenset())
+def selected(name: str, query: str = "another") -> Selected:
+    return Selected(name, query, "main", None, 1, "", (), (), frozenset())
 
 
 def test_where_held_out_examples_are_found(tmp_path: Path) -> None:
@@ -145,6 +145,10 @@ def test_where_held_out_examples_are_found(tmp_path: Path) -> None:
     config = load_config(None, ["training.eval_every=1"])
     held_out = read_held_out(config, None, rounds, [selected("main-5")])
     assert list(held_out.queries) == [f"main-{i}" for i in range(5)] and held_out.trained == 1
+    asked = selected("of another id", f" {examples(4)[3].query.upper()}")
+    asked_for = read_held_out(config, None, rounds[:1], [asked])
+    assert list(asked_for.queries) == [f"main-{i}" for i in range(3)]
+    assert asked_for.trained == 1
     again = HeldOut.of([*examples(2), *examples(3, seed=1, start=2)], 0.05)
     assert held_out.digest == again.digest
     other = read_held_out(config, [held_out_dir(rounds[0])], rounds, [])
