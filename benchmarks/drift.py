@@ -85,7 +85,7 @@ def scores(work: Work, material: dict[str, tuple[list[Task], list[Task]]]) -> Sc
     for memory in memories:
         by_key.setdefault(key_of[memory.prompt], set()).add(memory.id)
     encoders = {"0": Encoder.load(work.config.encoder)}
-    home = work.config.generations_dir / work.config.retriever.name
+    home = work.config.retriever_dir
     for path in sorted(home.glob("[0-9]*/encoder")):
         encoders[str(int(path.parent.name))] = Encoder.from_folder(path)
     rankers = {name: dense_ranker(memories, encoder) for name, encoder in encoders.items()}

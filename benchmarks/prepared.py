@@ -136,6 +136,6 @@ class Prepared:
                 built = build_generation(store, config, encoder)
                 np.save(self.folder / f"vectors-{number}.npy", built.vectors)
                 publish(
-                    config.generations_dir, RETRIEVER, encoder=encoder, parent=None, metrics={},
+                    config.retriever_dir, encoder=encoder, parent=None, metrics={},
                     keep=len(GENERATIONS), **built.parts(),
                 )  # fmt: skip

@@ -98,7 +98,7 @@ def measure(count: int, encoder: Encoder, folder: Path, seed: int) -> dict[str, 
     root = folder / "generations"
     publishing, _ = timed(
         lambda: publish(
-            root, "main", encoder=encoder, vectors=vectors, ids=ids, spans={"main": (0, count)},
+            root / "main", encoder=encoder, vectors=vectors, ids=ids, spans={"main": (0, count)},
             positions={"main": count}, metrics={}, parent=None, keep=1,
         )
     )  # fmt: skip

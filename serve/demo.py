@@ -105,7 +105,7 @@ def serve(config: Config, args: argparse.Namespace, pool: str, splits: Splits) -
     record = config.run.dir / "gateway.json"
     started = time.monotonic()
     finished = learned(config)
-    first = current(config.generations_dir, config.retriever.name)
+    first = current(config.retriever_dir)
 
     def check() -> None:
         if up.process.poll() is not None:
@@ -115,7 +115,7 @@ def serve(config: Config, args: argparse.Namespace, pool: str, splits: Splits) -
         check()
         if time.monotonic() - started > STREAM_SECONDS:
             raise DemoFailed(f"no end of learning after {STREAM_SECONDS:g} s; see {up.log_file}")
-        number = current(config.generations_dir, config.retriever.name)
+        number = current(config.retriever_dir)
         return finished() and number in (first, *stream.traffic.swaps)
 
     try:

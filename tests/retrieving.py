@@ -76,7 +76,7 @@ def publish_now(
         "metrics": {}, "keep": config.retriever.keep, "index": config.retriever.index, **more
     }  # fmt: skip
     return publish(
-        config.generations_dir, config.retriever.name, encoder=encoder, parent=parent,
+        config.retriever_dir, encoder=encoder, parent=parent,
         **built.parts(), **options,
     )  # fmt: skip
 

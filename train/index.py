@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World) -> dict[str, Any]:
     """Encode, judge, publish; what became of it as a dict. Of several processes, the first's."""
-    root, name, pools = config.generations_dir, config.retriever.name, config.served_pools
+    home, pools = config.retriever_dir, config.served_pools
     if not args.no_gate and config.gate.canaries is not None:
         read_canaries(config.gate.canaries)  # a mistake there is found now, not after the encoding
     for pool in pools:
@@ -146,11 +146,11 @@ def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World
     }
 
     # 3. Publish, or put the rejection on record.
-    generation = current(root, name)
+    generation = current(home)
     if verdict.passed:
         try:
             generation = publish(
-                root, name, encoder=encoder, **built.parts(), metrics=metrics, parent=generation,
+                home, encoder=encoder, **built.parts(), metrics=metrics, parent=generation,
                 keep=config.retriever.keep, best=verdict.best, index=config.retriever.index,
             )  # fmt: skip
         except PoorIndex as error:  # an error would end the loop, here again at every start
@@ -160,7 +160,7 @@ def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World
         log(f"published generation {generation} ({len(built.ids)} memories; {verdict.reason})")
     else:
         log(f"rejected, and the current generation serves on: {verdict.reason}")
-        record_rejection(root / name / "rejected.jsonl", metrics)
+        record_rejection(home / "rejected.jsonl", metrics)
 
     # 4. Tell the run of the training, where nothing waits for it any more.
     if not args.no_gate and metrics["training"] is not None:

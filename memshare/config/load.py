@@ -115,6 +115,11 @@ class Config(BaseSettings):
         return self.run.generations or self.run.dir / "generations"
 
     @property
+    def retriever_dir(self) -> Path:
+        """Folder of the generations of this run's retriever; its name is the retriever's."""
+        return self.generations_dir / self.retriever.name
+
+    @property
     def examples_dir(self) -> Path:
         """Folder of mined examples, one Parquet data set a round."""
         return self.run.dir / "examples"

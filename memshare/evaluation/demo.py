@@ -45,7 +45,6 @@ from memshare.retrieval.generation import (
     load_current,
 )
 from memshare.retrieval.manifest import folder_name
-from memshare.retrieval.shelf import home_of
 from memshare.version import commit
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -125,15 +124,15 @@ def record(config: Config, pool: str, splits: Splits, traffic: Traffic) -> dict[
     """Everything that report.json holds, measured through what was published and stored."""
     bert = BertScorer(resolve_encoder(config.scorer.bertscore_model))
     llm = make_llm(config.agent_llm)
-    root, retriever = config.generations_dir, config.retriever.name
+    home = config.retriever_dir
     with PoolStore.open(config.url) as store:
         stats = store.stats(pool)
         memories = list(store.iter(pool))
     keys = {task.prompt: task.key for task in (*splits.seed, *splits.problems)}
     material = Material(memories, splits.test, keys)
-    serving = load_current(root, retriever)
+    serving = load_current(home)
     if serving is None:
-        raise GenerationError(f"nothing was published under {root / retriever}")
+        raise GenerationError(f"nothing was published under {home}")
     generation = serving
 
     async def measured() -> dict[str, Any]:
@@ -156,7 +155,7 @@ def record(config: Config, pool: str, splits: Splits, traffic: Traffic) -> dict[
             "in_pool": stats.memories,
         },
         "generations": [
-            _generation(root, manifest, pool, traffic) for manifest in generations(root, retriever)
+            _generation(home, manifest, pool, traffic) for manifest in generations(home)
         ],
         "requests": traffic.record(),
         "model": llm.model,
@@ -167,8 +166,8 @@ def record(config: Config, pool: str, splits: Splits, traffic: Traffic) -> dict[
     }
 
 
-def _generation(root: Path, manifest: Manifest, pool: str, traffic: Traffic) -> dict[str, Any]:
-    folder = home_of(root, manifest.retriever) / folder_name(manifest.number)
+def _generation(home: Path, manifest: Manifest, pool: str, traffic: Traffic) -> dict[str, Any]:
+    folder = home / folder_name(manifest.number)
     metrics = json.loads((folder / "metrics.json").read_text())
     return {
         "id": manifest.number,

@@ -122,7 +122,7 @@ class Evidence:
         On the CPU: a loop prunes in its own process, which must leave the GPU to its programs.
         """
         config, device = self._config, "cpu"
-        generation = load_current(config.generations_dir, config.retriever.name, device)
+        generation = load_current(config.retriever_dir, device)
         try:
             if generation is not None:
                 yield generation.encoder, generation

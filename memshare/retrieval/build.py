@@ -20,7 +20,6 @@ from memshare.retrieval.divided import Peers, Rows, deal, dismiss, engage
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import Generation, GenerationError, current, load
 from memshare.retrieval.manifest import folder_name, read_manifest
-from memshare.retrieval.shelf import home_of
 
 _BLOCK = 2048  # memories encoded at a time: long enough to sort by length, small in memory
 
@@ -138,16 +137,15 @@ class MemoryVectors:
 @contextmanager
 def _current_by(config: Config, fingerprint: str) -> Iterator[Generation | None]:
     """The current generation if its memory tower has ``fingerprint``, else None."""
-    root, name = config.generations_dir, config.retriever.name
-    generation = None
-    number = current(root, name)
+    home, generation = config.retriever_dir, None
+    number = current(home)
     try:
         if number is not None:
-            manifest = read_manifest(home_of(root, name) / folder_name(number))
+            manifest = read_manifest(home / folder_name(number))
             rounded = manifest.index.get("precision") == "float16"
             wanted = not rounded or config.retriever.index.precision == "float16"
             if manifest.memory_fingerprint == fingerprint and wanted:
-                generation = load(root, name, number, device="cpu")
+                generation = load(home, number, device="cpu")
     except GenerationError as error:
         log(f"all memories are encoded: {error}")
     try:

@@ -64,9 +64,9 @@ def _run(action: Action, args: argparse.Namespace) -> int:
 
 def _list(config: Config, args: argparse.Namespace) -> int:
     from memshare.retrieval.manifest import folder_name, read_manifest
-    from memshare.retrieval.shelf import home_of, numbers, read_current
+    from memshare.retrieval.shelf import numbers, read_current
 
-    home = home_of(config.generations_dir, config.retriever.name)
+    home = config.retriever_dir
     current, pinned = read_current(home)
     for number in numbers(home):
         folder = home / folder_name(number)
@@ -112,13 +112,13 @@ def _line(row: dict[str, Any]) -> str:
 
 def _verify(config: Config, args: argparse.Namespace) -> int:
     from memshare.retrieval.generation import DamagedGeneration, verify_generation
-    from memshare.retrieval.shelf import home_of, numbers
+    from memshare.retrieval.shelf import numbers
 
-    root, name = config.generations_dir, config.retriever.name
+    home = config.retriever_dir
     damaged = 0
-    for number in [args.number] if args.number is not None else numbers(home_of(root, name)):
+    for number in [args.number] if args.number is not None else numbers(home):
         try:
-            manifest = verify_generation(root, name, number)
+            manifest = verify_generation(home, number)
         except DamagedGeneration as error:
             damaged += 1
             print(error)
@@ -130,7 +130,7 @@ def _verify(config: Config, args: argparse.Namespace) -> int:
 def _activate(config: Config, args: argparse.Namespace) -> int:
     from memshare.retrieval.publish import activate
 
-    activate(config.generations_dir, config.retriever.name, args.number)
+    activate(config.retriever_dir, args.number)
     print(f"generation {args.number} is CURRENT and pinned; `memshare generations unpin` undoes it")
     return 0
 
@@ -138,7 +138,7 @@ def _activate(config: Config, args: argparse.Namespace) -> int:
 def _unpin(config: Config, args: argparse.Namespace) -> int:
     from memshare.retrieval.publish import unpin
 
-    number = unpin(config.generations_dir, config.retriever.name)
+    number = unpin(config.retriever_dir)
     if number is None:
         print("nothing is pinned")
     else:
@@ -149,5 +149,5 @@ def _unpin(config: Config, args: argparse.Namespace) -> int:
 def _push(config: Config, args: argparse.Namespace) -> int:
     from memshare.retrieval import hub
 
-    with hub.parcel(config.generations_dir, args.name, args.number) as found:
+    with hub.parcel(config.generations_dir / args.name, args.number) as found:
         return hub.deliver(found, args)

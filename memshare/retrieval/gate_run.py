@@ -145,10 +145,10 @@ def gate_built(
     The current generation is CURRENT (an intact older one if it is damaged, the configured encoder
     if there is none); the best so far is what the newest generation names.
     """
-    root, name, device = config.generations_dir, config.retriever.name, config.encoder.device
+    home, device = config.retriever_dir, config.encoder.device
     with ExitStack() as stack:
         try:
-            generation = load_current(root, name, device)
+            generation = load_current(home, device)
         except DamagedGeneration as error:
             log(f"the gate compares with the configured encoder: {error}")
             generation = None
@@ -157,12 +157,12 @@ def gate_built(
         else:
             stack.callback(generation.close)
             current = Serving.of(generation, store, config.served_pools)
-        champion, number = None, best(root, name)
+        champion, number = None, best(home)
         if number == FROZEN != current.number:
             champion = frozen_serving(config)
         elif number not in (None, current.number):
             try:
-                kept = load(root, name, number, device)
+                kept = load(home, number, device)
                 stack.callback(kept.close)
                 champion = Serving.of(kept, store, config.served_pools)
             except (NoGeneration, DamagedGeneration) as error:

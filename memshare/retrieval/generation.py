@@ -24,7 +24,7 @@ from memshare.retrieval.manifest import (
     read_manifest,
     verify,
 )
-from memshare.retrieval.shelf import Lease, home_of, numbers, read_current
+from memshare.retrieval.shelf import Lease, numbers, read_current
 
 __all__ = [
     "DamagedGeneration",
@@ -67,26 +67,25 @@ class Generation:
         self.lease.release()
 
 
-def current(root: Path, retriever: str) -> int | None:
+def current(home: Path) -> int | None:
     """The number that CURRENT names, None before the first publish."""
-    return read_current(home_of(root, retriever))[0]
+    return read_current(home)[0]
 
 
-def current_stamp(root: Path, retriever: str) -> Stamp:
+def current_stamp(home: Path) -> Stamp:
     """Changes whenever CURRENT is written, even with the same number; None where it is missing."""
     try:
-        stat = (home_of(root, retriever) / "CURRENT").stat()
+        stat = (home / "CURRENT").stat()
     except FileNotFoundError:
         return None
     return stat.st_ino, stat.st_mtime_ns
 
 
-def generations(root: Path, retriever: str) -> list[Manifest]:
+def generations(home: Path) -> list[Manifest]:
     """Manifests of the generations on disk, oldest first.
 
     Those without a readable one are left out; blobs are not read, see `verify_generation`.
     """
-    home = home_of(root, retriever)
     found = []
     for number in numbers(home):
         try:
@@ -96,15 +95,14 @@ def generations(root: Path, retriever: str) -> list[Manifest]:
     return found
 
 
-def best(root: Path, retriever: str) -> int | None:
+def best(home: Path) -> int | None:
     """The best generation so far by the gate, as the newest generation names it."""
-    manifests = generations(root, retriever)
+    manifests = generations(home)
     return manifests[-1].best if manifests else None
 
 
-def verify_generation(root: Path, retriever: str, number: int) -> Manifest:
+def verify_generation(home: Path, number: int) -> Manifest:
     """Read and check every byte of a generation; raises `DamagedGeneration` or `NoGeneration`."""
-    home = home_of(root, retriever)
     lease = Lease(home, number)
     try:
         manifest = read_manifest(home / folder_name(number))
@@ -115,8 +113,7 @@ def verify_generation(root: Path, retriever: str, number: int) -> Manifest:
 
 
 def load(
-    root: Path,
-    retriever: str,
+    home: Path,
     number: int | None = None,
     device: str = "auto",
     place: GpuPlace | None = None,
@@ -132,7 +129,6 @@ def load(
     Raises `NoGeneration` where there is none and `DamagedGeneration` where size, SHA-256, shapes or
     the encoder's fingerprints differ from the manifest.
     """
-    home = home_of(root, retriever)
     while True:
         wanted = number if number is not None else read_current(home)[0]
         if wanted is None:
@@ -157,19 +153,18 @@ def load(
 
 
 def load_current(
-    root: Path, retriever: str, device: str = "auto", place: GpuPlace | None = None
+    home: Path, device: str = "auto", place: GpuPlace | None = None
 ) -> Generation | None:
     """Load CURRENT or, if it is damaged, the newest intact older one; says so in the log.
 
     None where nothing was published. Raises `DamagedGeneration` where no intact one is left.
     """
-    home = home_of(root, retriever)
     wanted: int | None = None
     try:
         wanted, _ = read_current(home)
         if wanted is None:
             return None
-        return load(root, retriever, None, device, place)
+        return load(home, None, device, place)
     except (DamagedGeneration, NoGeneration) as error:
         damage = error
     log(f"{damage}; looking for an intact older generation")
@@ -177,13 +172,13 @@ def load_current(
         if wanted is not None and number >= wanted:
             continue
         try:
-            generation = load(root, retriever, number, device, place)
+            generation = load(home, number, device, place)
         except (DamagedGeneration, NoGeneration) as error:
             log(str(error))
             continue
-        log(f"{retriever}: serving generation {number} instead")
+        log(f"{home.name}: serving generation {number} instead")
         return generation
-    raise DamagedGeneration(f"{retriever}: no intact generation is left ({damage})") from damage
+    raise DamagedGeneration(f"{home.name}: no intact generation is left ({damage})") from damage
 
 
 def _load_encoder(folder: Path, manifest: Manifest, device: str) -> Encoder:

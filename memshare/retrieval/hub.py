@@ -21,7 +21,7 @@ from memshare.retrieval.manifest import (
     read_manifest,
     verify,
 )
-from memshare.retrieval.shelf import Lease, home_of, read_current
+from memshare.retrieval.shelf import Lease, read_current
 
 _ENCODER = "encoder/"
 
@@ -44,13 +44,12 @@ class Parcel:
 
 
 @contextmanager
-def parcel(root: Path, retriever: str, number: int | None) -> Iterator[Parcel]:
+def parcel(home: Path, number: int | None) -> Iterator[Parcel]:
     """Generation ``number`` (None: CURRENT), every byte of it verified, and kept while in use.
 
     Raises `NoGeneration`, `DamagedGeneration`, and `PushError` for one from before there were
     model cards.
     """
-    home = home_of(root, retriever)
     wanted = read_current(home)[0] if number is None else number
     if wanted is None:
         raise NoGeneration(f"{home}: nothing was published yet")
@@ -66,7 +65,7 @@ def parcel(root: Path, retriever: str, number: int | None) -> Iterator[Parcel]:
         }
         if CARD not in files:
             raise PushError(f"{folder}: its encoder has no model card; publish a new generation")
-        yield Parcel(f"generation {wanted} of retriever {retriever}", folder / _ENCODER, files)
+        yield Parcel(f"generation {wanted} of retriever {home.name}", folder / _ENCODER, files)
     finally:
         lease.release()
 

@@ -38,7 +38,6 @@ from memshare.retrieval.index import IndexFault
 from memshare.retrieval.manifest import folder_name, read_manifest
 from memshare.retrieval.placing import Choice, Placer
 from memshare.retrieval.serving import MAX_DELTA, PAGE, Serving, frozen_serving, run_here
-from memshare.retrieval.shelf import home_of
 from memshare.retrieval.worker import SearcherClosed, Worker
 
 _CLOSE = 16  # changes that may be left for when the feeder pauses, and every write waits
@@ -84,7 +83,7 @@ class Loader:
         self._worker = worker
         self._feeder = feeder
         self._announce = announce
-        self._root, self._name = config.generations_dir, config.retriever.name
+        self._home = config.retriever_dir
         self._placer = Placer(config)
         self._seen: Stamp = None
         self._stop = threading.Event()
@@ -119,7 +118,7 @@ class Loader:
 
     def _step(self) -> None:
         """Load what CURRENT names, if it is not what serves, and swap it in."""
-        stamp = current_stamp(self._root, self._name)
+        stamp = current_stamp(self._home)
         # Numbers only: a reference to the old `Serving` would keep its memory through the swap.
         number = None if self._worker.serving is None else self._worker.serving.number
         if number is not None and stamp == self._seen:
@@ -129,7 +128,7 @@ class Loader:
             following, choice = self._first()
         else:
             try:
-                if current(self._root, self._name) in (number, None):
+                if current(self._home) in (number, None):
                     self._seen, self.error = stamp, None
                     return
                 if self._swap_query_tower(began):
@@ -157,17 +156,17 @@ class Loader:
         """
         serving = self._worker.serving
         assert serving is not None  # only this thread swaps
-        number = current(self._root, self._name)
+        number = current(self._home)
         if serving.generation is None or number is None:
             return False
-        theirs = read_manifest(home_of(self._root, self._name) / folder_name(number))
+        theirs = read_manifest(self._home / folder_name(number))
         mine = serving.generation.manifest
         if theirs.memory_fingerprint != mine.memory_fingerprint or theirs.index != mine.index:
             return False
         if serving.delta_rows > MAX_DELTA:
             return False
         device = str(serving.encoder.device)
-        generation = load(self._root, self._name, number, device, rows=False)
+        generation = load(self._home, number, device, rows=False)
         try:
             generation.encoder.compute_as(self._config.encoder)
             generation.encoder.encode_queries(["warm-up"])
@@ -183,14 +182,14 @@ class Loader:
     def _first(self) -> tuple[Serving, Choice]:
         """What to begin with: CURRENT, else an intact older one, else the configured encoder."""
         choice = self._placer.first()
-        if current_stamp(self._root, self._name) is None:
+        if current_stamp(self._home) is None:
             return frozen_serving(self._config), choice
         try:
             return self._load()
         except GenerationError as error:
             self.error = report("CURRENT can't serve", error, self.error)
         try:
-            older = load_current(self._root, self._name, choice.device, choice.place)
+            older = load_current(self._home, choice.device, choice.place)
         except DamagedGeneration as error:
             log(f"the configured encoder serves: {error}")
             older = None
@@ -198,13 +197,13 @@ class Loader:
 
     def _load(self) -> tuple[Serving, Choice]:
         """CURRENT, and where it was put."""
-        number = current(self._root, self._name)
+        number = current(self._home)
         if number is None:
-            raise NoGeneration(f"{self._name}: nothing was published yet")
-        manifest = read_manifest(home_of(self._root, self._name) / folder_name(number))
+            raise NoGeneration(f"{self._home.name}: nothing was published yet")
+        manifest = read_manifest(self._home / folder_name(number))
         files = {name: blob.size for name, blob in manifest.files.items()}
         choice = self._placer.choose(number, files)
-        generation = load(self._root, self._name, None, choice.device, choice.place)
+        generation = load(self._home, None, choice.device, choice.place)
         return self._serving_of(generation), choice
 
     def _serving_of(self, generation: Generation) -> Serving:
@@ -261,7 +260,7 @@ class Loader:
         self.swaps = (*self.swaps, SwapRecord(following.number, load_seconds, swap_seconds))
         if number is not None:
             self.error = None
-            log(f"{self._name}: generation {number} -> {following.number}")
+            log(f"{self._home.name}: generation {number} -> {following.number}")
         self._announce()
         self._feeder.wake()
 

@@ -35,7 +35,6 @@ from memshare.retrieval.manifest import (
 )
 from memshare.retrieval.shelf import (
     discard,
-    home_of,
     locked,
     numbers,
     prune,
@@ -53,8 +52,7 @@ class PublishError(GenerationError):
 
 
 def publish(
-    root: Path,
-    retriever: str,
+    home: Path,
     *,
     encoder: Encoder,
     vectors: npt.NDArray[np.float32],
@@ -87,10 +85,9 @@ def publish(
         raise PublishError("the vectors were made by another encoder; build them with this one")
     _check(encoder, vectors, ids, spans, positions)
     settings = index or IndexConfig()
-    home = home_of(root, retriever)
     manifest = Manifest(
         number=0,  # this, best and files come later, the number under the lock
-        retriever=retriever,
+        retriever=home.name,
         created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
         parent=parent,
         best=0,
@@ -122,54 +119,51 @@ def publish(
         needed = index_bytes(vectors.shape, settings) + sum(map(len, ids)) + _SLACK
         raise _explain(home, error, weight_bytes(encoder) + needed) from error
     if pinned:
-        _tell_of_pin(retriever, number, held)
+        _tell_of_pin(home, number, held)
     return number
 
 
-def complete(root: Path, retriever: str, number: int, keep: int) -> None:
+def complete(home: Path, number: int, keep: int) -> None:
     """The end of a publish that was killed between its two renames: ``number`` becomes CURRENT.
 
     As a publisher would have done, unless a pin says otherwise, and old generations are pruned.
     Nothing changes where CURRENT is as far already. Every byte is verified first; raises
     `NoGeneration` or `DamagedGeneration`, and `PublishError` where CURRENT can't be written.
     """
-    home = home_of(root, retriever)
     if (read_current(home)[0] or 0) >= number:
         return
-    verify_generation(root, retriever, number)
+    verify_generation(home, number)
     with locked(home):
         manifest = read_manifest(home / folder_name(number))  # it may have been pruned in between
         held, pinned = read_current(home)
         if (held or 0) >= number:
             return
         if pinned:
-            _tell_of_pin(retriever, number, held)
+            _tell_of_pin(home, number, held)
             return
         _move(home, number, pinned=False)
         _prune(home, keep, manifest.best)
-    log(f"{retriever}: publishing generation {number} was cut short; CURRENT is moved to it now")
+    log(f"{home.name}: publishing generation {number} was cut short; CURRENT is moved to it now")
 
 
-def activate(root: Path, retriever: str, number: int) -> None:
+def activate(home: Path, number: int) -> None:
     """Roll back or forward: move CURRENT to ``number`` and pin it there.
 
     Every byte is verified first; raises `NoGeneration` or `DamagedGeneration` and changes nothing,
     and `PublishError` where CURRENT can't be written.
     """
-    home = home_of(root, retriever)
-    verify_generation(root, retriever, number)
+    verify_generation(home, number)
     with locked(home):
         read_manifest(home / folder_name(number))  # it may have been pruned in between
         _move(home, number, pinned=True)
 
 
-def unpin(root: Path, retriever: str) -> int | None:
+def unpin(home: Path) -> int | None:
     """Let publishers move CURRENT again; it stays where it is until the next publish.
 
     Returns the number that was pinned, None where nothing was. Raises `PublishError` where CURRENT
     can't be written.
     """
-    home = home_of(root, retriever)
     with locked(home):
         number, pinned = read_current(home)
         if number is None or not pinned:
@@ -228,9 +222,9 @@ def _rename(home: Path, folder: Path, number: int, staged: Path | None) -> None:
         raise
 
 
-def _tell_of_pin(retriever: str, number: int, held: int | None) -> None:
+def _tell_of_pin(home: Path, number: int, held: int | None) -> None:
     log(
-        f"{retriever}: published generation {number}, but {held} is pinned and stays CURRENT; "
+        f"{home.name}: published generation {number}, but {held} is pinned and stays CURRENT; "
         "`memshare generations unpin` lets the next one through"
     )
 

@@ -11,7 +11,6 @@ from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import DamagedGeneration, Manifest, NoGeneration, generations
 from memshare.retrieval.manifest import folder_name
 from memshare.retrieval.publish import complete
-from memshare.retrieval.shelf import home_of
 
 
 def published_before(
@@ -24,9 +23,9 @@ def published_before(
     """
     if number is None:
         return None
-    root, name = config.generations_dir, config.retriever.name
-    for manifest in reversed(generations(root, name)):
-        path = home_of(root, name) / folder_name(manifest.number) / "metrics.json"
+    home = config.retriever_dir
+    for manifest in reversed(generations(home)):
+        path = home / folder_name(manifest.number) / "metrics.json"
         try:
             metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError) as error:  # damaged: nothing will load it either
@@ -38,7 +37,7 @@ def published_before(
             log(f"round {number}: {source} is no longer what generation {manifest.number} has")
             continue
         try:
-            complete(root, name, manifest.number, config.retriever.keep)
+            complete(home, manifest.number, config.retriever.keep)
         except (NoGeneration, DamagedGeneration) as error:
             log(f"round {number}: published again, since generation {manifest.number}: {error}")
             continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import torch
 
@@ -22,7 +23,7 @@ from memshare.retrieval.generation import GenerationError, best, load
 from memshare.retrieval.manifest import first_with, folder_name, read_manifest
 from memshare.retrieval.publish import publish
 from memshare.retrieval.serving import MAX_DELTA
-from memshare.retrieval.shelf import discard, home_of, locked, numbers, read_current
+from memshare.retrieval.shelf import discard, locked, numbers, read_current
 
 
 def refresh(store: PoolStore, config: Config) -> int | None:
@@ -36,9 +37,9 @@ def refresh(store: PoolStore, config: Config) -> int | None:
     None where nothing was published, so that the configured encoder serves, or an operator has
     pinned CURRENT, or it fails, which the log says: the round has ended by then.
     """
-    root, name = config.generations_dir, config.retriever.name
+    home = config.retriever_dir
     try:
-        number, pinned = read_current(home_of(root, name))
+        number, pinned = read_current(home)
         if number is None or pinned or _changes(store, config, number) <= MAX_DELTA:
             return None
         fresh = _publish(store, config, number)
@@ -47,24 +48,23 @@ def refresh(store: PoolStore, config: Config) -> int | None:
         return None
     log(f"published generation {fresh}: the encoder of {number}, with today's memories")
     try:
-        _retire(config, number)
+        _retire(home, number)
     except (GenerationError, OSError) as error:
-        log(f"{name}: older indexes of this encoder could not be deleted: {error}")
+        log(f"{home.name}: older indexes of this encoder could not be deleted: {error}")
     return fresh
 
 
 def _changes(store: PoolStore, config: Config, number: int) -> int:
     """How many there were in the served pools since generation ``number`` read their logs."""
-    home = home_of(config.generations_dir, config.retriever.name)
-    positions = read_manifest(home / folder_name(number)).positions
+    positions = read_manifest(config.retriever_dir / folder_name(number)).positions
     return sum(store.last_seq(pool) - positions.get(pool, 0) for pool in config.served_pools)
 
 
 def _publish(store: PoolStore, config: Config, number: int) -> int:
-    root, name = config.generations_dir, config.retriever.name
-    began, same = time.monotonic(), _same(config, number)
-    champion = best(root, name)
-    generation = load(root, name, number, config.encoder.device, rows=False)
+    home = config.retriever_dir
+    began, same = time.monotonic(), _same(home, number)
+    champion = best(home)
+    generation = load(home, number, config.encoder.device, rows=False)
     try:
         metrics = json.loads((generation.folder / "metrics.json").read_text(encoding="utf-8"))
         encoder = generation.encoder
@@ -72,7 +72,7 @@ def _publish(store: PoolStore, config: Config, number: int) -> int:
         built = build_generation(store, config, encoder)
         metrics |= {"build_seconds": time.monotonic() - began, "created": time.time()}
         return publish(
-            root, name, encoder=encoder, **built.parts(), metrics=metrics, parent=number,
+            home, encoder=encoder, **built.parts(), metrics=metrics, parent=number,
             keep=config.retriever.keep + len(same),  # one of them is left
             best=None if champion in same else champion, index=config.retriever.index,
             origin=generation.manifest.origin or number,
@@ -81,21 +81,19 @@ def _publish(store: PoolStore, config: Config, number: int) -> int:
         generation.close()
 
 
-def _same(config: Config, number: int) -> list[int]:
+def _same(home: Path, number: int) -> list[int]:
     """The generations of generation ``number``'s encoder, oldest first."""
-    home = home_of(config.generations_dir, config.retriever.name)
     first = first_with(home, number)
     return [other for other in numbers(home) if first_with(home, other) == first]
 
 
-def _retire(config: Config, number: int) -> None:
+def _retire(home: Path, number: int) -> None:
     """Delete the generations of ``number``'s encoder before it; it was current until now.
 
     So it is in use: by readers, and by a round that trains its encoder further.
     """
-    home = home_of(config.generations_dir, config.retriever.name)
     with locked(home):
         held, _ = read_current(home)
-        for older in _same(config, number):
+        for older in _same(home, number):
             if older < number and older != held:
                 discard(home, older)

@@ -1,5 +1,7 @@
 """The folder of one retriever: its numbers, CURRENT, locks, leases, and what may be pruned.
 
+It is the ``home`` that readers and publishers are given, and has the retriever's name.
+
 ::
 
     generations/<retriever>/000042/     an immutable generation
@@ -50,11 +52,6 @@ class Lease:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
-
-
-def home_of(root: Path, retriever: str) -> Path:
-    """The folder of ``retriever`` under the generations folder ``root``."""
-    return root / retriever
 
 
 def numbers(home: Path) -> list[int]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from memshare.config import Config
 from memshare.progress import log
 from memshare.retrieval.manifest import DamagedGeneration, first_with
-from memshare.retrieval.shelf import home_of, numbers, read_current
+from memshare.retrieval.shelf import numbers, read_current
 from memshare.training.journal import Journal
 from memshare.training.rounds import training_dir
 
@@ -49,7 +49,7 @@ def delete_weights(config: Config, journal: Journal) -> None:
 
 def _read_again(config: Config, journal: Journal) -> set[int]:
     """Numbers of the rounds whose weights may be read again."""
-    home = home_of(config.generations_dir, config.retriever.name)
+    home = config.retriever_dir
     serving, _ = read_current(home)
     served = {serving, *(numbers(home) if config.training.warm_optimizer else ())}
     brought = {first_with(home, number) for number in served if number is not None}

@@ -78,12 +78,12 @@ def open_proposer(config: Config, name: int | str | None) -> Iterator[Proposer |
     if isinstance(name, str):
         yield Proposer(Encoder.load(config.encoder.model_copy(update={"model": name})), None, name)
         return
-    root, retriever, device = config.generations_dir, config.retriever.name, config.encoder.device
+    home, device = config.retriever_dir, config.encoder.device
     generation = None
     if name is None:
-        generation = load_current(root, retriever, device)
+        generation = load_current(home, device)
     elif name != FROZEN:
-        generation = load(root, retriever, name, device)
+        generation = load(home, name, device)
     if generation is None:
         yield Proposer(Encoder.load(config.encoder), None, FROZEN)
         return

@@ -18,7 +18,7 @@ from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.manifest import first_with, folder_name
-from memshare.retrieval.shelf import home_of, read_current
+from memshare.retrieval.shelf import read_current
 from memshare.training.examples import ExamplesError, read_marker, round_dir, round_dirs
 from memshare.training.journal import Journal, Round, Span, read_spans
 
@@ -131,7 +131,7 @@ def next_round(config: Config, store: PoolStore, journal: Journal) -> Round:
             f"{pool}: mined up to {known[pool]}, and its log ends at {spans[pool].until}: it was "
             "restored, or is another one; all of it is mined again"
         )
-    home = home_of(config.generations_dir, config.retriever.name)
+    home = config.retriever_dir
     serving, _ = read_current(home)
     encoder, source = config.encoder.model, None
     if serving is not None:

@@ -50,7 +50,7 @@ def test_swaps_on_a_gpu(tmp_path: Path) -> None:
                     problems.append(problem)
 
         def swap_to(searcher: Searcher, number: int) -> None:
-            activate(config.generations_dir, "main", number)
+            activate(config.retriever_dir, number)
             deadline = time.monotonic() + 60
             while searcher.stats().generation != number:
                 assert time.monotonic() < deadline
@@ -90,10 +90,10 @@ def test_without_room_for_two_the_next_one_moves_up_after_the_swap(tmp_path: Pat
         memories = fill(store, "p", 200)
         for folder in folders:
             publish_now(store, config, Encoder.from_folder(folder, device="cpu"), keep=9)
-        activate(config.generations_dir, "main", 1)
+        activate(config.retriever_dir, 1)
         with Searcher(store, config) as searcher:
             searcher.wait_ready(60)
-            activate(config.generations_dir, "main", 2)
+            activate(config.retriever_dir, 2)
             deadline = time.monotonic() + 60
             while searcher.stats().generation != 2:
                 assert time.monotonic() < deadline

@@ -61,7 +61,7 @@ class Steps:
 
 
 def in_child(
-    root: Path, encoder: Encoder, built: Built, fatal: int | None
+    home: Path, encoder: Encoder, built: Built, fatal: int | None
 ) -> tuple[int, list[str]]:
     """Publish in a forked child; its exit code and, where it lived, its steps."""
     read, write = os.pipe()
@@ -70,7 +70,7 @@ def in_child(
         try:
             os.close(read)
             steps = Steps(fatal)
-            publish(root, "main", encoder=encoder, parent=1, metrics={}, keep=1, **built.parts())
+            publish(home, encoder=encoder, parent=1, metrics={}, keep=1, **built.parts())
             names = list(steps.names)
             steps.fatal = None
             with os.fdopen(write, "w") as out:
@@ -86,12 +86,12 @@ def in_child(
     return code, json.loads(text) if text else []
 
 
-def check(root: Path, old: Built, new: Built) -> str:
+def check(home: Path, old: Built, new: Built) -> str:
     """What is CURRENT now; anything but the whole old or the whole new one is an error."""
-    generation = load_current(root, "main", device="cpu")
+    generation = load_current(home, device="cpu")
     assert generation is not None
     built = {1: old, 2: new}[generation.number]
-    assert generation.number == current(root, "main"), "CURRENT itself must load"
+    assert generation.number == current(home), "CURRENT itself must load"
     assert [item.decode() for item in generation.ids["p"]] == built.ids
     rows = np.arange(len(built.ids))
     assert np.array_equal(generation.indexes["p"].reconstruct(rows), built.vectors)
@@ -113,31 +113,30 @@ def main() -> None:
         fill(store, "p", 10, seed=1)
         new = build_generation(store, config, new_encoder)
     before = run_dir / "before"
-    shutil.copytree(config.generations_dir, before)
+    shutil.copytree(config.retriever_dir, before)
 
     def fresh(name: str) -> Path:
-        root = run_dir / name
-        shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(before, root)
-        return root
+        home = run_dir / name / "main"
+        shutil.rmtree(home, ignore_errors=True)
+        shutil.copytree(before, home)
+        return home
 
-    code, names = in_child(fresh("whole"), new_encoder, new, None)
-    assert code == 0 and check(run_dir / "whole", old, new) == "new"
+    home = fresh("whole")
+    code, names = in_child(home, new_encoder, new, None)
+    assert code == 0 and check(home, old, new) == "new"
     left: list[str] = []
     for fatal in range(len(names)):
-        root = fresh("torn")
-        code, _ = in_child(root, new_encoder, new, fatal)
+        home = fresh("torn")
+        code, _ = in_child(home, new_encoder, new, fatal)
         assert code == KILLED, f"step {fatal} ({names[fatal]}): exit code {code}"
-        left.append(check(root, old, new))
+        left.append(check(home, old, new))
         # The next publish goes through, sweeps what was left, and is whole.
-        number = publish(
-            root, "main", encoder=new_encoder, parent=1, metrics={}, keep=1, **new.parts()
-        )
-        verify_generation(root, "main", number)
-        loaded = load(root, "main", device="cpu")
+        number = publish(home, encoder=new_encoder, parent=1, metrics={}, keep=1, **new.parts())
+        verify_generation(home, number)
+        loaded = load(home, device="cpu")
         assert loaded.number == number
         loaded.close()
-        entries = {item.name for item in (root / "main").iterdir()}
+        entries = {item.name for item in home.iterdir()}
         assert entries == {"CURRENT", ".lock", ".leases", f"{number:06d}"}, entries
     print(json.dumps({"steps": names, "left": left}))
 

@@ -54,11 +54,11 @@ def test_two_rounds_with_kills_in_every_step(make_run: Any) -> None:
     assert {path: path.stat().st_mtime_ns for path in shards} == shards  # nothing mined twice
     assert {path: path.stat().st_mtime_ns for path in weights} == weights  # nor trained
     assert done["encoder"] == str(run.folder / "tiny")
-    root, name = run.config.generations_dir, run.config.retriever.name
-    assert [item.number for item in generations(root, name)] == [1] == [current(root, name)]
-    verify_generation(root, name, 1)
+    home = run.config.retriever_dir
+    assert [item.number for item in generations(home)] == [1] == [current(home)]
+    verify_generation(home, 1)
     assert done["results"]["index"]["gate"]["queries"] > 0
-    card = (root / name / "000001" / "encoder" / "README.md").read_text()
+    card = (home / "000001" / "encoder" / "README.md").read_text()
     examples = done["results"]["train"]["examples"]
     assert f"on {examples} examples\n({examples} of pool main)" in card
     assert "labelled by given (scorer: given:label)" in card
@@ -74,25 +74,25 @@ def test_two_rounds_with_kills_in_every_step(make_run: Any) -> None:
     assert child.returncode == 0, errors
     second = run.rounds()[1]
     assert second["outcome"] == "published" and second["number"] == 2
-    assert second["encoder"] == str(root / name / "000001" / "encoder")
+    assert second["encoder"] == str(home / "000001" / "encoder")
     assert second["spans"]["main"]["since"] == done["spans"]["main"]["until"]
     mined = list(read_training([first, round_dir(run.config.examples_dir, 2)]))
     assert gone not in {row.query_id for row in mined}
     assert gone not in {item.id for row in mined for item in row.candidates}
-    assert current(root, name) == 2
-    assert generations(root, name)[-1].positions["main"] == run.store.last_seq("main")
+    assert current(home) == 2
+    assert generations(home)[-1].positions["main"] == run.store.last_seq("main")
     # the generation that served proposed, and earlier memories were mined again
     assert (done["results"]["mine"]["proposer"], second["results"]["mine"]["proposer"]) == (0, 1)
     again = second["results"]["mine"]["replayed"]
     assert again == round(0.5 * (second["results"]["mine"]["examples"] - again)) > 0
     # the memory tower stayed the configured encoder's, and each round kept its best step
     frozen = Encoder.load(run.config.encoder).memory_fingerprint()
-    assert {item.memory_fingerprint for item in generations(root, name)} == {frozen}
+    assert {item.memory_fingerprint for item in generations(home)} == {frozen}
     for round_ in run.rounds():
         evaluation = round_["results"]["train"]["evaluation"]
         assert evaluation["queries"] > 0
         assert evaluation["best"]["nDCG@10"] >= evaluation["start"]["nDCG@10"]
-        verify_generation(root, name, round_["number"])
+        verify_generation(home, round_["number"])
     # of the first training, which nothing reads any more, the figures are left
     left = {path.name for path in training.iterdir()}
     assert not left & {"encoder", "checkpoints"} and {"result.json", "log.jsonl"} <= left

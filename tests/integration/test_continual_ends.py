@@ -94,7 +94,7 @@ def test_a_later_start_finds_out_before_it_mines_as_well(make_run: Any, step: st
 def test_a_current_generation_that_can_not_be_read_is_told(make_run: Any) -> None:
     run = make_run()
     run.store.append(banking(0, 8))
-    home = run.config.generations_dir / "main"
+    home = run.config.retriever_dir
     home.mkdir(parents=True)
     (home / "CURRENT").write_text("not one of ours")
     child = run.start("--once")
@@ -114,9 +114,9 @@ def test_rejected_and_empty_rounds_are_on_record(make_run: Any) -> None:
     run.store.append(banking(0, 20))
     assert run.start("--once").wait(150) == 0
     assert run.rounds()[-1]["outcome"] == "rejected"
-    root, name = run.config.generations_dir, run.config.retriever.name
-    assert current(root, name) is None
-    (line,) = (root / name / "rejected.jsonl").read_text().splitlines()
+    home = run.config.retriever_dir
+    assert current(home) is None
+    (line,) = (home / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["gate"]["passed"] is False
 
 

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from memshare.pool import PoolStore
 from memshare.records import Hit, SearchAnswer
 from memshare.retrieval.encoder import Encoder
-from memshare.retrieval.shelf import home_of, stage_current, write_current
+from memshare.retrieval.shelf import stage_current, write_current
 from tests.faults import Load, check
 from tests.gateways import gateway
 from tests.loop import loop_config
@@ -133,7 +133,7 @@ def test_the_old_generation_serves_on(tmp_path: Path) -> None:
     tiny_encoder(models / "encoder", seed=1)
     other = tiny_encoder(models / "other", seed=2)
     config = loop_config(run, models)
-    home = home_of(config.generations_dir, config.retriever.name)
+    home = config.retriever_dir
     encoders = {
         1: Encoder.from_folder(models / "encoder", device="cpu"),
         5: Encoder.from_folder(other, device="cpu"),

@@ -70,9 +70,9 @@ def test_killed_under_load(tmp_path: Path) -> None:
         assert not load.refusals
         assert generation(url) == 1
         check(settings.url, url, load)
-    root, name = settings.generations_dir, settings.retriever.name
-    assert [item.number for item in generations(root, name)] == [1] == [current(root, name)]
-    verify_generation(root, name, 1)
+    home = settings.retriever_dir
+    assert [item.number for item in generations(home)] == [1] == [current(home)]
+    verify_generation(home, 1)
     print(f"{recovery:.1f} s to the first answer of what the restarted trainer made")
 
 

@@ -63,15 +63,15 @@ def test_a_round_is_published_once_and_a_damaged_generation_is_passed_over(
     config: Config, index: Index
 ) -> None:
     def metrics(generation: int) -> Path:
-        return config.generations_dir / "main" / folder_name(generation) / "metrics.json"
+        return config.retriever_dir / folder_name(generation) / "metrics.json"
 
     assert [published(index(number, "--no-gate")) for number in (1, 2, 1)] == [1, 2, 1]
     metrics(2).write_text(metrics(2).read_text()[:8])
     assert [published(index(number, "--no-gate")) for number in (1, 2)] == [1, 3]
-    verify_generation(config.generations_dir, "main", 3)
+    verify_generation(config.retriever_dir, 3)
     metrics(3).unlink()
     assert published(index(1, "--no-gate")) == 1
-    assert current(config.generations_dir, "main") == 3  # nothing more was published
+    assert current(config.retriever_dir) == 3  # nothing more was published
 
 
 @pytest.fixture
@@ -93,34 +93,34 @@ def kill(index: Index, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]
 def test_a_publish_that_was_killed_before_current_moved_is_completed(
     config: Config, index: Index, kill: Callable[[int], None]
 ) -> None:
-    root = config.generations_dir
+    home = config.retriever_dir
     kill(1)
-    assert numbers(root / "main") == [1] and current(root, "main") is None
-    assert published(index(1, "--no-gate")) == 1 == current(root, "main")
+    assert numbers(home) == [1] and current(home) is None
+    assert published(index(1, "--no-gate")) == 1 == current(home)
     for number in range(2, config.retriever.keep + 2):
         kill(number)
-        assert current(root, "main") == number - 1
-        assert published(index(number, "--no-gate")) == number == current(root, "main")
-    assert len(numbers(root / "main")) == config.retriever.keep  # the oldest is pruned, too
+        assert current(home) == number - 1
+        assert published(index(number, "--no-gate")) == number == current(home)
+    assert len(numbers(home)) == config.retriever.keep  # the oldest is pruned, too
 
     kill(9)
-    latest = numbers(root / "main")[-1]
-    weights = root / "main" / folder_name(latest) / "encoder" / "model.safetensors"
+    latest = numbers(home)[-1]
+    weights = home / folder_name(latest) / "encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert published(index(9, "--no-gate")) == latest + 1 == current(root, "main")
-    verify_generation(root, "main", latest + 1)
+    assert published(index(9, "--no-gate")) == latest + 1 == current(home)
+    verify_generation(home, latest + 1)
 
 
 def test_a_publish_that_was_killed_is_completed_by_nobody_where_a_pin_holds(
     config: Config, index: Index, kill: Callable[[int], None]
 ) -> None:
-    root = config.generations_dir
+    home = config.retriever_dir
     index(1, "--no-gate")
     kill(2)
-    activate(root, "main", 1)
+    activate(home, 1)
     outcome = index(2, "--no-gate")
     assert published(outcome) == 2 and "1 is pinned and stays CURRENT" in outcome["log"]
-    assert current(root, "main") == 1 and numbers(root / "main") == [1, 2]
+    assert current(home) == 1 and numbers(home) == [1, 2]
 
 
 def test_a_folder_that_was_trained_into_again_is_published_again(
@@ -130,8 +130,8 @@ def test_a_folder_that_was_trained_into_again_is_published_again(
     assert [published(index(1, "--no-gate", encoder=folder)) for _ in range(2)] == [1, 1]
     tiny_encoder(folder, seed=2)
     assert [published(index(1, "--no-gate", encoder=folder)) for _ in range(2)] == [2, 2]
-    assert current(config.generations_dir, "main") == 2
-    first, second = generations(config.generations_dir, "main")
+    assert current(config.retriever_dir) == 2
+    first, second = generations(config.retriever_dir)
     assert first.query_fingerprint != second.query_fingerprint
     assert first.memory_fingerprint != second.memory_fingerprint
 
@@ -139,9 +139,9 @@ def test_a_folder_that_was_trained_into_again_is_published_again(
 def test_a_rejected_rounds_memories_are_published_under_the_encoder_that_serves(
     tmp_path: Path, config: Config, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, report = config.generations_dir, tmp_path / "index.json"
+    home, report = config.retriever_dir, tmp_path / "index.json"
     index(1, "--no-gate")
-    (served,) = generations(root, "main")
+    (served,) = generations(home)
     with open_store(config) as store:
         fill(store, "p", 6, seed=1)
     monkeypatch.setattr("memshare.retrieval.gate_run.run_gate", lambda *_: GateResult(False, "", 3))
@@ -150,12 +150,12 @@ def test_a_rejected_rounds_memories_are_published_under_the_encoder_that_serves(
     outcome = index(2, "--result", str(report), encoder=folder)
     assert (outcome["outcome"], outcome["generation"]) == ("rejected", 1)
     assert json.loads(report.read_text())["outcome"] == "rejected"
-    _, fresh = generations(root, "main")
-    assert fresh.number == 2 == current(root, "main") and fresh.rows == served.rows + 6
+    _, fresh = generations(home)
+    assert fresh.number == 2 == current(home) and fresh.rows == served.rows + 6
     assert fresh.query_fingerprint == served.query_fingerprint
     assert published(index(1, "--no-gate")) == 1  # which brought the encoder that serves
-    assert numbers(root / "main") == [1, 2]
-    assert len((root / "main" / "rejected.jsonl").read_text().splitlines()) == 1
+    assert numbers(home) == [1, 2]
+    assert len((home / "rejected.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_generation_whose_index_finds_too_little_is_rejected(
@@ -163,17 +163,17 @@ def test_a_generation_whose_index_finds_too_little_is_rejected(
 ) -> None:
     with open_store(config) as store:
         fill(store, "p", 195)
-    root = config.generations_dir
+    home = config.retriever_dir
     index(1, "--no-gate")
     poor = {"kind": "ivf", "approximate_from": 100, "nlist": 5, "nprobe": 1, "recall_floor": 1.0}
     words = [f"--set=retriever.index.{key}={value}" for key, value in poor.items()]
     outcome = index(2, "--no-gate", *words)
     assert (outcome["outcome"], outcome["generation"]) == ("rejected", 1)
-    (line,) = (root / "main" / "rejected.jsonl").read_text().splitlines()
+    (line,) = (home / "rejected.jsonl").read_text().splitlines()
     rejection = json.loads(line)
     assert rejection["round"] == 2 and rejection["gate"]["passed"] is False
     for told in (outcome["gate"]["reason"], rejection["gate"]["reason"], outcome["log"]):
         assert "below retriever.index.recall_floor 1: p 0." in told
         assert "Raise retriever.index.nprobe" in told
-    assert current(root, "main") == 1 and numbers(root / "main") == [1]
+    assert current(home) == 1 and numbers(home) == [1]
     assert published(index(2, "--no-gate", *words, "--set=retriever.index.nprobe=5")) == 2

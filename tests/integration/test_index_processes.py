@@ -56,9 +56,9 @@ def test_two_processes_publish_what_one_does(tmp_path: Path) -> None:
         assert ("encoding p by 2 processes: 1 done" in told) == (processes == 2)
         outcome = json.loads((tmp_path / f"{processes}.json").read_text())
         assert outcome["outcome"] == "published"
-        number = current(config.generations_dir, "main")
+        number = current(config.retriever_dir)
         assert number == outcome["generation"] == 1
-        generation = load(config.generations_dir, "main", number, device="cpu")
+        generation = load(config.retriever_dir, number, device="cpu")
         rows = np.arange(len(generation.ids["p"]))
         both.append((rows, generation.indexes["p"].reconstruct(rows)))
         generation.close()

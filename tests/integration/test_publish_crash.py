@@ -85,13 +85,13 @@ def test_a_full_disk(
     folders = [tiny_encoder(tmp_path / f"encoder-{seed}", seed=seed) for seed in range(2)]
     config = make_config(tmp_path / "run", folders[0])
     old, new = (Encoder.from_folder(folder, device="cpu") for folder in folders)
-    root = small_disk / "generations"
+    home = small_disk / "generations" / "main"
     with open_store(config) as store:
         fill(store, "p", 50)
         built = build_generation(store, config, old)
-        publish(root, "main", encoder=old, parent=None, metrics={}, keep=3, **built.parts())
+        publish(home, encoder=old, parent=None, metrics={}, keep=3, **built.parts())
         rebuilt = build_generation(store, config, new)
-    before = tree(root)
+    before = tree(home)
     page = os.sysconf("SC_PAGE_SIZE")
     ballast = small_disk / "ballast"
     causes: set[str] = set()
@@ -101,9 +101,7 @@ def test_a_full_disk(
         free = shutil.disk_usage(small_disk).free
         ballast.write_bytes(b"\0" * max(0, free - room))
         try:
-            number = publish(
-                root, "main", encoder=new, parent=1, metrics={}, keep=3, **rebuilt.parts()
-            )
+            number = publish(home, encoder=new, parent=1, metrics={}, keep=3, **rebuilt.parts())
         except PublishError as error:
             said = r"the disk is full; about \d+ bytes are needed, \d+ are free"
             assert re.search(said, str(error)), error
@@ -111,14 +109,14 @@ def test_a_full_disk(
             fails += 1
         else:
             break
-        assert tree(root) == before
-        assert current(root, "main") == 1
-        verify_generation(root, "main", 1)
+        assert tree(home) == before
+        assert current(home) == 1
+        verify_generation(home, 1)
         room += page
     assert fails > 20, "the disk was hardly ever full"
     assert foreseen or len(causes) > 1, causes  # ours, and those of the libraries that write
-    assert number == 2 == current(root, "main")
-    verify_generation(root, "main", 2)
+    assert number == 2 == current(home)
+    verify_generation(home, 2)
 
 
 def test_a_full_disk_before_anything_was_published(tmp_path: Path, small_disk: Path) -> None:
@@ -131,7 +129,7 @@ def test_a_full_disk_before_anything_was_published(tmp_path: Path, small_disk: P
         built = build_generation(store, config, encoder)
         with pytest.raises(PublishError, match="the disk is full"):
             publish(
-                small_disk / "generations", "main", encoder=encoder, parent=None, metrics={},
+                small_disk / "generations" / "main", encoder=encoder, parent=None, metrics={},
                 keep=3, **built.parts(),
             )  # fmt: skip
         assert publish_now(store, config, encoder) == 1  # elsewhere there is room

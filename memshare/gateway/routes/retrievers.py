@@ -16,7 +16,7 @@ from memshare.gateway.strict import StrictRoute
 from memshare.retrieval.generation import generations
 from memshare.retrieval.manifest import DamagedGeneration, Manifest, NoGeneration
 from memshare.retrieval.publish import PublishError, activate
-from memshare.retrieval.shelf import home_of, read_current
+from memshare.retrieval.shelf import read_current
 
 router = APIRouter(prefix="/v1/retrievers", route_class=StrictRoute, tags=["retrievers"])
 Name = Annotated[str, Path(min_length=1, max_length=100)]
@@ -35,8 +35,8 @@ def _known(gateway: Gateway, name: str) -> None:
 
 
 def _read(config: Config) -> tuple[list[Manifest], int | None, bool]:
-    current, pinned = read_current(home_of(config.generations_dir, config.retriever.name))
-    return generations(config.generations_dir, config.retriever.name), current, pinned
+    current, pinned = read_current(config.retriever_dir)
+    return generations(config.retriever_dir), current, pinned
 
 
 @router.get("/{name}/generations", response_model=Generations, responses=_ERRORS)
@@ -89,7 +89,7 @@ async def activate_generation(
     for pool in gateway.config.served_pools:
         need(caller, "admin", pool, "name")
     try:
-        await gateway.shared.write(activate, gateway.config.generations_dir, name, number)
+        await gateway.shared.write(activate, gateway.config.retriever_dir, number)
     except NoGeneration as error:
         raise ApiError(404, str(error), param="number", code="unknown_generation") from error
     except DamagedGeneration as error:

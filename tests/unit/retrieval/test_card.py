@@ -55,14 +55,14 @@ def store(config: Config) -> Iterator[PoolStore]:
 
 
 def encoder_folder(config: Config, number: int) -> Path:
-    return config.generations_dir / config.retriever.name / f"{number:06d}" / "encoder"
+    return config.retriever_dir / f"{number:06d}" / "encoder"
 
 
 def test_a_generations_card_tells_its_data_figures_and_run(
     store: PoolStore, config: Config, encoder: Encoder
 ) -> None:
     publish_now(store, config, encoder, metrics=METRICS)
-    manifest = verify_generation(config.generations_dir, "main", 1)
+    manifest = verify_generation(config.retriever_dir, 1)
     assert f"encoder/{CARD}" in manifest.files
     card = ModelCard.load(encoder_folder(config, 1) / CARD)
     assert card.data.to_dict() == {
@@ -120,7 +120,7 @@ def test_an_unchanged_encoder_is_linked_and_its_card_is_new(
     assert "On 41 held-out" in (one / CARD).read_text()
     assert "On 77 held-out" in (two / CARD).read_text()
     for number in (1, 2):
-        verify_generation(config.generations_dir, "main", number)
+        verify_generation(config.retriever_dir, number)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def late_memories(
     fill(store, "p", 100, seed=1)
     searcher.wait_visible("p", store.last_seq("p"), 60)
     return lambda: publish(
-        config.generations_dir, "main", encoder=encoders[1], parent=None, metrics={}, keep=9,
+        config.retriever_dir, encoder=encoders[1], parent=None, metrics={}, keep=9,
         **built.parts(),
     )  # fmt: skip
 

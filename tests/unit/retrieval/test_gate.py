@@ -199,7 +199,7 @@ def test_the_best_so_far_stays_the_measure(config: Config, folder: Path) -> None
     """A bad generation was let in by a wide margin; the next is measured by the one before it."""
     loose = config.model_copy(update={"gate": GateConfig(margin=2.0)})
     good, bad = Encoder.from_folder(folder, device="cpu"), scrambled(folder)
-    root = config.generations_dir
+    home = config.retriever_dir
     with open_store(config) as store:
         queries = topical(store)
         for encoder, settings in ((good, config), (bad, loose)):
@@ -207,10 +207,10 @@ def test_the_best_so_far_stays_the_measure(config: Config, folder: Path) -> None
             verdict = gate_built(store, settings, encoder, built, queries, same_topic)
             assert verdict.passed
             publish(
-                root, "main", encoder=encoder, parent=None, keep=1, best=verdict.best,
+                home, encoder=encoder, parent=None, keep=1, best=verdict.best,
                 metrics={"gate": verdict.record()}, **built.parts(),
             )  # fmt: skip
-        assert best(root, "main") == 1  # and kept, though keep is 1
+        assert best(home) == 1  # and kept, though keep is 1
         built = build_generation(store, config, bad)
         verdict = gate_built(store, config, bad, built, queries, same_topic)
         assert not verdict.passed and verdict.best == 1

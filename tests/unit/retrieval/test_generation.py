@@ -122,11 +122,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_refused_and_the_old_one_loads(config: Config, kind: str) -> None:
-    root = config.generations_dir
-    DAMAGE[kind](root / "main" / "000002")
+    home = config.retriever_dir
+    DAMAGE[kind](home / "000002")
     with pytest.raises(DamagedGeneration):
-        load(root, "main", device="cpu")
-    older = load_current(root, "main", device="cpu")
+        load(home, device="cpu")
+    older = load_current(home, device="cpu")
     assert older is not None and older.number == 1
     older.close()
 
@@ -135,12 +135,12 @@ def test_a_damaged_one_after_a_roll_back_gives_way_to_an_older_one(
     config: Config, prepared: Path
 ) -> None:
     """Not to the newer one, which somebody has rolled back from."""
-    root = config.generations_dir
+    home = config.retriever_dir
     with open_store(config) as store:
         publish_now(store, config, Encoder.from_folder(prepared / "encoder", device="cpu"))
-    activate(root, "main", 2)
-    flip(root / "main" / "000002" / "ids.npy")
-    older = load_current(root, "main", device="cpu")
+    activate(home, 2)
+    flip(home / "000002" / "ids.npy")
+    older = load_current(home, device="cpu")
     assert older is not None and older.number == 1
     older.close()
 
@@ -149,16 +149,16 @@ def test_an_encoder_that_did_not_build_the_vectors_is_refused(
     config: Config, prepared: Path
 ) -> None:
     """All hashes are right; only the fingerprint tells."""
-    folder = config.generations_dir / "main" / "000002"
+    folder = config.retriever_dir / "000002"
     shutil.rmtree(folder / "encoder")
     shutil.copytree(prepared / "other", folder / "encoder")
     re_described(folder)
     with pytest.raises(DamagedGeneration, match="not the one that built"):
-        load(config.generations_dir, "main", device="cpu")
+        load(config.retriever_dir, device="cpu")
 
 
 def test_pools_have_indexes_of_their_own(config: Config) -> None:
-    generation = load(config.generations_dir, "main", device="cpu")
+    generation = load(config.retriever_dir, device="cpu")
     assert {pool: len(index) for pool, index in generation.indexes.items()} == {"p": 7, "q": 4}
     assert {pool: len(ids) for pool, ids in generation.ids.items()} == {"p": 7, "q": 4}
     with open_store(config) as store:
@@ -169,28 +169,28 @@ def test_pools_have_indexes_of_their_own(config: Config) -> None:
 
 
 def test_nothing_published(tmp_path: Path) -> None:
-    assert current(tmp_path, "main") is None
-    assert load_current(tmp_path, "main") is None
+    assert current(tmp_path) is None
+    assert load_current(tmp_path) is None
     with pytest.raises(NoGeneration, match="nothing was published"):
-        load(tmp_path, "main")
+        load(tmp_path)
     with pytest.raises(NoGeneration):
-        load(tmp_path, "main", 3)
+        load(tmp_path, 3)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_all_damaged(config: Config) -> None:
-    for folder in (config.generations_dir / "main").glob("0*"):
+    for folder in (config.retriever_dir).glob("0*"):
         flip(folder / "ids.npy")
     with pytest.raises(DamagedGeneration, match="no intact generation"):
-        load_current(config.generations_dir, "main")
+        load_current(config.retriever_dir)
 
 
 @pytest.mark.parametrize("content", [b"", b"two\n", b"2 pin\n", b"\xff"])
 def test_a_damaged_current_file(config: Config, content: bytes) -> None:
-    (config.generations_dir / "main" / "CURRENT").write_bytes(content)
+    (config.retriever_dir / "CURRENT").write_bytes(content)
     with pytest.raises(DamagedGeneration, match="CURRENT"):
-        load(config.generations_dir, "main")
-    newest = load_current(config.generations_dir, "main", device="cpu")
+        load(config.retriever_dir)
+    newest = load_current(config.retriever_dir, device="cpu")
     assert newest is not None and newest.number == 2
     newest.close()
 
@@ -210,14 +210,14 @@ def test_command_line(config: Config, capsys: pytest.CaptureFixture[str], tmp_pa
     assert rows[1]["memories"] == 11 and rows[1]["positions"] == {"p": 7, "q": 4}
     assert run("verify")[0] == 0
     assert run("activate", "1")[0] == 0
-    assert current(config.generations_dir, "main") == 1
+    assert current(config.retriever_dir) == 1
     assert "* pinned" in run("list")[1]
     assert "1 is no longer pinned" in run("unpin")[1]
     assert "nothing is pinned" in run("unpin")[1]
-    flip(config.generations_dir / "main" / "000002" / "index.faiss")
+    flip(config.retriever_dir / "000002" / "index.faiss")
     code, out, _ = run("verify")
     assert code == 1 and "index.faiss: its SHA-256 differs" in out
     code, _, err = run("activate", "2")
     assert code == 2 and "index.faiss" in err
-    assert current(config.generations_dir, "main") == 1
+    assert current(config.retriever_dir) == 1
     assert run("activate", "77")[0] == 2

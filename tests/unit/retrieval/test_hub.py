@@ -122,7 +122,7 @@ def command(
 
 
 def encoder_folder(config: Config, number: int) -> Path:
-    return config.generations_dir / "main" / f"{number:06d}" / "encoder"
+    return config.retriever_dir / f"{number:06d}" / "encoder"
 
 
 def on_disk(config: Config, number: int) -> dict[str, bytes]:

@@ -58,7 +58,7 @@ def test_deleted_and_held_memories_stay_away_through_swaps(
     publish_now(store, config, encoders[1])  # 2: built without them
     serves(searcher, 2)
     assert set(find(searcher, late[2])) == everything - away
-    activate(config.generations_dir, "main", 1)  # back to the one whose index has them
+    activate(config.retriever_dir, 1)  # back to the one whose index has them
     serves(searcher, 1)
     assert set(find(searcher, late[2])) == everything - away
     for memory in held:
@@ -66,7 +66,7 @@ def test_deleted_and_held_memories_stay_away_through_swaps(
     searcher.wait_visible("p", store.last_seq("p"), 60)
     back = everything - {memory.id for memory in gone}
     assert set(find(searcher, late[2])) == back
-    activate(config.generations_dir, "main", 2)
+    activate(config.retriever_dir, 2)
     serves(searcher, 2)
     assert set(find(searcher, late[2])) == back
 
@@ -136,7 +136,7 @@ def load_test(
             thread.start()
         try:
             for i in range(swaps):
-                activate(config.generations_dir, "main", 1 + i % 2)
+                activate(config.retriever_dir, 1 + i % 2)
                 serves(searcher, 1 + i % 2)
                 enough = count + 15
                 until(lambda enough=enough: count >= enough)
@@ -190,7 +190,7 @@ def test_a_swap_leaves_nothing_of_the_old_one_and_reads_no_known_memory_again(
     built = build_generation(store, config, encoders[1])
     monkeypatch.setattr(store, "iter", no_pages)
     publish(
-        config.generations_dir, "main", encoder=encoders[1], metrics={}, parent=1, keep=3,
+        config.retriever_dir, encoder=encoders[1], metrics={}, parent=1, keep=3,
         **built.parts(),
     )  # fmt: skip
     serves(searcher, 2)
@@ -256,10 +256,10 @@ def test_a_new_query_tower_is_swapped_in_over_the_rows_that_serve(
     assert rows_read == [2]  # what it began with
     monkeypatch.setattr(loader_module, "MAX_DELTA", 5)  # the writer has left more than that
     with Searcher(store, config) as searcher:
-        serves(searcher, current(config.generations_dir, "main") or 0)
+        serves(searcher, current(config.retriever_dir) or 0)
         written = fill(store, "p", 6, seed=77)
         searcher.wait_visible("p", written[-1].seq, 60)
-        activate(config.generations_dir, "main", 1)
+        activate(config.retriever_dir, 1)
         serves(searcher, 1)
     assert rows_read[1:] == [2, 1]
 
@@ -272,9 +272,9 @@ def test_a_query_tower_s_swap_reads_nothing_of_the_new_index(
     with Searcher(store, config) as searcher:
         serves(searcher, 1)
         fill(store, "p", 1, seed=5)
-        activate(config.generations_dir, "main", 1)  # pinned: CURRENT stays while damage is done
+        activate(config.retriever_dir, 1)  # pinned: CURRENT stays while damage is done
         two = publish_now(store, config, retrained(folders[0]))
-        home = config.generations_dir / "main"
+        home = config.retriever_dir
         index = home / f"{two:06d}" / "index.faiss"
         index.write_bytes(bytes(index.stat().st_size))
         write_current(home, stage_current(home, two, pinned=False))
@@ -293,10 +293,10 @@ def test_a_query_tower_of_a_damaged_generation_is_refused(
         serves(searcher, 1)
         two = publish_now(store, config, retrained(folders[0]))
         serves(searcher, two)
-        activate(config.generations_dir, "main", 1)
+        activate(config.retriever_dir, 1)
         serves(searcher, 1)
         tokenizer = "encoder/query_0_Transformer/tokenizer.json"
-        path = config.generations_dir / "main" / f"{two:06d}" / tokenizer
+        path = config.retriever_dir / f"{two:06d}" / tokenizer
         path.write_bytes(path.read_bytes() + b" ")
         write_current(path.parents[3], stage_current(path.parents[3], two, pinned=False))
         until(lambda: "damaged" in (searcher.stats().generation_error or ""))
@@ -346,7 +346,7 @@ def test_the_lease_of_what_serves_holds_and_is_given_back(
     store: PoolStore, config: Config, encoders: list[Encoder]
 ) -> None:
     fill(store, "p", 3)
-    home = config.generations_dir / "main"
+    home = config.retriever_dir
     slow = config.model_copy(
         update={"retriever": config.retriever.model_copy(update={"poll_seconds": 1000.0})}
     )
@@ -358,7 +358,7 @@ def test_the_lease_of_what_serves_holds_and_is_given_back(
         assert numbers(home) == [1, 3]
     publish_now(store, config, encoders[0], keep=1)
     assert numbers(home) == [4]
-    load(config.generations_dir, "main", device="cpu").close()
+    load(config.retriever_dir, device="cpu").close()
 
 
 def test_a_large_first_delta_becomes_an_index(

@@ -31,10 +31,10 @@ def test_a_damaged_generation_is_refused_once_and_the_old_one_serves_on(
     memory = fill(store, "p", 5)[0]
     publish_now(store, config, encoders[0])
     serves(searcher, 1)
-    home = config.generations_dir / "main"
+    home = config.retriever_dir
     publish_now(store, config, encoders[1], keep=9)
     serves(searcher, 2)
-    activate(config.generations_dir, "main", 1)
+    activate(config.retriever_dir, 1)
     serves(searcher, 1)
     weights = home / "000002" / "encoder" / "model.safetensors"
     data = weights.read_bytes()
@@ -49,7 +49,7 @@ def test_a_damaged_generation_is_refused_once_and_the_old_one_serves_on(
     assert "model.safetensors" in str(searcher.stats().generation_error)
     assert len(tries) == capsys.readouterr().err.count("serves on") == 1
     weights.write_bytes(data)
-    activate(config.generations_dir, "main", 2)  # CURRENT written again: another try
+    activate(config.retriever_dir, 2)  # CURRENT written again: another try
     serves(searcher, 2)
     until(lambda: searcher.stats().generation_error is None)
     assert len(tries) == 2
@@ -61,12 +61,12 @@ def test_start_with_a_damaged_current(
     memory = fill(store, "p", 5)[0]
     publish_now(store, config, encoders[0])
     publish_now(store, config, encoders[1])
-    (config.generations_dir / "main" / "000002" / "ids.npy").unlink()
+    (config.retriever_dir / "000002" / "ids.npy").unlink()
     with Searcher(store, config) as searcher:
         searcher.wait_ready(60)
         assert searcher.search("p", "x", 9).generation == 1
         assert "ids.npy" in str(searcher.stats().generation_error)
-    (config.generations_dir / "main" / "000001" / "ids.npy").unlink()
+    (config.retriever_dir / "000001" / "ids.npy").unlink()
     with Searcher(store, config) as searcher:
         searcher.wait_ready(60)
         assert searcher.stats().generation == 0 and memory.id in find(searcher, memory)

@@ -58,20 +58,16 @@ def encoder(encoders: list[Path]) -> Encoder:
     return Encoder.from_folder(encoders[0], device="cpu")
 
 
-def home(config: Config) -> Path:
-    return config.generations_dir / config.retriever.name
-
-
 def leftovers(config: Config) -> list[str]:
     temporary = (".tmp", ".trash", ".CURRENT")
-    return [item.name for item in home(config).iterdir() if item.name.startswith(temporary)]
+    return [item.name for item in config.retriever_dir.iterdir() if item.name.startswith(temporary)]
 
 
 def test_what_is_published_is_loaded(store: PoolStore, config: Config, encoder: Encoder) -> None:
     built = build_generation(store, config, encoder)
     number = publish_now(store, config, encoder, metrics={"gate": {"passed": True}})
-    assert number == 1 == current(config.generations_dir, "main")
-    generation = load(config.generations_dir, "main", device="cpu")
+    assert number == 1 == current(config.retriever_dir)
+    generation = load(config.retriever_dir, device="cpu")
     assert generation.manifest.positions == {"p": 12}
     assert [item.decode() for item in generation.ids["p"]] == built.ids
     assert np.array_equal(generation.indexes["p"].reconstruct(np.arange(12)), built.vectors)
@@ -83,14 +79,14 @@ def test_what_is_published_is_loaded(store: PoolStore, config: Config, encoder: 
 
 def test_no_pickle_in_ids(store: PoolStore, config: Config, encoder: Encoder) -> None:
     publish_now(store, config, encoder)
-    ids = np.load(home(config) / "000001" / "ids.npy", allow_pickle=False)
+    ids = np.load(config.retriever_dir / "000001" / "ids.npy", allow_pickle=False)
     assert ids.dtype.kind == "S"
 
 
 def test_an_empty_pool_is_published(config: Config, encoder: Encoder) -> None:
     with open_store(config) as store:
         publish_now(store, config, encoder)
-    generation = load(config.generations_dir, "main", device="cpu")
+    generation = load(config.retriever_dir, device="cpu")
     assert len(generation.ids["p"]) == 0
     generation.close()
 
@@ -106,14 +102,15 @@ def test_unchanged_files_are_links_and_changed_ones_are_not(
     publish_now(store, config, other, parent=3, keep=9)
 
     def same(name: str, a: int, b: int) -> bool:
-        return (home(config) / f"{a:06d}" / name).samefile(home(config) / f"{b:06d}" / name)
+        first, second = (config.retriever_dir / f"{number:06d}" / name for number in (a, b))
+        return first.samefile(second)
 
     weights = "encoder/model.safetensors"
     assert same("index.faiss", 1, 2) and same("ids.npy", 1, 2) and same(weights, 1, 2)
     assert same(weights, 2, 3) and not same("index.faiss", 2, 3)
     assert not same(weights, 3, 4)
     for number in (2, 3, 4):
-        verify_generation(config.generations_dir, "main", number)
+        verify_generation(config.retriever_dir, number)
 
 
 def test_vectors_of_the_same_memory_tower_are_copied(
@@ -139,7 +136,7 @@ def test_vectors_of_the_same_memory_tower_are_copied(
     assert encoded == [memory.prompt for memory in added]
     assert built.ids == want.ids and gone.id not in built.ids
     assert np.allclose(built.vectors, want.vectors, rtol=0, atol=1e-6)
-    (home(config) / "000001" / "ids.npy").write_bytes(b"torn")
+    (config.retriever_dir / "000001" / "ids.npy").write_bytes(b"torn")
     encoded.clear()
     again = build_generation(store, config, encoder)  # damaged: nothing is copied from it
     assert len(encoded) == len(built.ids)
@@ -153,14 +150,14 @@ def test_vectors_of_the_same_memory_tower_are_copied(
 
 def test_a_damaged_parent_is_not_linked(store: PoolStore, config: Config, encoder: Encoder) -> None:
     publish_now(store, config, encoder)
-    weights = home(config) / "000001" / "encoder" / "model.safetensors"
+    weights = config.retriever_dir / "000001" / "encoder" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     publish_now(store, config, encoder, parent=1)
-    verify_generation(config.generations_dir, "main", 2)
+    verify_generation(config.retriever_dir, 2)
     with pytest.raises(DamagedGeneration):
-        verify_generation(config.generations_dir, "main", 1)
+        verify_generation(config.retriever_dir, 1)
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
@@ -172,30 +169,30 @@ def test_recall_is_in_the_manifest_and_a_floor_refuses_the_build(
     good = {"kind": kind, "approximate_from": 100, "nprobe": 100, "ef_search": 200}
     index = IndexConfig.model_validate(good)
     one = publish_now(store, config, encoder, index=index)
-    generation = load(config.generations_dir, "main", device="cpu")
+    generation = load(config.retriever_dir, device="cpu")
     assert generation.indexes["p"].kind == generation.manifest.index["kind"] == kind
     assert 0.9 <= generation.manifest.recall_at_10["p"] <= 1.0
     generation.close()
-    verify_generation(config.generations_dir, "main", one)
+    verify_generation(config.retriever_dir, one)
     again = publish_now(store, config, encoder, parent=one, index=index)  # linked, figure and all
-    manifest = read_manifest(home(config) / f"{again:06d}")
+    manifest = read_manifest(config.retriever_dir / f"{again:06d}")
     assert manifest.recall_at_10 == generation.manifest.recall_at_10
-    files = [home(config) / f"{number:06d}" / "index.faiss" for number in (one, again)]
+    files = [config.retriever_dir / f"{number:06d}" / "index.faiss" for number in (one, again)]
     assert files[0].samefile(files[1])
     poor = {**good, "nprobe": 1, "nlist": 10, "links": 4, "ef_search": 1, "ef_construction": 1}
     strict = IndexConfig.model_validate({**poor, "recall_floor": 1.0})
     with pytest.raises(PoorIndex, match=r"recall_floor 1: p 0\.\d+\. Raise .*nprobe"):
         publish_now(store, config, encoder, parent=again, index=strict)
-    assert current(config.generations_dir, "main") == again and leftovers(config) == []
+    assert current(config.retriever_dir) == again and leftovers(config) == []
     flat = publish_now(store, config, encoder, parent=again)
-    assert read_manifest(home(config) / f"{flat:06d}").recall_at_10 == {}
+    assert read_manifest(config.retriever_dir / f"{flat:06d}").recall_at_10 == {}
 
 
 def test_half_precision_is_not_copied_into_full(
     store: PoolStore, config: Config, encoder: Encoder
 ) -> None:
     publish_now(store, config, encoder, index=IndexConfig(precision="float16"))
-    halved = load(config.generations_dir, "main", device="cpu")
+    halved = load(config.retriever_dir, device="cpu")
     kept = halved.indexes["p"].reconstruct(np.arange(12))
     halved.close()
     built = build_generation(store, config, encoder)
@@ -209,10 +206,10 @@ def test_vectors_of_another_encoder_are_refused(
     built = build_generation(store, config, Encoder.from_folder(encoders[1], device="cpu"))
     with pytest.raises(PublishError, match="another encoder"):
         publish(
-            config.generations_dir, "main", encoder=encoder, parent=None, metrics={}, keep=3,
+            config.retriever_dir, encoder=encoder, parent=None, metrics={}, keep=3,
             **built.parts(),
         )  # fmt: skip
-    assert current(config.generations_dir, "main") is None
+    assert current(config.retriever_dir) is None
 
 
 @pytest.mark.parametrize(
@@ -235,58 +232,55 @@ def test_parts_that_do_not_fit_are_refused(
     built = build_generation(store, config, encoder)
     parts = {**built.parts(), "metrics": {}, **change}
     with pytest.raises(PublishError, match=message):
-        publish(config.generations_dir, "main", encoder=encoder, parent=None, keep=3, **parts)
-    assert numbers(home(config)) == []
+        publish(config.retriever_dir, encoder=encoder, parent=None, keep=3, **parts)
+    assert numbers(config.retriever_dir) == []
 
 
 def test_publishers_obey_the_pin(
     store: PoolStore, config: Config, encoder: Encoder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = config.generations_dir
     publish_now(store, config, encoder)
     publish_now(store, config, encoder)
-    activate(root, "main", 1)
-    assert current(root, "main") == 1
+    activate(config.retriever_dir, 1)
+    assert current(config.retriever_dir) == 1
     assert publish_now(store, config, encoder) == 3
-    assert current(root, "main") == 1 and "pinned" in capsys.readouterr().err
-    assert unpin(root, "main") == 1 and current(root, "main") == 1
-    assert unpin(root, "main") is None
+    assert current(config.retriever_dir) == 1 and "pinned" in capsys.readouterr().err
+    assert unpin(config.retriever_dir) == 1 and current(config.retriever_dir) == 1
+    assert unpin(config.retriever_dir) is None
     publish_now(store, config, encoder)
-    assert current(root, "main") == 4
+    assert current(config.retriever_dir) == 4
 
 
 def test_only_whole_generations_are_activated(
     store: PoolStore, config: Config, encoder: Encoder
 ) -> None:
-    root = config.generations_dir
     publish_now(store, config, encoder)
     publish_now(store, config, encoder)
-    (home(config) / "000001" / "ids.npy").write_bytes(b"torn")
+    (config.retriever_dir / "000001" / "ids.npy").write_bytes(b"torn")
     with pytest.raises(DamagedGeneration):
-        activate(root, "main", 1)
+        activate(config.retriever_dir, 1)
     with pytest.raises(NoGeneration):
-        activate(root, "main", 7)
-    assert current(root, "main") == 2
-    assert publish_now(store, config, encoder) == 3 == current(root, "main")
+        activate(config.retriever_dir, 7)
+    assert current(config.retriever_dir) == 2
+    assert publish_now(store, config, encoder) == 3 == current(config.retriever_dir)
 
 
 def test_pruning_keeps_the_newest_current_best_and_leased(
     store: PoolStore, config: Config, encoder: Encoder
 ) -> None:
-    root = config.generations_dir
     publish_now(store, config, encoder, keep=9)  # 1: the best
     publish_now(store, config, encoder, keep=9, best=1)  # 2: leased
     publish_now(store, config, encoder, keep=9, best=1)  # 3: pinned
-    lease = Lease(home(config), 2)
-    activate(root, "main", 3)
+    lease = Lease(config.retriever_dir, 2)
+    activate(config.retriever_dir, 3)
     for _ in range(3):
         publish_now(store, config, encoder, keep=1, best=1)
-    assert numbers(home(config)) == [1, 2, 3, 6]
-    assert best(root, "main") == 1
+    assert numbers(config.retriever_dir) == [1, 2, 3, 6]
+    assert best(config.retriever_dir) == 1
     lease.release()
     publish_now(store, config, encoder, keep=1)
-    assert numbers(home(config)) == [3, 7]
-    assert [manifest.number for manifest in generations(root, "main")] == [3, 7]
+    assert numbers(config.retriever_dir) == [3, 7]
+    assert [manifest.number for manifest in generations(config.retriever_dir)] == [3, 7]
 
 
 def test_a_killed_reader_leaves_no_lease(
@@ -298,22 +292,21 @@ def test_a_killed_reader_leaves_no_lease(
         "lease = Lease(Path(sys.argv[1]), 1); print('held', flush=True); time.sleep(600)"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", code, str(home(config))], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(config.retriever_dir)], stdout=subprocess.PIPE, text=True
     )
     try:
         assert child.stdout is not None and child.stdout.readline() == "held\n"
         publish_now(store, config, encoder, keep=1)
-        assert numbers(home(config)) == [1, 2]
+        assert numbers(config.retriever_dir) == [1, 2]
     finally:
         child.kill()
         child.wait()
     publish_now(store, config, encoder, keep=1)
-    assert numbers(home(config)) == [3]
+    assert numbers(config.retriever_dir) == [3]
 
 
 def test_a_lease_never_loses_to_pruning(store: PoolStore, config: Config, encoder: Encoder) -> None:
     """Readers lease CURRENT over and over while a publisher that keeps one goes on and on."""
-    root = config.generations_dir
     publish_now(store, config, encoder, keep=1)
     stop, problems, loads = threading.Event(), [], []
 
@@ -321,14 +314,14 @@ def test_a_lease_never_loses_to_pruning(store: PoolStore, config: Config, encode
         while not stop.is_set():
             try:
                 lease = None
-                number = current(root, "main")
+                number = current(config.retriever_dir)
                 assert number is not None
                 try:
-                    lease = Lease(home(config), number)
+                    lease = Lease(config.retriever_dir, number)
                 except NoGeneration:
                     continue  # pruned before the lease was taken: allowed
                 stop.wait(0.002)
-                if not (home(config) / f"{number:06d}" / "manifest.json").is_file():
+                if not (config.retriever_dir / f"{number:06d}" / "manifest.json").is_file():
                     problems.append(f"{number} was deleted under its lease")
                 loads.append(number)
                 lease.release()
@@ -341,13 +334,15 @@ def test_a_lease_never_loses_to_pruning(store: PoolStore, config: Config, encode
         thread.start()
     built = build_generation(store, config, encoder)
     for _ in range(25):
-        publish(root, "main", encoder=encoder, parent=None, metrics={}, keep=1, **built.parts())
+        publish(
+            config.retriever_dir, encoder=encoder, parent=None, metrics={}, keep=1, **built.parts()
+        )
     stop.set()
     for thread in threads:
         thread.join()
     assert problems == []
     assert len(set(loads)) > 5, "the race was not exercised"
-    loaded = load(root, "main", device="cpu")
+    loaded = load(config.retriever_dir, device="cpu")
     assert loaded.number == 26
     loaded.close()
 
@@ -368,16 +363,16 @@ def test_two_publishers_at_once(store: PoolStore, config: Config, encoders: list
         thread.join()
     assert sorted(made) == [1, 2, 3, 4, 5, 6]
     for number in made:
-        verify_generation(config.generations_dir, "main", number)
+        verify_generation(config.retriever_dir, number)
 
 
 def test_a_folder_left_by_a_crash_is_swept(
     store: PoolStore, config: Config, encoder: Encoder
 ) -> None:
     publish_now(store, config, encoder)
-    (home(config) / ".tmp-dead").mkdir()
-    (home(config) / ".trash-000009").mkdir()
-    (home(config) / ".CURRENT.99.tmp").write_text("9\n")
+    (config.retriever_dir / ".tmp-dead").mkdir()
+    (config.retriever_dir / ".trash-000009").mkdir()
+    (config.retriever_dir / ".CURRENT.99.tmp").write_text("9\n")
     publish_now(store, config, encoder)
     assert leftovers(config) == []
 

@@ -21,7 +21,7 @@ from tests.retrieving import publish_now
 def test_others_may_read_it(store: PoolStore, config: Config, encoders: list[Encoder]) -> None:
     """The temporary folder that it was written in was its writer's alone."""
     publish_now(store, config, encoders[0])
-    folder = config.generations_dir / "main" / "000001"
+    folder = config.retriever_dir / "000001"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
 
 
@@ -36,8 +36,8 @@ def test_one_that_can_not_become_current_is_taken_back(
         patch.setattr(publish_module, "write_current", broken)
         with pytest.raises(PublishError, match=r"nothing was published, writing failed: .*I/O"):
             publish_now(store, config, encoders[0])
-    assert numbers(config.generations_dir / "main") == [1]
-    assert publish_now(store, config, encoders[0]) == 2 == current(config.generations_dir, "main")
+    assert numbers(config.retriever_dir) == [1]
+    assert publish_now(store, config, encoders[0]) == 2 == current(config.retriever_dir)
 
 
 def test_one_that_readers_have_met_as_current_is_not_taken_back(
@@ -53,9 +53,9 @@ def test_one_that_readers_have_met_as_current_is_not_taken_back(
         patch.setattr(shelf, "fsync_dir", broken)
         with pytest.raises(PublishError, match=r"generation 2 is CURRENT, .*I/O"):
             publish_now(store, config, encoders[1])
-    load(config.generations_dir, "main").close()
-    assert numbers(config.generations_dir / "main") == [1, 2]
-    assert publish_now(store, config, encoders[0]) == 3 == current(config.generations_dir, "main")
+    load(config.retriever_dir).close()
+    assert numbers(config.retriever_dir) == [1, 2]
+    assert publish_now(store, config, encoders[0]) == 3 == current(config.retriever_dir)
 
 
 def test_a_disk_that_takes_no_new_current_is_told_of(
@@ -64,14 +64,14 @@ def test_a_disk_that_takes_no_new_current_is_told_of(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    root = config.generations_dir
+    home = config.retriever_dir
     for encoder in encoders:
         publish_now(store, config, encoder)
-    activate(root, "main", 2)
+    activate(home, 2)
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         with pytest.raises(PublishError, match=r"CURRENT can't be moved to 1: .*No space"):
-            activate(root, "main", 1)
+            activate(home, 1)
         with pytest.raises(PublishError, match=r"CURRENT can't be moved to 2: .*No space"):
-            unpin(root, "main")
-    assert shelf.read_current(root / "main") == (2, True)
+            unpin(home)
+    assert shelf.read_current(home) == (2, True)

@@ -56,27 +56,23 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def home(config: Config) -> Path:
-    return config.generations_dir / "main"
-
-
 def test_todays_memories_are_published_under_the_encoder_that_serves(
     config: Config, store: PoolStore, encoder: Encoder, encoded: list[int]
 ) -> None:
     old = publish_now(store, config, encoder, metrics={"round": 7, "gate": {"passed": True}})
-    (first,) = generations(config.generations_dir, "main")
+    (first,) = generations(config.retriever_dir)
     gone = next(store.iter("p"))
     new = fill(store, "p", ENOUGH + 1, seed=1)
     store.delete(gone.id)
     encoded.clear()
-    assert refresh(store, config) == old + 1 == current(config.generations_dir, "main")
+    assert refresh(store, config) == old + 1 == current(config.retriever_dir)
     assert sum(encoded) == len(new)  # the others' vectors are copied
-    _, second = generations(config.generations_dir, "main")
+    _, second = generations(config.retriever_dir)
     assert second.query_fingerprint == first.query_fingerprint
     assert second.positions == {"p": store.last_seq("p")}
-    told = json.loads((home(config) / folder_name(old + 1) / "metrics.json").read_text())
+    told = json.loads((config.retriever_dir / folder_name(old + 1) / "metrics.json").read_text())
     assert told["round"] == 7 and told["gate"] == {"passed": True}
-    generation = load(config.generations_dir, "main")
+    generation = load(config.retriever_dir)
     try:
         held = {id_.decode() for id_ in generation.ids["p"].tolist()}
     finally:
@@ -93,10 +89,10 @@ def test_of_one_encoders_generations_two_are_left_and_other_encoders_stay(
     left = {1: [1, 2, 3], 2: [1, 3, 4], 3: [1, 3, 4, 5], 4: [1, 5, 6]}
     for seed, present in left.items():
         fill(store, "p", ENOUGH + 1, seed=seed)
-        reader = Lease(home(config), 3) if seed == 3 else None
+        reader = Lease(config.retriever_dir, 3) if seed == 3 else None
         refresh(store, config)
-        assert numbers(home(config)) == present
-        assert {first_with(home(config), number) for number in present} == {1, 2}
+        assert numbers(config.retriever_dir) == present
+        assert {first_with(config.retriever_dir, number) for number in present} == {1, 2}
         if reader is not None:
             reader.release()
 
@@ -110,7 +106,7 @@ def test_the_best_so_far_stays_the_best(config: Config, store: PoolStore, encode
         publish_now(store, config, encoder, best=best_is)
         fill(store, "p", ENOUGH + 1, seed=expected + 1)
         assert refresh(store, config) == 3
-        assert best(config.generations_dir, "main") == expected
+        assert best(config.retriever_dir) == expected
 
 
 def test_the_best_is_there_after_a_publication_that_was_killed(
@@ -122,8 +118,8 @@ def test_the_best_is_there_after_a_publication_that_was_killed(
         fill(store, "p", ENOUGH + 1, seed=seed)
         assert refresh(store, config) == seed + 1
         if seed == 1:
-            (home(config) / "CURRENT").write_text("1\n")
-        assert best(config.generations_dir, "main") in numbers(home(config))
+            (config.retriever_dir / "CURRENT").write_text("1\n")
+        assert best(config.retriever_dir) in numbers(config.retriever_dir)
 
 
 def test_nothing_is_published_where_little_has_come_or_an_operator_decides(
@@ -134,9 +130,9 @@ def test_nothing_is_published_where_little_has_come_or_an_operator_decides(
     fill(store, "p", ENOUGH, seed=1)
     assert refresh(store, config) is None
     fill(store, "p", 1, seed=2)
-    activate(config.generations_dir, "main", 1)
+    activate(config.retriever_dir, 1)
     assert refresh(store, config) is None
-    assert numbers(home(config)) == [1]
+    assert numbers(config.retriever_dir) == [1]
 
 
 def test_a_failure_leaves_the_old_index_and_is_told(
@@ -156,11 +152,11 @@ def test_a_failure_leaves_the_old_index_and_is_told(
         patch.setattr("memshare.retrieval.publish.write_files", full)
         assert refresh(store, config) is None
     assert "stays as it is" in (told := capsys.readouterr().err) and "the disk is full" in told
-    weights = home(config) / folder_name(1) / "encoder" / "model.safetensors"
+    weights = config.retriever_dir / folder_name(1) / "encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert refresh(store, config) is None
     assert "stays as it is" in capsys.readouterr().err
-    assert numbers(home(config)) == [1]
+    assert numbers(config.retriever_dir) == [1]
 
 
 def test_an_index_that_cannot_be_deleted_is_told(
@@ -180,4 +176,4 @@ def test_an_index_that_cannot_be_deleted_is_told(
         assert refresh(store, config) == seed + 1
     told = capsys.readouterr().err
     assert "published generation 3" in told and "could not be deleted" in told
-    assert numbers(home(config)) == [1, 2, 3]
+    assert numbers(config.retriever_dir) == [1, 2, 3]

@@ -121,11 +121,11 @@ class Served(RuleBasedStateMachine):
         if published:
             self.named.append(published[place % len(published)])
             self.pinned = True
-            activate(self.config.generations_dir, "main", self.named[-1])
+            activate(self.config.retriever_dir, self.named[-1])
 
     @rule()
     def let_go(self) -> None:
-        unpin(self.config.generations_dir, "main")
+        unpin(self.config.retriever_dir)
         self.pinned = False
 
     @rule(

@@ -30,7 +30,7 @@ def make(tmp_path: Path) -> Make:
                 (folder / name / "model.safetensors").write_text("weights")
             for name in ("result.json", "log.jsonl", "index.json"):
                 (folder / name).write_text("{}")
-        home = config.generations_dir / config.retriever.name
+        home = config.retriever_dir
         for number in (1, 2):
             (home / folder_name(number)).mkdir(parents=True)
         (home / "CURRENT").write_text("2\n")
@@ -67,7 +67,7 @@ def test_weights_are_kept_of_the_last_round_and_of_what_serves(make: Make) -> No
 
 def test_the_training_of_an_encoder_that_serves_with_newer_rows_is_kept(make: Make) -> None:
     config = make()
-    home = config.generations_dir / config.retriever.name
+    home = config.retriever_dir
     refreshed(home, 3, origin=2)
     (home / "CURRENT").write_text("3\n")
     delete_weights(config, JOURNAL)
@@ -87,7 +87,7 @@ def test_a_warm_optimizer_may_need_those_of_a_roll_back(make: Make) -> None:
     config = make("training.warm_optimizer=true")
     delete_weights(config, JOURNAL)
     assert left(config) == {1, 3, 5, 6, 7}
-    shutil.rmtree(config.generations_dir / config.retriever.name / folder_name(1))
+    shutil.rmtree(config.retriever_dir / folder_name(1))
     delete_weights(config, JOURNAL)
     assert left(config) == {3, 5, 6, 7}
 
@@ -135,7 +135,7 @@ def test_nothing_is_deleted_while_nobody_knows_what_serves(
     make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make()
-    (config.generations_dir / config.retriever.name / "CURRENT").write_text("torn")
+    (config.retriever_dir / "CURRENT").write_text("torn")
     delete_weights(config, JOURNAL)
     assert left(config) == {1, 2, 3, 4, 5, 6, 7}
     assert "kept for now" in capsys.readouterr().err

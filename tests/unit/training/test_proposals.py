@@ -110,7 +110,7 @@ def test_a_generation_proposes_with_its_own_vectors(
     )
     built = build_generation(store, config, other)
     publish(
-        config.generations_dir, config.retriever.name, encoder=other, **built.parts(),
+        config.retriever_dir, encoder=other, **built.parts(),
         metrics={"gate": {}}, parent=None, keep=3,
     )  # fmt: skip
     store.append([NewMemory("main", "what of lamp and lamp", "newer than the generation")])
@@ -140,7 +140,7 @@ def test_a_generation_proposes_in_the_configured_batches_and_precision(
 ) -> None:
     encoder = Encoder.load(config.encoder)
     publish(
-        config.generations_dir, config.retriever.name, encoder=encoder,
+        config.retriever_dir, encoder=encoder,
         **build_generation(store, config, encoder).parts(), metrics={}, parent=None, keep=3,
     )  # fmt: skip
     small = config.encoder.model_copy(update={"batch_tokens": 77, "precision": "bf16"})

@@ -195,7 +195,7 @@ def test_a_warm_round_goes_on_from_the_training_of_what_serves(
     """Not from the last iteration of its round, which may have had nothing to train on."""
     changes = [f"training.warm_optimizer={warm}", "pools={one: {}, two: {}}"]
     config = load_config(None, [f"run.dir={tmp_path / 'run'}", *changes])
-    home = config.generations_dir / config.retriever.name
+    home = config.retriever_dir
     published = {"generation": 7, "encoder": "run/training/000004/encoder"}
     before = Round(
         4, {}, "start", "done", "published", {"index": published}, iterations=2, iteration=2
