@@ -123,14 +123,11 @@ class Evidence:
         """
         config, device = self._config, "cpu"
         generation = load_current(config.retriever_dir, device)
-        try:
-            if generation is not None:
-                yield generation.encoder, generation
-            else:
-                yield Encoder.load(config.encoder.model_copy(update={"device": device})), None
-        finally:
-            if generation is not None:
-                generation.close()
+        if generation is None:
+            yield Encoder.load(config.encoder.model_copy(update={"device": device})), None
+            return
+        with generation:
+            yield generation.encoder, generation
 
     def _rows(
         self, of: Callable[[list[Memory]], npt.NDArray[Number]], rows: npt.NDArray[Number]

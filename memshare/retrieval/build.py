@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -148,8 +148,5 @@ def _current_by(config: Config, fingerprint: str) -> Iterator[Generation | None]
                 generation = load(home, number, device="cpu")
     except GenerationError as error:
         log(f"all memories are encoded: {error}")
-    try:
+    with generation or nullcontext():
         yield generation
-    finally:
-        if generation is not None:
-            generation.close()

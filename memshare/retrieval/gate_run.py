@@ -155,15 +155,14 @@ def gate_built(
         if generation is None:
             current = frozen_serving(config)
         else:
-            stack.callback(generation.close)
+            stack.enter_context(generation)
             current = Serving.of(generation, store, config.served_pools)
         champion, number = None, best(home)
         if number == FROZEN != current.number:
             champion = frozen_serving(config)
         elif number not in (None, current.number):
             try:
-                kept = load(home, number, device)
-                stack.callback(kept.close)
+                kept = stack.enter_context(load(home, number, device))
                 champion = Serving.of(kept, store, config.served_pools)
             except (NoGeneration, DamagedGeneration) as error:
                 log(f"the gate can't compare with the best so far: {error}")

@@ -66,6 +66,14 @@ class Generation:
         """Give the lease back; the object must not be used afterwards."""
         self.lease.release()
 
+    def __enter__(self) -> Generation:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close."""
+        self.close()
+
 
 def current(home: Path) -> int | None:
     """The number that CURRENT names, None before the first publish."""
@@ -103,13 +111,10 @@ def best(home: Path) -> int | None:
 
 def verify_generation(home: Path, number: int) -> Manifest:
     """Read and check every byte of a generation; raises `DamagedGeneration` or `NoGeneration`."""
-    lease = Lease(home, number)
-    try:
+    with Lease(home, number):
         manifest = read_manifest(home / folder_name(number))
         verify(home / folder_name(number), manifest, fresh=True)
         return manifest
-    finally:
-        lease.release()
 
 
 def load(

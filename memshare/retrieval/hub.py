@@ -53,8 +53,7 @@ def parcel(home: Path, number: int | None) -> Iterator[Parcel]:
     wanted = read_current(home)[0] if number is None else number
     if wanted is None:
         raise NoGeneration(f"{home}: nothing was published yet")
-    lease = Lease(home, wanted)
-    try:
+    with Lease(home, wanted):
         folder = home / folder_name(wanted)
         manifest = read_manifest(folder)
         verify(folder, manifest, fresh=True)
@@ -66,8 +65,6 @@ def parcel(home: Path, number: int | None) -> Iterator[Parcel]:
         if CARD not in files:
             raise PushError(f"{folder}: its encoder has no model card; publish a new generation")
         yield Parcel(f"generation {wanted} of retriever {home.name}", folder / _ENCODER, files)
-    finally:
-        lease.release()
 
 
 def push(parcel: Parcel, repo: str, *, private: bool) -> str:

@@ -64,8 +64,7 @@ def _publish(store: PoolStore, config: Config, number: int) -> int:
     home = config.retriever_dir
     began, same = time.monotonic(), _same(home, number)
     champion = best(home)
-    generation = load(home, number, config.encoder.device, rows=False)
-    try:
+    with load(home, number, config.encoder.device, rows=False) as generation:
         metrics = json.loads((generation.folder / "metrics.json").read_text(encoding="utf-8"))
         encoder = generation.encoder
         encoder.compute_as(config.encoder)
@@ -77,8 +76,6 @@ def _publish(store: PoolStore, config: Config, number: int) -> int:
             best=None if champion in same else champion, index=config.retriever.index,
             origin=generation.manifest.origin or number,
         )  # fmt: skip
-    finally:
-        generation.close()
 
 
 def _same(home: Path, number: int) -> list[int]:

@@ -53,6 +53,14 @@ class Lease:
             os.close(self._fd)
             self._fd = None
 
+    def __enter__(self) -> Lease:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give it back."""
+        self.release()
+
 
 def numbers(home: Path) -> list[int]:
     """Numbers of the generations on disk, oldest first; whole or not."""

@@ -87,11 +87,9 @@ def open_proposer(config: Config, name: int | str | None) -> Iterator[Proposer |
     if generation is None:
         yield Proposer(Encoder.load(config.encoder), None, FROZEN)
         return
-    generation.encoder.compute_as(config.encoder)
-    try:
+    with generation:
+        generation.encoder.compute_as(config.encoder)
         yield Proposer(generation.encoder, generation, generation.number)
-    finally:
-        generation.close()
 
 
 class PoolProposals:

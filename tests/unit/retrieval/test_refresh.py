@@ -72,11 +72,8 @@ def test_todays_memories_are_published_under_the_encoder_that_serves(
     assert second.positions == {"p": store.last_seq("p")}
     told = json.loads((config.retriever_dir / folder_name(old + 1) / "metrics.json").read_text())
     assert told["round"] == 7 and told["gate"] == {"passed": True}
-    generation = load(config.retriever_dir)
-    try:
+    with load(config.retriever_dir) as generation:
         held = {id_.decode() for id_ in generation.ids["p"].tolist()}
-    finally:
-        generation.close()
     assert held == {memory.id for memory in store.iter("p")} and gone.id not in held
     assert refresh(store, config) is None  # nothing has come since
 
