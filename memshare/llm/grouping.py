@@ -30,15 +30,15 @@ class _Queue(Generic[A, B]):
 class Grouped(Generic[A, B]):
     """One call an item outside, groups of items inside; safe to use from several event loops.
 
-    ``send`` takes a group and gives one result an item, in their order; where it raises, every
-    caller of the group gets the error. At most ``flights`` groups are under way at a time, each of
-    at most ``most`` items and of summed ``size`` at most ``capacity`` (an item above it goes
-    alone).
+    ``send`` takes a group and gives one result an item, in their order, or the error that its
+    caller gets; where it raises, every caller of the group gets that. At most ``flights`` groups
+    are under way at a time, each of at most ``most`` items and of summed ``size`` at most
+    ``capacity`` (an item above it goes alone).
     """
 
     def __init__(
         self,
-        send: Callable[[Sequence[A]], Awaitable[Sequence[B]]],
+        send: Callable[[Sequence[A]], Awaitable[Sequence[B | Exception]]],
         *,
         flights: int,
         most: int,
@@ -94,7 +94,11 @@ class Grouped(Generic[A, B]):
                     future.set_exception(error)
             return
         for (_, future), result in zip(group, results, strict=True):
-            if not future.done():
+            if future.done():
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
                 future.set_result(result)
 
     def _landed(self, queue: _Queue[A, B], task: asyncio.Task[None]) -> None:

@@ -192,8 +192,23 @@ class VLLMBackend:
         """Close the connections."""
         await self._http.aclose()
 
-    async def _measure(self, spans: Sequence[Span]) -> list[LogLikelihood]:
-        """The likelihood of each span's continuation, by one request for all of them."""
+    async def _measure(self, spans: Sequence[Span]) -> list[LogLikelihood | LLMError]:
+        """The likelihood of each span's continuation, by one request for all of them.
+
+        A server refuses a request for one text in it. Those that came along are asked for again, by
+        halves, so that an error is of the text that it is about.
+        """
+        try:
+            return [*await self._measure_together(spans)]
+        except LLMUnavailable:
+            raise
+        except LLMError as error:
+            if len(spans) == 1:
+                return [error]
+        half = len(spans) // 2
+        return [*await self._measure(spans[:half]), *await self._measure(spans[half:])]
+
+    async def _measure_together(self, spans: Sequence[Span]) -> list[LogLikelihood]:
         reply = await self._http.post(
             "/v1/completions",
             {

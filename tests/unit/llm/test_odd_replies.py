@@ -1,0 +1,66 @@
+"""The vLLM backend against a server that refuses, changes or answers oddly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memshare.config import LLMConfig
+from memshare.llm.base import LLMError, LogLikelihood, Message
+from memshare.llm.vllm import VLLMBackend
+from tests.unit.llm.test_transport import Flaky, reply
+
+ASK: list[Message] = [{"role": "user", "content": "x"}]
+
+
+@pytest.fixture
+def flaky() -> Iterator[Flaky]:
+    made = Flaky()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def backend(flaky: Flaky, folder: Path, **settings: Any) -> VLLMBackend:
+    config = LLMConfig(backend="vllm", url=flaky.url, retries=0, **settings)
+    return VLLMBackend(str(folder), config, backoff_seconds=0.01)
+
+
+def serve(flaky: Flaky, server: dict[str, Any]) -> None:
+    """As vLLM does it: the card of ``server``, and -1 nat for every token of what fits it."""
+
+    def behave(handler: BaseHTTPRequestHandler, number: int) -> None:
+        if handler.path == "/v1/models":
+            return reply(handler, 200, {"data": [server]})
+        body = flaky.bodies[number - 1]
+        if body["model"] != server["id"]:
+            return reply(handler, 404, {"error": {"message": "no such model"}})
+        if any(len(ids) >= server["max_model_len"] for ids in body["prompt"]):
+            return reply(handler, 400, {"error": {"message": "too long"}})
+        rows = [[None, *({str(i): {"logprob": -1.0}} for i in ids[1:])] for ids in body["prompt"]]
+        choices = [{"index": i, "prompt_logprobs": row} for i, row in enumerate(rows)]
+        return reply(handler, 200, {"choices": choices})
+
+    flaky.behave = behave
+
+
+def test_what_is_refused_takes_no_others_along(flaky: Flaky, lm_folder: Path) -> None:
+    server = {"id": "alias", "root": str(lm_folder), "max_model_len": 300}
+    serve(flaky, server)
+    made = backend(flaky, lm_folder)
+    asyncio.run(made.ready())
+    server["max_model_len"] = 60  # started again with less, which nobody has told
+    texts = ["y" * (100 if i == 5 else 1) for i in range(12)]
+
+    async def run() -> list[LogLikelihood | BaseException]:
+        asked = (made.loglikelihood(ASK, text) for text in texts)
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    found = asyncio.run(run())
+    assert isinstance(found[5], LLMError) and "too long" in str(found[5])
+    assert found[:5] + found[6:] == [LogLikelihood(-1.0, 1)] * 11
