@@ -38,7 +38,8 @@ class VLLMBackend:
     ``max_concurrency`` bounds prompts, not requests, then.
 
     Nothing is sent before the first call. `ready` learns from ``/v1/models`` the name under which
-    the model is served and its context length; every method does it first, once.
+    the model is served and its context length; every method does it first: once, and again after a
+    request failed, for the server may have been started again with others.
     """
 
     def __init__(self, model: str, config: LLMConfig, backoff_seconds: float = 0.5) -> None:
@@ -47,6 +48,7 @@ class VLLMBackend:
         self._source = model
         self._chat_tokenizer: ChatTokenizer | None = None
         self._served: str | None = None
+        self._known = False  # as of the last request: what is served, and how much fits
         self._context_length: int | None = None
         self._http = Transport(
             config.urls,
@@ -80,11 +82,11 @@ class VLLMBackend:
         return self._context_length
 
     async def ready(self) -> None:
-        """Ask the server what it serves, unless it was asked before.
+        """Ask the server what it serves, unless it was asked and no request has failed since.
 
         Raises `LLMUnavailable` naming URL and model, also if another model is served.
         """
-        if self._served is not None:
+        if self._known:
             return
         if self._chat_tokenizer is None:
             await asyncio.to_thread(lambda: self.chat_tokenizer)
@@ -103,6 +105,7 @@ class VLLMBackend:
         known = self.chat_tokenizer.tokenizer.model_max_length
         self._context_length = int(limit or (known if known < 10**9 else 2048))
         self._served = str(card["id"])
+        self._known = True
 
     def count_tokens(
         self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None
@@ -125,7 +128,7 @@ class VLLMBackend:
         body = self._body(messages, max_tokens, temperature, seed, extra)
         if json_schema is not None:
             body["structured_outputs"] = {"json": dict(json_schema)}
-        reply = await self._http.post("/v1/chat/completions", body)
+        reply = await self._post("/v1/chat/completions", body)
         try:
             return Completion.of(reply)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -145,8 +148,12 @@ class VLLMBackend:
         body = self._body(messages, max_tokens, temperature, seed, extra) | {"stream": True}
         # Closed at once if the reader goes away, so that the server stops generating.
         async with aclosing(self._http.events("/v1/chat/completions", body)) as events:
-            async for event in events:
-                yield event
+            try:
+                async for event in events:
+                    yield event
+            except LLMError:
+                self._known = False
+                raise
 
     async def loglikelihood(self, context: Sequence[Message], continuation: str) -> LogLikelihood:
         """Log-likelihood of ``continuation`` (without end-of-turn) as the reply to ``context``."""
@@ -167,7 +174,7 @@ class VLLMBackend:
         prompt = self.chat_tokenizer.prompt_ids(context) + prefix
         if len(prompt) + 1 > self.context_length:
             raise ContextTooLong(self.model, len(prompt) + 1, self.context_length)
-        reply = await self._http.post(
+        reply = await self._post(
             "/v1/completions",
             {
                 "model": self._served,
@@ -192,6 +199,13 @@ class VLLMBackend:
         """Close the connections."""
         await self._http.aclose()
 
+    async def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return await self._http.post(path, body)
+        except LLMError:
+            self._known = False
+            raise
+
     async def _measure(self, spans: Sequence[Span]) -> list[LogLikelihood | LLMError]:
         """The likelihood of each span's continuation, by one request for all of them.
 
@@ -209,7 +223,7 @@ class VLLMBackend:
         return [*await self._measure(spans[:half]), *await self._measure(spans[half:])]
 
     async def _measure_together(self, spans: Sequence[Span]) -> list[LogLikelihood]:
-        reply = await self._http.post(
+        reply = await self._post(
             "/v1/completions",
             {
                 "model": self._served,

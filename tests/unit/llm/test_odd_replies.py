@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from memshare.config import LLMConfig
-from memshare.llm.base import LLMError, LogLikelihood, Message
+from memshare.llm.base import ContextTooLong, LLMError, LLMUnavailable, LogLikelihood, Message
 from memshare.llm.vllm import VLLMBackend
 from tests.unit.llm.test_transport import Flaky, reply
 
@@ -64,3 +64,21 @@ def test_what_is_refused_takes_no_others_along(flaky: Flaky, lm_folder: Path) ->
     found = asyncio.run(run())
     assert isinstance(found[5], LLMError) and "too long" in str(found[5])
     assert found[:5] + found[6:] == [LogLikelihood(-1.0, 1)] * 11
+
+
+def test_a_server_started_again_is_asked_what_it_serves(flaky: Flaky, lm_folder: Path) -> None:
+    server = {"id": "alias", "root": str(lm_folder), "max_model_len": 300}
+    serve(flaky, server)
+    made = backend(flaky, lm_folder)
+    assert asyncio.run(made.loglikelihood(ASK, "y")) == LogLikelihood(-1.0, 1)
+    server |= {"id": "another name", "max_model_len": 60}
+    with pytest.raises(LLMUnavailable, match="no such model"):
+        asyncio.run(made.loglikelihood(ASK, "y"))
+    assert asyncio.run(made.loglikelihood(ASK, "y")) == LogLikelihood(-1.0, 1)
+    assert made.context_length == 60
+    with pytest.raises(ContextTooLong):
+        asyncio.run(made.loglikelihood(ASK, "y" * 100))
+    server["max_model_len"] = 300
+    asked = len(flaky.bodies)
+    assert asyncio.run(made.loglikelihood(ASK, "y")) == LogLikelihood(-1.0, 1)
+    assert len(flaky.bodies) == asked + 1  # nothing failed: no reason to ask
