@@ -59,7 +59,8 @@ class _Passing(Exception):
 class Transport:
     """A JSON client for one server, or equal ones; safe to use from several event loops.
 
-    ``name`` (the model) goes into every error beside the URL. ``retries`` counts attempts after
+    ``name`` (the model) goes into every error beside the URL. ``timeout``: seconds until a whole
+    answer is there, and without a byte of one that is streamed. ``retries`` counts attempts after
     the first on each server; the pause before the n-th is about ``backoff * 2**n`` seconds with
     jitter, and none where another server has not been tried yet.
     """
@@ -193,11 +194,15 @@ class Transport:
     async def _whole(
         self, method: str, url: str, path: str, body: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        async with self._request(method, url, path, body) as response:
-            try:
+        try:
+            # In all: the session's own timeout begins anew with every byte.
+            async with (
+                asyncio.timeout(self._timeout),
+                self._request(method, url, path, body) as response,
+            ):
                 text = await response.read()
-            except LOST as error:
-                raise self._lost(url, error) from error
+        except LOST as error:
+            raise self._lost(url, error) from error
         try:
             value = json.loads(text)
         except ValueError as error:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,23 @@ def test_a_mute_server_is_unavailable(flaky: Flaky) -> None:
     with pytest.raises(LLMUnavailable, match="no answer in time"):
         asyncio.run(_transport(flaky.url, timeout=0.2, retries=1).get("/x"))
     assert len(flaky.times) == 2
+
+
+def test_an_answer_that_drips_is_given_up_in_time(flaky: Flaky) -> None:
+    def drip(handler: BaseHTTPRequestHandler, _: int) -> None:
+        handler.send_response(200)
+        handler.send_header("content-length", "1000")
+        handler.end_headers()
+        with suppress(OSError):
+            for _ in range(60):
+                handler.wfile.write(b" ")
+                time.sleep(0.05)
+
+    flaky.behave = drip
+    started = time.monotonic()
+    with pytest.raises(LLMUnavailable, match=r"no answer in time.* after 2 attempt"):
+        asyncio.run(_transport(flaky.url, timeout=0.4, retries=1).post("/x", {}))
+    assert 0.8 < time.monotonic() - started < 2.5
 
 
 def test_nobody_there_is_unavailable() -> None:
