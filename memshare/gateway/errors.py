@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from memshare.gateway.logs import logger, where
+from memshare.gateway.wire import Json
 from memshare.llm.base import LLMError, LLMUnavailable
 from memshare.pool.errors import InvalidMemory, PoolError, UnknownPool
 from memshare.retrieval.searcher import NotServed, SearcherClosed, SearchTimeout
@@ -87,7 +88,7 @@ def error_of(error: Exception) -> ApiError:
 def respond(error: ApiError) -> JSONResponse:
     """The reply that an error becomes."""
     body = error_body(error.status_code, str(error.detail), error.param, error.code)
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    return Json(body, status_code=error.status_code, headers=error.headers)
 
 
 def _describe(problem: Mapping[str, Any]) -> str:

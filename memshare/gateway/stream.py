@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from memshare.gateway.disconnect import while_connected
 from memshare.gateway.errors import error_body, error_of
 from memshare.gateway.logs import logger, where
 from memshare.gateway.state import Gateway
+from memshare.gateway.wire import json_text
 from memshare.gateway.write import submit
 from memshare.records import Memory, Pair
 
@@ -39,7 +39,7 @@ class _Spoken:
 
 
 def _event(value: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {json_text(value)}\n\n"
 
 
 async def events(

@@ -17,6 +17,7 @@ from memshare.gateway.schemas import ChatReply, ChatRequest, ErrorReply, MemoryO
 from memshare.gateway.state import Gateway, ReadyGateway
 from memshare.gateway.stream import events
 from memshare.gateway.strict import StrictRoute
+from memshare.gateway.wire import Json
 from memshare.gateway.write import check_room, submit
 from memshare.llm.base import Completion
 from memshare.pool.keys import Key, Right
@@ -101,7 +102,7 @@ async def chat(
     reply = _reply(completion, llm.model)
     if pair and not refusal:
         note |= await submit(gateway, pair, kept, *answer_of(reply))
-    return JSONResponse({**reply, "memshare": note})
+    return Json({**reply, "memshare": note})
 
 
 def _pool_name(gateway: Gateway, options: MemoryOptions) -> str:
