@@ -11,6 +11,7 @@ import json
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -67,7 +68,10 @@ def proxy_of(url: str) -> str | None:
 
 
 async def event_data(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
-    """What server-sent events carry. (aiohttp's own reading by lines has a limit to their size.)"""
+    """What server-sent events carry. (aiohttp's own reading by lines has a limit to their size.)
+
+    What stands after the last line's end is no event, but for the [DONE] of servers that end there.
+    """
     rest = b""
     async for part in response.content.iter_any():
         *lines, rest = (rest + part).split(b"\n")
@@ -75,6 +79,8 @@ async def event_data(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
             data = line.removeprefix(b"data:").strip()
             if line.startswith(b"data:") and data:
                 yield data.decode(errors="replace")
+    if rest.removeprefix(b"data:").strip() == b"[DONE]":
+        yield "[DONE]"
 
 
 def reason_of(error: Exception) -> str:
@@ -83,14 +89,22 @@ def reason_of(error: Exception) -> str:
     return f"{kind} ({type(error).__name__}{': ' + str(error) if str(error) else ''})"
 
 
-def error_message(text: str) -> str:
-    """The message inside an OpenAI-style error, or the beginning of whatever came."""
+def json_object(text: str | bytes) -> dict[str, Any] | None:
+    """The object that ``text`` is the JSON of; None for all else."""
     try:
         value = json.loads(text)
-        error = value.get("error", value.get("detail", value))
-        return str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
+    except (ValueError, RecursionError):  # no JSON; nested deeper than Python reads
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def error_message(text: str) -> str:
+    """The message inside an OpenAI-style error, or the beginning of whatever came."""
+    value = json_object(text)
+    if value is None:
         return text[:500].strip()
+    error = value.get("error", value.get("detail", value))
+    return str(error.get("message", error) if isinstance(error, dict) else error)
 
 
 def retry_after(header: str | None) -> float | None:

@@ -30,6 +30,7 @@ from memshare.llm.http import (
     LOST,
     error_message,
     event_data,
+    json_object,
     open_session,
     proxy_of,
     reason_of,
@@ -203,12 +204,12 @@ class Transport:
                 text = await response.read()
         except LOST as error:
             raise self._lost(url, error) from error
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise self._no_json(url + path, text) from error
-        if not isinstance(value, dict):
-            raise self._no_json(url + path, text)
+        value = json_object(text)
+        if value is None:
+            raise LLMUnavailable(
+                f"{without_secrets(url + path)} (model {self.name}) sent no JSON object: "
+                f"{text[:200]!r}; correct the url in the configuration"
+            )
         return value
 
     @asynccontextmanager
@@ -256,19 +257,13 @@ class Transport:
         raise LLMError(refusal)
 
     def _event(self, data: str) -> dict[str, Any]:
-        try:
-            value: dict[str, Any] = json.loads(data)
-        except ValueError as error:
-            raise LLMError(f"{self.url} ({self.name}) streamed no JSON: {data[:200]}") from error
-        if "error" in value:  # vLLM reports a failure inside a stream as an event
+        value = json_object(data)
+        if value is None:
+            raise LLMError(f"{self.url} ({self.name}) streamed no JSON object: {data[:200]}")
+        # vLLM reports a failure inside a stream as an event; some servers, that there is none.
+        if value.get("error") is not None:
             raise LLMError(f"{self.url} (model {self.name}): {error_message(data)}")
         return value
-
-    def _no_json(self, where: str, text: bytes) -> LLMUnavailable:
-        return LLMUnavailable(
-            f"{without_secrets(where)} (model {self.name}) sent no JSON object: {text[:200]!r}; "
-            "correct the url in the configuration"
-        )
 
     def _unavailable(self, reason: str) -> LLMUnavailable:
         return LLMUnavailable(

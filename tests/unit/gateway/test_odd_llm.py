@@ -88,3 +88,24 @@ def test_no_number_of_the_llm_breaks_the_reply(gateway: TestClient, llm: Flaky) 
     status, (first, *_, last) = stream(gateway, llm, piece("x", "stop", **odd), "[DONE]")
     assert status == 200 and last == "[DONE]"
     assert {name: first[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("event", ["5", "null", '["x"]', '"error"', "{bad", "[" * 5000])
+def test_an_event_that_is_no_object_is_told_as_such(
+    gateway: TestClient, llm: Flaky, event: str
+) -> None:
+    for before in ([], [piece("x")]):
+        status, (*_, last) = stream(gateway, llm, *before, event, "[DONE]")
+        assert status == (200 if before else 400)
+        assert last["error"]["code"] == "llm_refused"
+        assert "streamed no JSON object" in last["error"]["message"]
+
+
+def test_a_stream_may_lack_what_readers_do_without(gateway: TestClient, llm: Flaky) -> None:
+    ends = [piece("x", error=None), piece("", "stop", error=None), "[DONE]"]
+    assert stream(gateway, llm, *ends)[1][-1] == "[DONE]"
+    text = "".join(f"data: {json.dumps(event)}\n\n" for event in ends[:2])
+    llm.behave = lambda h, n: reply(h, 200, f"{text}data: [DONE]".encode())  # no line's end
+    messages = [{"role": "user", "content": "why?"}]
+    got = gateway.post(CHAT, json={"messages": messages, "stream": True})
+    assert got.text.endswith("data: [DONE]\n\n")
