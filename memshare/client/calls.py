@@ -131,7 +131,7 @@ def _reply(reply: Any) -> ChatReply:
     note = reply["memshare"]
     choice = next(choice for choice in reply["choices"] if choice.get("index", 0) == 0)
     return ChatReply(
-        text=choice["message"].get("content") or "",
+        text=_text(choice["message"].get("content")),
         finish_reason=choice["finish_reason"],
         generation=note["generation"],
         memories=tuple(note["memories"]),
@@ -146,11 +146,19 @@ def chunk(event: Mapping[str, Any]) -> ChatChunk:
     choices = [item for item in event.get("choices") or () if item.get("index", 0) == 0]
     choice = choices[0] if choices else {}
     return ChatChunk(
-        text=(choice.get("delta") or {}).get("content") or "",
+        text=_text((choice.get("delta") or {}).get("content")),
         finish_reason=choice.get("finish_reason"),
         note=event.get("memshare"),
         raw=event,
     )
+
+
+def _text(content: Any) -> str:
+    """A content's text: some LLMs answer in parts, of which not every one is text."""
+    if isinstance(content, str):
+        return content
+    parts = (part.get("text") for part in content or ())
+    return "".join(text for text in parts if isinstance(text, str))
 
 
 def _memory(id: str) -> str:

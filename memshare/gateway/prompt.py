@@ -64,4 +64,4 @@ def answer_of(reply: Mapping[str, Any]) -> tuple[str, str, bool]:
         return "", "none", False
     message = choice.get("message") or {}
     tools = bool(message.get("tool_calls")) or choice.get("finish_reason") == "tool_calls"
-    return message.get("content") or "", choice.get("finish_reason") or "none", tools
+    return "".join(texts_of(message.get("content"))), choice.get("finish_reason") or "none", tools

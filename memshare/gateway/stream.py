@@ -14,6 +14,7 @@ from memshare.gateway.logs import logger, where
 from memshare.gateway.state import Gateway
 from memshare.gateway.wire import json_text
 from memshare.gateway.write import submit
+from memshare.llm.base import texts_of
 from memshare.records import Memory, Pair
 
 
@@ -32,7 +33,7 @@ class _Spoken:
             if choice.get("index", 0) != 0:
                 continue
             delta = choice.get("delta") or {}
-            self.text.append(delta.get("content") or "")
+            self.text += texts_of(delta.get("content"))
             self.tools = self.tools or bool(delta.get("tool_calls"))
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
         return before == "none" != self.finish_reason

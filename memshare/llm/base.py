@@ -60,7 +60,7 @@ class Completion:
         choice = reply["choices"][0]
         usage = reply.get("usage") or {}
         return cls(
-            text=choice["message"].get("content") or "",
+            text="".join(texts_of(choice["message"].get("content"))),
             finish_reason=str(choice.get("finish_reason") or "stop"),
             prompt_tokens=int(usage.get("prompt_tokens", 0)),
             completion_tokens=int(usage.get("completion_tokens", 0)),

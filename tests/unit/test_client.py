@@ -210,6 +210,18 @@ def test_a_stream_that_breaks_off_raises() -> None:
     assert caught.value.code == "llm_unavailable"
 
 
+def test_an_answer_in_parts_is_read_as_its_text() -> None:
+    parts = [{"type": "thinking", "thinking": []}, {"text": "an "}, {"text": "answer"}]
+    note = {"generation": None, "memories": [], "write": "off", "reason": None}
+    choice = {"message": {"content": parts}, "finish_reason": "stop"}
+    whole = httpx.Response(200, json={"choices": [choice], "memshare": note})
+    assert connected(lambda _: whole).chat("q").text == "an answer"
+    pieces = [{"choices": [{"delta": {"content": content}}]} for content in (parts[:2], parts[2:])]
+    body = "".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces) + "data: [DONE]\n\n"
+    client = connected(lambda _: httpx.Response(200, text=body))
+    assert [chunk.text for chunk in client.stream("q")] == ["an ", "answer"]
+
+
 def test_the_async_client_has_the_same_methods_and_retries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -90,6 +91,24 @@ def test_no_number_of_the_llm_breaks_the_reply(gateway: TestClient, llm: Flaky) 
     assert {name: first[name] for name in expected} == expected
 
 
+def test_an_answer_in_parts_is_read_as_its_text(gateway: TestClient, llm: Flaky) -> None:
+    """As reasoning models have it that show their thoughts as parts of the content."""
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    parts = [thought, {"type": "text", "text": "By an "}, {"type": "text", "text": "answer."}]
+    whole = ask(gateway, llm, answer(parts))
+    assert whole.status_code == 200 and whole.json()["memshare"]["write"] == "pending"
+    assert whole.json()["choices"][0]["message"]["content"] == parts
+    pieces = [piece([thought]), piece(parts[1:2]), piece("streamed"), piece([], "stop")]
+    status, events = stream(gateway, llm, *pieces, "[DONE]")
+    assert status == 200 and events[-1] == "[DONE]"
+    assert [event["choices"] for event in events[:-1]] == [event["choices"] for event in pieces]
+    wanted = {"By an answer.", "By an streamed"}
+    deadline = time.monotonic() + 20
+    while not wanted <= (found := stored(gateway)):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("event", ["5", "null", '["x"]', '"error"', "{bad", "[" * 5000])
 def test_an_event_that_is_no_object_is_told_as_such(
     gateway: TestClient, llm: Flaky, event: str
@@ -109,3 +128,8 @@ def test_a_stream_may_lack_what_readers_do_without(gateway: TestClient, llm: Fla
     messages = [{"role": "user", "content": "why?"}]
     got = gateway.post(CHAT, json={"messages": messages, "stream": True})
     assert got.text.endswith("data: [DONE]\n\n")
+
+
+def stored(gateway: TestClient) -> set[str]:
+    found = gateway.get("/v1/memories", params={"pool": "keep"}).json()["memories"]
+    return {memory["answer"] for memory in found}
