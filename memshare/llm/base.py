@@ -14,6 +14,10 @@ class Message(TypedDict):
     content: str
 
 
+# How what isn't in a reply, or is of another form there, shows when it is read.
+ODD = (LookupError, TypeError, AttributeError, ValueError, OverflowError)
+
+
 def texts_of(content: Any) -> list[str]:
     """The texts in a message's content: the one that it is, or those of its text parts."""
     if isinstance(content, str):
@@ -56,14 +60,14 @@ class Completion:
 
     @classmethod
     def of(cls, reply: Mapping[str, Any]) -> Completion:
-        """What ``/v1/chat/completions`` replied; an odd reply raises as subscripts do."""
+        """What ``/v1/chat/completions`` replied; an odd reply raises one of `ODD`."""
         choice = reply["choices"][0]
         usage = reply.get("usage") or {}
         return cls(
             text="".join(texts_of(choice["message"].get("content"))),
             finish_reason=str(choice.get("finish_reason") or "stop"),
-            prompt_tokens=int(usage.get("prompt_tokens", 0)),
-            completion_tokens=int(usage.get("completion_tokens", 0)),
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            completion_tokens=int(usage.get("completion_tokens") or 0),
             raw=reply,
         )
 

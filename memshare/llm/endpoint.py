@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from memshare.config import LLMConfig
-from memshare.llm.base import Completion, LLMError, LogLikelihood, Message, texts_of
+from memshare.llm.base import ODD, Completion, LLMError, LogLikelihood, Message, texts_of
 from memshare.llm.neutralise import break_known, in_texts
 from memshare.llm.transport import Transport
 
@@ -113,7 +113,9 @@ class EndpointBackend:
         try:
             top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             found = [(str(item["token"]).strip(), math.exp(item["logprob"])) for item in top]
-        except (KeyError, IndexError, TypeError) as error:
+            if not all(math.isfinite(probability) for _, probability in found):
+                raise ValueError("not finite")
+        except ODD as error:
             raise LLMError(f"{self.model} gives no log probabilities: {reply!s:.300}") from error
         weights = [math.fsum(p for token, p in found if token == label) for label in labels]
         total = math.fsum(weights)
@@ -129,7 +131,7 @@ class EndpointBackend:
         reply = await self._http.post("/v1/chat/completions", body)
         try:
             return Completion.of(reply)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except ODD as error:
             raise LLMError(f"{self.model}: unexpected reply {reply!s:.300}") from error
 
     def _body(

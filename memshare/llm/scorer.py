@@ -38,9 +38,12 @@ class Scorer(ABC):
         if normalise(answer) == normalise(prompt):
             return Grade(None, "the answer repeats the question")
         try:
-            return await self._grade(prompt, answer, rubric_text)
+            grade = await self._grade(prompt, answer, rubric_text)
         except ContextTooLong as error:
             return Grade(None, f"too long to grade: {error}")
+        if grade.value is not None and not 0 <= grade.value <= 100:  # nor is NaN
+            return Grade(None, f"the grade, {grade.value}, is no number from 0 to 100")
+        return grade
 
     @abstractmethod
     async def _grade(self, prompt: str, answer: str, rubric_text: str) -> Grade: ...

@@ -12,6 +12,7 @@ from typing import Any
 
 from memshare.config import LLMConfig
 from memshare.llm.base import (
+    ODD,
     Completion,
     ContextTooLong,
     LLMError,
@@ -91,6 +92,16 @@ class VLLMBackend:
         if self._chat_tokenizer is None:
             await asyncio.to_thread(lambda: self.chat_tokenizer)
         reply = await self._http.get("/v1/models")
+        try:
+            served, limit = self._card(reply)
+        except (*ODD, OSError) as error:  # OSError: a root that is longer than paths are
+            raise LLMUnavailable(
+                f"{self._http.url}/v1/models: unexpected reply {str(reply)[:300]}"
+            ) from error
+        self._served, self._context_length, self._known = served, limit, True
+
+    def _card(self, reply: Mapping[str, Any]) -> tuple[str, int]:
+        """Name and context length of our model in the list of those that are served."""
         cards = [card for card in reply.get("data", []) if isinstance(card, dict)]
         folder = Path(self._source).is_dir() and Path(self._source).resolve()
         for card in cards:
@@ -103,9 +114,7 @@ class VLLMBackend:
             raise LLMUnavailable(f"{self._http.url} serves {served}, not {self._source}")
         limit = card.get("max_model_len")
         known = self.chat_tokenizer.tokenizer.model_max_length
-        self._context_length = int(limit or (known if known < 10**9 else 2048))
-        self._served = str(card["id"])
-        self._known = True
+        return str(card["id"]), int(limit or (known if known < 10**9 else 2048))
 
     def count_tokens(
         self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None
@@ -131,7 +140,7 @@ class VLLMBackend:
         reply = await self._post("/v1/chat/completions", body)
         try:
             return Completion.of(reply)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except ODD as error:
             raise self._unexpected(reply) from error
 
     async def stream(
@@ -189,9 +198,12 @@ class VLLMBackend:
         try:
             read = reply["choices"][0]["logprobs"]["top_logprobs"][0]
             scores = [float(read[f"token_id:{token}"]) for token in ids]
-        except (KeyError, IndexError, TypeError) as error:
+            highest = max(scores)
+            # Never a number made of those: a label may be impossible, but not all of them.
+            if any(map(math.isnan, scores)) or math.isinf(highest):
+                raise ValueError("not finite")
+        except ODD as error:
             raise self._unexpected(reply) from error
-        highest = max(scores)
         weights = [math.exp(score - highest) for score in scores]
         return [weight / math.fsum(weights) for weight in weights]
 
@@ -236,7 +248,7 @@ class VLLMBackend:
         try:
             rows = {choice["index"]: choice["prompt_logprobs"] for choice in reply["choices"]}
             return [self._read(rows[i], span) for i, span in enumerate(spans)]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except ODD as error:
             raise self._unexpected(reply) from error
 
     @staticmethod

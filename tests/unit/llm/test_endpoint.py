@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -77,6 +78,15 @@ def test_labels_are_read_from_the_likeliest_tokens(server: Flaky) -> None:
     server.behave = lambda handler, _: reply(handler, 200, choice("1"))
     with pytest.raises(LLMError, match="no log probabilities"):
         asyncio.run(made.label_probabilities(ASK, ["0", "1"]))
+
+
+@pytest.mark.parametrize("logprob", [float("nan"), float("inf"), 1e5, "x", None])
+def test_a_label_without_a_usable_probability_is_no_grade(server: Flaky, logprob: Any) -> None:
+    top = [{"token": "0", "logprob": -1.0}, {"token": "1", "logprob": logprob}]
+    said = json.dumps(choice("1", logprobs={"content": [{"top_logprobs": top}]})).encode()
+    server.behave = lambda h, _: reply(h, 200, said)
+    with pytest.raises(LLMError, match="gives no log probabilities"):
+        asyncio.run(llm(server).label_probabilities(ASK, ["0", "1"]))
 
 
 def test_likelihoods_are_refused_with_what_to_do(server: Flaky) -> None:

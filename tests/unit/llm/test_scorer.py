@@ -214,3 +214,14 @@ def test_a_users_rubric_is_a_file(tmp_path: Path) -> None:
         load_rubric(own)
     with pytest.raises(RubricError, match="nowhere"):
         load_rubric("nowhere")
+
+
+def test_a_grade_that_is_no_number_rejects() -> None:
+    class Broken(Says):
+        """As a model whose logits are not finite."""
+
+        async def label_probabilities(self, messages: object, labels: list[str]) -> list[float]:
+            return [math.nan] * len(labels)
+
+    grade = _grade(Broken(""), grading="labels")
+    assert grade.value is None and "no number from 0 to 100" in grade.reason
