@@ -88,8 +88,10 @@ def error_of(status: int, body: bytes, headers: Mapping[str, str]) -> GatewayErr
     except (ValueError, TypeError, KeyError):  # not from our gateway: a proxy's page, say
         detail, message = {}, body[:200].decode(errors="replace") or "no reason given"
     try:
-        retry_after = float(headers["retry-after"])
+        retry_after: float | None = float(headers["retry-after"])
     except (KeyError, ValueError):
+        retry_after = None
+    if retry_after is not None and not retry_after >= 0:  # nobody can sleep that long, nor NaN
         retry_after = None
     return _KINDS.get(status, GatewayError)(
         message,

@@ -150,6 +150,14 @@ def test_what_passes_is_tried_again_as_the_gateway_says(slept: list[float]) -> N
     assert slept == [7.0, 1.0]
 
 
+@pytest.mark.parametrize("asked", ["-1", "nan", "-inf", "Mon, 01 Jan 2001 00:00:00 GMT", "soon"])
+def test_a_wait_that_is_none_is_the_clients_own(slept: list[float], asked: str) -> None:
+    busy = refusal(429, "busy", **{"Retry-After": asked})
+    with pytest.raises(Overloaded) as caught:
+        connected(lambda _: busy, retries=1).delete("x")
+    assert slept == [0.5] and caught.value.retry_after is None
+
+
 def test_only_a_connection_that_was_never_made_is_tried_again(slept: list[float]) -> None:
     tried: list[str] = []
 

@@ -98,6 +98,22 @@ def test_retry_after_is_obeyed(flaky: Flaky) -> None:
     assert flaky.times[1] - flaky.times[0] >= 0.6
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "soon",
+        "-3",
+        "nan",
+        "Mon, 99999999999999999999 Jan 2020 00:00:00 GMT",
+        "Mon, 01 Jan 99999 00:00:00 GMT",
+    ],
+)
+def test_a_retry_after_that_names_no_time(flaky: Flaky, asked: str) -> None:
+    flaky.behave = lambda h, n: reply(h, 429 if n == 1 else 200, {}, Retry_After=asked)
+    assert asyncio.run(_transport(flaky.url).get("/x")) == {}
+    assert len(flaky.times) == 2
+
+
 def test_backoff_grows(flaky: Flaky) -> None:
     flaky.behave = lambda h, n: reply(h, 200 if n == 4 else 503, {})
     asyncio.run(_transport(flaky.url, backoff=0.1).get("/x"))
