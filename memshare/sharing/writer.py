@@ -148,6 +148,8 @@ class Writer:
             return Decision("rejected", ends.EMPTY)
         if pair.finish_reason == "length":
             return Decision("rejected", ends.CUT_OFF)
+        if pair.finish_reason != "stop":  # a filter's word, or a server's that was stopped
+            return Decision("rejected", ends.UNFINISHED, detail=pair.finish_reason)
         try:
             check_memory(self._memory(pair, None), self._config.gateway.max_text_chars)
         except InvalidMemory as error:

@@ -111,6 +111,8 @@ def test_stored_pair_has_provenance_and_is_searchable_at_once(run: Run) -> None:
     [
         ({"pool": "strict"}, "below threshold"),
         ({"finish_reason": "length"}, "cut off by length"),
+        ({"finish_reason": "content_filter"}, "not finished"),
+        ({"finish_reason": "abort"}, "not finished"),  # vLLM's own, of a server that is stopped
         ({"answer": " \n"}, "empty"),
         ({"prompt": ""}, "empty"),
         ({"answer": "a\x00b"}, "invalid"),
