@@ -73,6 +73,17 @@ def amend(
     return _change(connection, id, "amend", ALIVE, {"metadata": both})
 
 
+def metadata_of(connection: sa.Connection, id: str) -> dict[str, Any]:
+    """A living memory's metadata, which nobody changes until the transaction's end; else none."""
+    memory = sa.select(memories.c.pool, memories.c.metadata).where(memories.c.id == id, ALIVE)
+    row = connection.execute(memory).one_or_none()
+    if row is None:
+        return {}
+    need_pool(connection, row.pool, lock=True)
+    row = connection.execute(memory).one_or_none()
+    return {} if row is None else dict(row.metadata)
+
+
 def _inherit(connection: sa.Connection, id: str, heir: str) -> None:
     """What is known of memory ``id`` is known of ``heir`` from now on, but its author's own vote.
 

@@ -216,18 +216,21 @@ class PoolStore:
                 self._db.backend.announce(connection, name)
         return [result for result in results if result is not None]
 
-    def delete(self, id: str, heir: str | None = None) -> bool:
+    def delete(self, id: str, heir: str | None = None, metadata: bool = False) -> bool:
         """Erase a memory's text and metadata; False if there is no such living memory.
 
         Its id stays taken and the log tells of it; the same content appended later is a new memory.
         On SQLite the text is out of the files too when this returns, unless somebody is reading
-        there just then: see `scrub`. Memory ``heir`` takes over its feedback, uses and copies.
+        there just then: see `scrub`. Memory ``heir`` takes over its feedback, uses and copies, and
+        the ``metadata`` that it lacks, as `amend` has it.
         """
-        return self.delete_many([id], heir) == 1
+        return self.delete_many([id], heir, metadata) == 1
 
-    def delete_many(self, ids: Sequence[str], heir: str | None = None) -> int:
+    def delete_many(
+        self, ids: Sequence[str], heir: str | None = None, metadata: bool = False
+    ) -> int:
         """`delete` each of ``ids``, and scrub once; how many there were."""
-        count = sum(self._erase(id, heir) for id in ids)
+        count = sum(self._erase(id, heir, metadata) for id in ids)
         self.scrub()
         return count
 
@@ -252,11 +255,15 @@ class PoolStore:
             time.sleep(_SCRUB_PAUSE_SECONDS)
         return done
 
-    def _erase(self, id: str, heir: str | None) -> bool:
+    def _erase(self, id: str, heir: str | None, metadata: bool) -> bool:
         with self._db.write() as connection:
             if heir is not None:  # before the pool, so that nobody who has one waits for this
                 self._db.backend.lock(connection, USES_LOCK)
+            # In one transaction: whatever is merged into it before it is gone is passed on.
+            known = alter.metadata_of(connection, id) if heir is not None and metadata else {}
             pool = alter.delete(connection, id, heir)
+            if pool is not None and heir is not None and known:
+                alter.amend(connection, heir, known, self.max_text_chars)
             if pool is not None:
                 self._db.backend.mark_erased(connection)
             return self._announced(connection, pool)

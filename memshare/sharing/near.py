@@ -79,15 +79,19 @@ class NearDuplicates:
             yield Place(memory)
             return
         with self._locks[memory.pool]:
+            yield self._placed(memory)
+
+    def _placed(self, memory: NewMemory) -> Place:
+        while True:
             seen = self._searcher.stats().positions.get(memory.pool, 0)
             twin = self.find(memory)
             if twin is None or _key(twin) == _key(memory):
-                yield Place(memory, seen=seen)  # equal ones are the store's affair
-            elif not self._better(memory, twin):
-                self._amend(twin, memory)
-                yield Place(None, twin)
-            else:
-                yield Place(self._with(memory, twin.metadata) or memory, twin, seen)
+                return Place(memory, seen=seen)  # equal ones are the store's affair
+            if self._better(memory, twin):
+                return Place(self._with(memory, twin.metadata) or memory, twin, seen)
+            if self._amend(twin, memory):
+                return Place(None, twin)
+            # Another gateway has just replaced it: look for what is there now.
 
     def confirm(self, place: Place, id: str) -> Memory | None:
         """None, or the earlier near-duplicate that another gateway slipped in before memory ``id``.
@@ -105,12 +109,15 @@ class NearDuplicates:
             return None
         earlier = self._earlier(place, mine)
         if earlier is not None:
-            self._amend(earlier, mine)
-            if self._store.delete(mine.id, earlier.id):
-                self._searcher.notify(mine.pool)
-        if place.twin is not None and self._store.delete(place.twin.id, (earlier or mine).id):
-            self._searcher.notify(mine.pool)
+            self._replace(mine, earlier)
+        if place.twin is not None:
+            self._replace(place.twin, earlier or mine)
         return earlier
+
+    def _replace(self, memory: Memory, by: Memory) -> None:
+        # With the metadata that it has by now: others may have merged theirs into it meanwhile.
+        if self._store.delete(memory.id, by.id, metadata=self._merges(memory.pool)):
+            self._searcher.notify(memory.pool)
 
     def _earlier(self, place: Place, mine: Memory) -> Memory | None:
         assert place.seen is not None
@@ -143,10 +150,17 @@ class NearDuplicates:
         there = self._store.get_many(ids)
         return [there[id] for id in ids if id in there]
 
-    def _amend(self, twin: Memory, memory: NewMemory | Memory) -> None:
-        """Give ``twin``, which stays, the metadata that only ``memory`` has, if its pool merges."""
-        if self._merges(twin.pool) and self._store.amend(twin.id, memory.metadata):
+    def _amend(self, twin: Memory, memory: NewMemory) -> bool:
+        """Give ``twin``, which stays, the metadata that only ``memory`` has, if its pool merges.
+
+        False: it is gone.
+        """
+        if not self._merges(twin.pool):
+            return True
+        if self._store.amend(twin.id, memory.metadata):
             self._searcher.notify(twin.pool)
+            return True
+        return self._store.get(twin.id) is not None
 
     def _with(self, memory: NewMemory, metadata: Mapping[str, Any]) -> NewMemory | None:
         """``memory`` and what ``metadata`` has besides its own; None if that is too much."""

@@ -220,6 +220,37 @@ def test_what_is_merged_at_one_moment_is_all_kept(run: Run, url: str) -> None:
     run(body, url)
 
 
+def test_what_another_gateway_merges_into_what_is_replaced_is_kept(run: Run, url: str) -> None:
+    def body(shared: SharedMemory) -> None:
+        near = shared.writer._near
+        (old,) = shared.writer.append_visible([new(FIRST, score=10.0)])
+        with near.place(new(NEAR, score=90.0)) as place:
+            assert place.new is not None
+            shared.store.amend(old.id, {"late": 1})  # between our look and our write
+            (better,) = shared.writer._append([place.new], {})
+            assert near.confirm(place, better.id) is None
+        (kept,) = shared.store.iter("keep")
+        assert (kept.id, kept.metadata) == (better.id, {"late": 1})
+
+        found = near.find
+
+        def late(memory: NewMemory) -> Any:
+            """It is replaced just when we have found it."""
+            twin = found(memory)
+            if twin is not None and twin.id == kept.id:
+                (best,) = shared.writer._append([new(f"{FIRST}!!", score=95.0)], {})
+                shared.store.delete(twin.id, best.id, metadata=True)
+            return twin
+
+        near.find = late  # type: ignore[method-assign]
+        (told,) = shared.writer.append_visible([new(f"{NEAR}?", score=5.0, metadata={"mine": 2})])
+        (kept,) = shared.store.iter("keep")
+        assert (told.status, told.id) == ("duplicate", kept.id)
+        assert kept.metadata == {"late": 1, "mine": 2}
+
+    run(body, url, near_duplicate=0.9, near_duplicate_action="merge")
+
+
 def test_merging_never_loses_a_write_to_too_much_metadata(run: Run) -> None:
     def body(shared: SharedMemory) -> None:
         shared.writer.append_visible([new(FIRST, score=1, metadata={"a": "x" * 20_000})])
