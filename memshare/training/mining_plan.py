@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from memshare.config import Config
 from memshare.files import write_json
 from memshare.pool.store import PoolStore
+from memshare.records import Memory
 from memshare.retrieval.gate import choose_queries
 from memshare.training.examples import ExamplesError
 from memshare.training.journal import Span
@@ -30,6 +31,7 @@ from memshare.training.rounds import new_ids
 from memshare.training.split import Fate, kept_split, recorded_split
 
 PLAN = "plan.json"
+_PAGE = 1_000  # memories whose texts are read at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,18 @@ class Plan:
 def split_memories(store: PoolStore, config: Config) -> dict[str, Fate]:
     """Every memory's fate, over all served pools, kept in the run folder from call to call.
 
-    Memories on hold take part, so that releasing one moves no other.
+    Memories on hold take part, so that releasing one moves no other; so do those whose pool was
+    served once, as it may be served again.
     """
     memories = (
         memory for pool in config.served_pools for memory in store.iter(pool, include_held=True)
     )
-    return kept_split(_split_file(config), memories, config.split)
+
+    def elsewhere(ids: Sequence[str]) -> Iterator[Memory]:
+        for start in range(0, len(ids), _PAGE):
+            yield from store.get_many(ids[start : start + _PAGE]).values()
+
+    return kept_split(_split_file(config), memories, config.split, elsewhere)
 
 
 def planned_split(store: PoolStore, config: Config) -> dict[str, Fate]:

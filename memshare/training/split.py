@@ -21,7 +21,7 @@ import json
 import math
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -150,12 +150,18 @@ def assign(
     return fates
 
 
-def kept_split(path: Path, memories: Iterable[_Prompted], config: SplitConfig) -> dict[str, Fate]:
+def kept_split(
+    path: Path,
+    memories: Iterable[_Prompted],
+    config: SplitConfig,
+    elsewhere: Callable[[list[str]], Iterable[_Prompted]] = lambda ids: (),
+) -> dict[str, Fate]:
     """`assign`, with fates remembered in the JSON file ``path`` from one call to the next.
 
     Deleting a cluster's earliest memory would otherwise move the rest of it, and other settings
-    would judge by what has been trained on: they hold for memories that come after them. Raises
-    `SplitError` if the file is damaged.
+    would judge by what has been trained on: they hold for memories that come after them.
+    ``elsewhere`` finds those that are not among ``memories`` this time but live, by their ids: they
+    keep their fates for when they come back. Raises `SplitError` if the file is damaged.
     """
     settings = config.model_dump()
     known, before = recorded_split(path)
@@ -164,10 +170,23 @@ def kept_split(path: Path, memories: Iterable[_Prompted], config: SplitConfig) -
             f"{path}: split settings changed, for memories that come from now on: those known have "
             "been trained on, or judged by. Delete the file to split all anew"
         )
-    fates = assign(memories, config, known)
+    fates = assign(_with_absent(memories, known, elsewhere), config, known)
     if before != settings or fates != known:
         write_json(path, {"settings": settings, "fates": fates})
     return fates
+
+
+def _with_absent(
+    memories: Iterable[_Prompted],
+    known: Mapping[str, Fate],
+    elsewhere: Callable[[list[str]], Iterable[_Prompted]],
+) -> Iterator[_Prompted]:
+    """``memories``, then those of the ``known`` ones that are not among them."""
+    absent = dict.fromkeys(known)
+    for memory in memories:
+        absent.pop(memory.id, None)
+        yield memory
+    yield from elsewhere(list(absent))
 
 
 def recorded_split(path: Path) -> tuple[dict[str, Fate], dict[str, Any] | None]:

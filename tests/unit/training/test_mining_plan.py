@@ -57,3 +57,24 @@ def test_memories_on_hold_have_their_fates(store: PoolStore, tmp_path: Path) -> 
     assert fates.keys() == set(ids)
     store.release(ids[0])
     assert split_memories(store, config) == fates
+
+
+def test_a_pool_that_is_served_again_keeps_its_fates(store: PoolStore, tmp_path: Path) -> None:
+    """What has been trained on never judges, whatever was served meanwhile, by other settings."""
+    store.create_pool("other")
+    prompts = [f"a quite different matter, which is {i} of many" for i in range(12)]
+    ids = [r.id for r in store.append([NewMemory("other", prompt, "no") for prompt in prompts])]
+    sets = [f"run.dir={tmp_path}", "pools={main: {}, other: {}}", "split.near_duplicate=1.0"]
+
+    def split(*more: str) -> dict[str, str]:
+        return dict(split_memories(store, load_config(None, [*sets, *more])))
+
+    before = split("split.held_out=0.5")
+    assert {before[i] for i in ids} == {"train", "held_out"}
+    store.delete(ids[0])  # of what is deleted nothing is kept
+    del before[ids[0]]
+    trains = next(i for i in ids[1:] if before[i] == "train")
+    copy = store.append([NewMemory("main", prompts[ids.index(trains)], "maybe")])[0].id
+    away = split("split.held_out=1.0", "retriever.pools=[main]")
+    assert away == before | {copy: "train"}  # it is near to one that may come back
+    assert split("split.held_out=1.0") == away
