@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from memshare.config import Config
@@ -131,6 +132,27 @@ def next_round(config: Config, store: PoolStore, journal: Journal) -> Round:
             f"{pool}: mined up to {known[pool]}, and its log ends at {spans[pool].until}: it was "
             "restored, or is another one; all of it is mined again"
         )
+    encoder, warm = _beginning(config, journal)
+    return Round(number, spans, encoder, iterations=config.mining.iterations, warm=warm)
+
+
+def with_encoder(config: Config, journal: Journal) -> Journal:
+    """``journal`` as it is, unless the folder that its open round has yet to train from is gone.
+
+    Whoever publishes by hand meanwhile deletes old generations, and a run folder may be moved. The
+    round trains what serves now instead; it would fail at every start.
+    """
+    now = journal.open_round
+    if now is None or now.step == "index" or _may_be_there(now.encoder):
+        return journal
+    encoder, warm = _beginning(config, journal)
+    if encoder != now.encoder:
+        log(f"round {now.number}: {now.encoder} is gone; it trains {encoder}, which serves now")
+    return Journal((*journal.rounds[:-1], replace(now, encoder=encoder, warm=warm)))
+
+
+def _beginning(config: Config, journal: Journal) -> tuple[str, str | None]:
+    """The encoder that serves, and the training that brought it where its optimizer goes on."""
     home = config.retriever_dir
     serving, _ = read_current(home)
     encoder, source = config.encoder.model, None
@@ -141,7 +163,13 @@ def next_round(config: Config, store: PoolStore, journal: Journal) -> Round:
     if config.training.warm_optimizer and source is not None:
         # Of the iteration that trained it: the last one may have found nothing to learn from.
         warm = str(Path(source.results["index"]["encoder"]).parent)
-    return Round(number, spans, encoder, iterations=config.mining.iterations, warm=warm)
+    return encoder, warm
+
+
+def _may_be_there(name: str) -> bool:
+    """Whether an encoder is a folder that is there, or may be one of the hub's (``org/model``)."""
+    path = Path(name).expanduser()
+    return path.is_dir() or not (path.is_absolute() or len(path.parts) > 2)
 
 
 def forget_stale_checkpoints(output: Path, examples: Path) -> bool:

@@ -34,6 +34,7 @@ from memshare.training.rounds import (
     new_ids,
     next_round,
     open_spans,
+    with_encoder,
 )
 from tests.training_data import example
 from tests.training_runs import refreshed
@@ -206,3 +207,34 @@ def test_a_warm_round_goes_on_from_the_training_of_what_serves(
         following = next_round(config, store, Journal((before,)))
         assert following.warm == source
         assert following.encoder == str(home / folder_name(serving) / "encoder")
+
+
+def test_a_round_whose_generation_is_gone_trains_what_serves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Deleted by who published by hand meanwhile, or left behind where the run folder was."""
+    changes = [f"run.dir={tmp_path / 'run'}", "training.warm_optimizer=true"]
+    config = load_config(None, changes)
+    home = config.generations_dir / config.retriever.name
+    published = {"generation": 7, "encoder": "run/training/000004/encoder"}
+    before = Round(4, {}, "start", "done", "published", {"index": published})
+    gone = Round(5, {}, str(home / "000006" / "encoder"), "train", warm="old")
+
+    def beginning(now: Round) -> tuple[str, str | None]:
+        journal = with_encoder(config, Journal((before, now)))
+        found = journal.open_round
+        assert found is not None and journal.rounds[0] == before
+        assert replace(found, encoder=now.encoder, warm=now.warm) == now
+        return found.encoder, found.warm
+
+    assert beginning(gone) == (config.encoder.model, None)  # nothing was ever published
+    refreshed(home, 7, origin=7)
+    (home / "CURRENT").write_text("7\n")
+    serves = str(home / "000007" / "encoder")
+    assert beginning(gone) == (serves, "run/training/000004")
+    assert f"000006/encoder is gone; it trains {serves}" in capsys.readouterr().err
+    (home / "000006" / "encoder").mkdir(parents=True)
+    hub, indexed = replace(gone, encoder="org/model"), replace(gone, step="index")
+    for kept in (gone, hub, indexed):
+        assert beginning(kept) == (kept.encoder, "old")
+    assert with_encoder(config, Journal((before,))) == Journal((before,))
