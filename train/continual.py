@@ -36,7 +36,13 @@ from memshare.training.erasing import erase_deleted
 from memshare.training.examples import ExamplesError
 from memshare.training.journal import Journal, JournalError
 from memshare.training.leftovers import delete_weights
-from memshare.training.rounds import count_new, covered, next_round, with_encoder
+from memshare.training.rounds import (
+    count_new,
+    covered,
+    next_round,
+    with_encoder,
+    without_unserved,
+)
 from memshare.training.steps import Steps
 
 PROGRAMS = Path(__file__).resolve().parent
@@ -105,7 +111,7 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
             journal.save(path)
 
         # 2. Within one: mine, train, index, as often as it has iterations, each step to its end.
-        journal = with_encoder(config, journal)
+        journal = without_unserved(config, with_encoder(config, journal))
         now = journal.open_round
         assert now is not None
         if now.step == "mine":  # in a round that an earlier loop has put on record

@@ -151,6 +151,20 @@ def with_encoder(config: Config, journal: Journal) -> Journal:
     return Journal((*journal.rounds[:-1], replace(now, encoder=encoder, warm=warm)))
 
 
+def without_unserved(config: Config, journal: Journal) -> Journal:
+    """``journal`` as it is, unless its open round is to mine pools that are served no more.
+
+    They leave the round, which would fail at every start, and are as new to a later one that has
+    them again.
+    """
+    now = journal.open_round
+    if now is None or now.step != "mine" or now.spans.keys() <= set(config.served_pools):
+        return journal
+    spans = {pool: span for pool, span in now.spans.items() if pool in config.served_pools}
+    log(f"round {now.number}: without {sorted(now.spans.keys() - spans)}, served no more")
+    return Journal((*journal.rounds[:-1], replace(now, spans=spans)))
+
+
 def _beginning(config: Config, journal: Journal) -> tuple[str, str | None]:
     """The encoder that serves, and the training that brought it where its optimizer goes on."""
     home = config.retriever_dir

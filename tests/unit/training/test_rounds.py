@@ -35,6 +35,7 @@ from memshare.training.rounds import (
     next_round,
     open_spans,
     with_encoder,
+    without_unserved,
 )
 from tests.training_data import example
 from tests.training_runs import refreshed
@@ -238,3 +239,21 @@ def test_a_round_whose_generation_is_gone_trains_what_serves(
     for kept in (gone, hub, indexed):
         assert beginning(kept) == (kept.encoder, "old")
     assert with_encoder(config, Journal((before,))) == Journal((before,))
+
+
+def test_a_pool_that_is_served_no_more_leaves_the_round_that_was_to_mine_it(
+    store: PoolStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And is as new to a later one, when it is served again."""
+    add(store, "one", "a", "b")
+    add(store, "two", "m", "n")
+    both = load_config(None, [f"run.dir={tmp_path}", "pools={one: {}, two: {}}"])
+    one = load_config(None, [f"run.dir={tmp_path}", "pools={one: {}}"])
+    begun = Journal().begin(next_round(both, store, Journal()))
+    assert without_unserved(both, begun) == begun
+    left = without_unserved(one, begun)
+    assert left.open_round is not None and left.open_round.spans == {"one": Span(0, 2)}
+    assert "round 1: without ['two'], served no more" in capsys.readouterr().err
+    assert next_round(both, store, left.advance({}, outcome="empty")).spans["two"] == Span(0, 2)
+    mined = begun.advance({})  # what is mined is trained on
+    assert without_unserved(one, mined) == mined
