@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from memshare.config import Config
 from memshare.pool.feedback import Feedback
 from memshare.pool.store import PoolStore
+from memshare.progress import log
 from memshare.records import Memory, normalise
 from memshare.retrieval.bm25 import BM25
 from memshare.retrieval.text import memory_text
@@ -41,8 +42,8 @@ class Proposal:
 class Proposer:
     """The encoder that proposes, and the generation it is from, if it is from one.
 
-    ``name``: the generation's number, the folder of an encoder that is in none, or `FROZEN` for the
-    configured one.
+    ``name``: the generation's number (or of the one in whose place it proposes), the folder of an
+    encoder that is in none, or `FROZEN` for the configured one.
     """
 
     encoder: Encoder
@@ -65,14 +66,16 @@ def open_proposer(config: Config, name: int | str | None) -> Iterator[Proposer |
     """The proposer of this `Proposer.name` (None: what serves); None where vectors propose nothing.
 
     That is so without ``mining.dense_candidates``, and with ``labels: none``: nothing would tell
-    whether the nearest memories are useful, and most of them are. Raises `GenerationError`.
+    whether the nearest memories are useful, and most of them are. In place of a generation that is
+    gone what serves proposes, by that name, so that the round which began with it can go on: who
+    publishes by hand meanwhile deletes old ones. Raises `GenerationError`.
     """
     mining = config.mining
     if mining.dense_candidates == 0 or mining.labels == "none":
         yield None
         return
     from memshare.retrieval.encoder import Encoder
-    from memshare.retrieval.generation import load, load_current
+    from memshare.retrieval.generation import NoGeneration, load, load_current
     from memshare.retrieval.serving import FROZEN
 
     if isinstance(name, str):
@@ -83,13 +86,18 @@ def open_proposer(config: Config, name: int | str | None) -> Iterator[Proposer |
     if name is None:
         generation = load_current(home, device)
     elif name != FROZEN:
-        generation = load(home, name, device)
+        try:
+            generation = load(home, name, device)
+        except NoGeneration as error:
+            log(f"{error} any more; what serves now proposes in its place")
+            generation = load_current(home, device)
     if generation is None:
-        yield Proposer(Encoder.load(config.encoder), None, FROZEN)
+        yield Proposer(Encoder.load(config.encoder), None, FROZEN if name is None else name)
         return
     with generation:
         generation.encoder.compute_as(config.encoder)
-        yield Proposer(generation.encoder, generation, generation.number)
+        number = generation.number if name is None else name
+        yield Proposer(generation.encoder, generation, number)
 
 
 class PoolProposals:

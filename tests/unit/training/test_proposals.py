@@ -134,6 +134,25 @@ def test_a_generation_proposes_with_its_own_vectors(
     assert frozen != encoded
 
 
+def test_what_serves_proposes_in_place_of_a_generation_that_is_gone(
+    config: Config, store: PoolStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who publishes by hand deletes old ones; a round that began with one goes on all the same."""
+    with open_proposer(config, 7) as proposer:  # and nothing else is there
+        assert proposer is not None and (proposer.name, proposer.generation) == (7, None)
+    encoder = Encoder.load(config.encoder)
+    for _ in range(2):
+        publish(
+            config.generations_dir, config.retriever.name, encoder=encoder,
+            **build_generation(store, config, encoder).parts(), metrics={}, parent=None, keep=1,
+        )  # fmt: skip
+    capsys.readouterr()
+    with open_proposer(config, 1) as proposer:
+        assert proposer is not None and proposer.generation is not None
+        assert (proposer.name, proposer.generation.number) == (1, 2)
+    assert "no generation 1 any more; what serves now proposes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", [None, 1])
 def test_a_generation_proposes_in_the_configured_batches_and_precision(
     config: Config, store: PoolStore, name: int | None
