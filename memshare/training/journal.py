@@ -99,8 +99,11 @@ class Journal:
         return Journal((*self.rounds[:-1], self.open_round.after(result, outcome)))
 
     def published_by(self, generation: int) -> Round | None:
-        """The round that published a generation, if it is on record."""
-        for item in self.rounds:
+        """The round that published a generation, if it is on record.
+
+        The last one: another retriever, or another folder of generations, counts from 1 again.
+        """
+        for item in reversed(self.rounds):
             index = item.results.get("index", {})
             if (item.outcome, index.get("generation")) == ("published", generation):
                 return item

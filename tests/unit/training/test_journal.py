@@ -32,6 +32,9 @@ def test_a_round_goes_through_its_steps(tmp_path: Path) -> None:
     assert Journal.load(path).rounds[1].outcome == "empty"
     assert journal.published_by(4) == journal.rounds[0]
     assert journal.published_by(5) is None
+    journal = journal.begin(Round(6, {}, "frozen", step="index"))
+    journal = journal.advance({"generation": 4}, outcome="published")  # of another retriever's
+    assert journal.published_by(4) == journal.rounds[2]
 
 
 def test_two_iterations_mine_and_train_twice(tmp_path: Path) -> None:
