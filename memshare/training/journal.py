@@ -127,7 +127,7 @@ class Journal:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise JournalError(
                 f"{path}: the journal is damaged ({error!r}); restore it from a backup, or delete "
-                "it to mine the pools from their beginning"
+                "it: the next round begins where the last one that was mined has ended"
             ) from error
         return cls(rounds)
 
