@@ -143,7 +143,7 @@ def test_what_serves_proposes_in_place_of_a_generation_that_is_gone(
     encoder = Encoder.load(config.encoder)
     for _ in range(2):
         publish(
-            config.generations_dir, config.retriever.name, encoder=encoder,
+            config.retriever_dir, encoder=encoder,
             **build_generation(store, config, encoder).parts(), metrics={}, parent=None, keep=1,
         )  # fmt: skip
     capsys.readouterr()
