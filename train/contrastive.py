@@ -2,10 +2,9 @@
 
     accelerate launch train/contrastive.py --config FILE --examples DIR --output DIR
 
-writes an ``encoder`` (a sentence-transformers folder), ``result.json`` (what ended it: `outcome`),
-``log.jsonl`` and ``checkpoints``. With ``training.eval_every`` the encoder is the held-out
-examples' best. Run again, it goes on from the last intact checkpoint; on SIGTERM, SIGINT, SIGUSR1
-or ``--stop-file`` it ends a step, saves and ends; so it does when its launcher is gone.
+writes ``encoder``, ``result.json`` (what ended it: `outcome`), ``log.jsonl`` and ``checkpoints``;
+the encoder is the best on held-out examples with ``training.eval_every``. Run again, it goes on
+from the last intact checkpoint. SIGTERM, SIGINT, SIGUSR1, ``--stop-file``: it saves and ends.
 """
 
 from __future__ import annotations
@@ -71,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
     args = arguments().parse_args(argv)
     try:
-        config, accelerator = load_config(args.config, args.overrides), launch()
+        config = load_config(args.config, args.overrides)
+        accelerator = launch(config.encoder.device)
     except ConfigError as error:
         return outcome.tell(error)
     world = World(accelerator.device)

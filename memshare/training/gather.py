@@ -36,13 +36,16 @@ class DifferentData(RuntimeError):
     """The processes of one run see different data or settings."""
 
 
-def launch() -> Accelerator:
+def launch(wanted: str = "auto") -> Accelerator:
     """Join the processes that ``accelerate launch`` started; on the CPU where there is no GPU.
 
-    What is set for a process that trains or encodes, and then ends, is set here.
+    What is set for a process that trains or encodes, and then ends, is set here. ``wanted``:
+    `encoder.device`; which one it is accelerate says, but a GPU that was asked for must be there.
 
-    Raises `ConfigError` for what accelerate offers and this trainer does not do.
+    Raises `ConfigError` for that, and for what accelerate offers and this trainer does not do.
     """
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"encoder.device: {wanted!r}, but torch sees no CUDA device; use cpu")
     wants_fsdp()  # for what it refuses; `spread` asks whether
     _refuse_unused()
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() not in {"1", "true"}:

@@ -47,6 +47,12 @@ def test_what_the_launcher_offers_and_nothing_heeds_is_refused(
         launch()
 
 
+def test_a_gpu_that_was_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^encoder\.device: 'cuda:1', but torch sees no CUDA"):
+        launch("cuda:1")
+
+
 class Ending:
     """An accelerator that counts how often it was ended."""
 
