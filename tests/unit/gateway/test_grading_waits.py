@@ -16,8 +16,8 @@ from memshare.llm.rubric import load_rubric
 from memshare.llm.scorer import Scorer
 from memshare.records import Grade, Pair
 from memshare.sharing import open_shared
+from tests.flaky import Flaky, reply
 from tests.loop import loop_config
-from tests.unit.llm.test_transport import Flaky, reply
 
 FULL_MARKS = {
     "choices": [
@@ -36,10 +36,8 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[Flaky]:
-    made = Flaky()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    with Flaky() as made:
+        yield made
 
 
 def decided(config: Config, scorer: Scorer | None = None) -> dict[str, int]:

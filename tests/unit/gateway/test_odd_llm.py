@@ -12,18 +12,16 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from tests.flaky import Flaky, reply
 from tests.unit.gateway.conftest import running
-from tests.unit.llm.test_transport import Flaky, reply
 
 CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[Flaky]:
-    made = Flaky()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    with Flaky() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,16 @@ from memshare.llm.base import LLMError, Message
 from memshare.llm.endpoint import EndpointBackend
 from memshare.llm.factory import make_llm
 from memshare.llm.neutralise import BREAK, has_control_string
+from tests.flaky import Flaky, reply
 from tests.unit.llm.test_tokens import HOSTILE
-from tests.unit.llm.test_transport import Flaky, reply
 
 ASK: list[Message] = [{"role": "user", "content": "why?"}]
 
 
 @pytest.fixture
 def server() -> Iterator[Flaky]:
-    made = Flaky()
-    yield made
-    made.server.shutdown()
+    with Flaky() as made:
+        yield made
 
 
 def llm(server: Flaky, **settings: Any) -> EndpointBackend:

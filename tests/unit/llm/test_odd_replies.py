@@ -14,17 +14,15 @@ import pytest
 from memshare.config import LLMConfig
 from memshare.llm.base import ContextTooLong, LLMError, LLMUnavailable, LogLikelihood, Message
 from memshare.llm.vllm import VLLMBackend
-from tests.unit.llm.test_transport import Flaky, reply
+from tests.flaky import Flaky, reply
 
 ASK: list[Message] = [{"role": "user", "content": "x"}]
 
 
 @pytest.fixture
 def flaky() -> Iterator[Flaky]:
-    made = Flaky()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    with Flaky() as made:
+        yield made
 
 
 def backend(flaky: Flaky, folder: Path, **settings: Any) -> VLLMBackend:
