@@ -125,6 +125,8 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
         journal.save(path)
         if outcome is not None:
             log(f"round {now.number}: {outcome}")
+            if outcome == "empty":
+                when_available(stop, steps.refresh, now)
             delete_weights(config, journal)
             if once:
                 return

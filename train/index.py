@@ -7,8 +7,8 @@ on held-out memories, and publishes it if it is not worse; serving processes swa
 themselves. A rejection, by the gate or because an index finds less than
 ``retriever.index.recall_floor``, is put on record in ``generations/<retriever>/rejected.jsonl`` and
 is no error; the encoder that serves on then gets a new index, if much has come since its own was
-made. ``--encoder frozen --no-gate`` publishes a first generation of the configured encoder. Under
-``accelerate launch``, all processes encode; the first one does the rest.
+made (alone: ``--refresh``). ``--encoder frozen --no-gate`` publishes a first generation of the
+configured encoder. Under ``accelerate launch``, all processes encode; the first one does the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  (before faiss)
+import torch  # before faiss
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config, positive
 from memshare.files import RunLocked, run_lock, write_json
@@ -66,6 +66,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--round", type=positive, help="continual round, for the record")
     parser.add_argument("--result", type=Path, metavar="FILE", help="write what became of it here")
     parser.add_argument("--no-gate", action="store_true", help="publish without comparing")
+    told = "only a new index for the encoder that serves, if much has come since its own"
+    parser.add_argument("--refresh", action="store_true", help=told)
     return parser
 
 
@@ -80,16 +82,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = World(accelerator.device)
     try:
         if not world.main:
-            with PoolStore.open(config.url) as store:
-                serve(store, load_encoder(config, args.encoder, world)[1], world)
+            if not args.refresh:
+                with PoolStore.open(config.url) as store:
+                    serve(store, load_encoder(config, args.encoder, world)[1], world)
             return 0
         with run_lock(config.run.dir, "index"), PoolStore.open(config.url) as store:
+            if args.refresh:
+                print(json.dumps({"generation": refresh(store, config)}), flush=True)
+                return 0
             outcome = run(config, store, args, world)
             if args.result is not None:
                 write_json(args.result, outcome)
             print(json.dumps(outcome, ensure_ascii=False), flush=True)
-            if outcome["outcome"] == "rejected":  # the round is over: nothing below changes that
-                refresh(store, config)
+            if outcome["outcome"] == "rejected":
+                try:
+                    refresh(store, config)
+                except (*EXPECTED, OSError, torch.OutOfMemoryError) as error:  # the round is over
+                    log(f"the index of the current generation stays as it is: {error}")
     except EXPECTED as error:
         code = tell(error)
         if isinstance(error, PoolUnavailable) and args.result is not None:

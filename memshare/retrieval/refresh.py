@@ -1,8 +1,9 @@
-"""A new index for the encoder that serves, after a round whose own encoder was rejected.
+"""A new index for the encoder that serves, after a round that has published none of its own.
 
-A rejection publishes nothing. What came to the pools since the last publication would be encoded
-again at every start of a gateway, and by every round's mining and gate, for as long as encoders are
-rejected; and that may be for good, once an encoder has learned what there is to learn.
+A round whose encoder is rejected publishes nothing, and one without examples has nothing to. What
+came to the pools since the last publication would be encoded again at every start of a gateway, and
+by every round's mining and gate, for as long as rounds end so; and that may be for good, once an
+encoder has learned what there is to learn.
 """
 
 from __future__ import annotations
@@ -11,14 +12,10 @@ import json
 import time
 from pathlib import Path
 
-import torch
-
 from memshare.config import Config
-from memshare.pool.errors import PoolError
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.build import build_generation
-from memshare.retrieval.encoder import EncoderError
 from memshare.retrieval.generation import GenerationError, best, load
 from memshare.retrieval.manifest import first_with, folder_name, read_manifest
 from memshare.retrieval.publish import publish
@@ -34,18 +31,15 @@ def refresh(store: PoolStore, config: Config) -> int | None:
     are copied as `build_generation` copies them. Of this encoder's generations only the last two
     are left, so that `retriever.keep` goes on counting encoders, near enough.
 
-    None where nothing was published, so that the configured encoder serves, or an operator has
-    pinned CURRENT, or it fails, which the log says: the round has ended by then.
+    None where there is no need, or nothing was ever published, so that the configured encoder
+    serves, or an operator has pinned CURRENT. Raises `EncoderError`, `GenerationError`, `PoolError`
+    and `OSError`; CURRENT stays as it is.
     """
     home = config.retriever_dir
-    try:
-        number, pinned = read_current(home)
-        if number is None or pinned or _changes(store, config, number) <= MAX_DELTA:
-            return None
-        fresh = _publish(store, config, number)
-    except (EncoderError, GenerationError, PoolError, OSError, torch.OutOfMemoryError) as error:
-        log(f"the index of the current generation stays as it is: {error}")
+    number, pinned = read_current(home)
+    if number is None or pinned or _changes(store, config, number) <= MAX_DELTA:
         return None
+    fresh = _publish(store, config, number)
     log(f"published generation {fresh}: the encoder of {number}, with today's memories")
     try:
         _retire(home, number)

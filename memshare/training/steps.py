@@ -10,6 +10,7 @@ import json
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,6 +130,18 @@ class Steps:
             self._run(now, command, report)
         result: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return Done(result, str(result["outcome"]))
+
+    def refresh(self, now: Round) -> None:
+        """A new index for the encoder that serves, where a round had nothing to train on.
+
+        The round has ended by then: what fails here is logged, and left to a later one.
+        """
+        self._await_turn("index")
+        command = [sys.executable, f"{self._programs}/index.py", *self._settings, "--refresh"]
+        try:
+            self._run(replace(now, step="index"), command)
+        except ChildFailed as error:
+            log(f"the index of the current generation stays as it is: {error}")
 
     def _await_turn(self, role: str) -> None:
         """Wait until nobody else has ``role`` on the run folder: who mines by hand, say.

@@ -109,6 +109,7 @@ def test_rejected_and_empty_rounds_are_on_record(make_run: Any) -> None:
     assert run.start("--once").wait(100) == 0
     assert run.rounds()[-1]["outcome"] == "empty"  # every new memory was held out
     assert "train" not in run.rounds()[-1]["results"]
+    assert "--refresh" in (run.folder / "logs" / "round-000001-index.log").read_text()
 
     run = make_run(gate={"margin": 0.0, "resamples": 200}, training={"lr": 1.0, "max_steps": 6})
     run.store.append(banking(0, 20))

@@ -36,15 +36,20 @@ def config(tmp_path: Path) -> Config:
 
 
 @pytest.fixture
-def index(tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]) -> Index:
-    """Runs the program for a round and returns what it printed, with what it logged as `log`."""
-    program = load_program(ROOT / "train" / "index.py")
+def program(tmp_path: Path, config: Config) -> Callable[..., int]:
+    """Runs the program with some more words; returns its exit code."""
+    module = load_program(ROOT / "train" / "index.py")
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return lambda *words: int(module.main(["--config", str(file), *words]))
+
+
+@pytest.fixture
+def index(program: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Index:
+    """Runs the program for a round and returns what it printed, with what it logged as `log`."""
 
     def run(number: int, *words: str, encoder: object = "frozen") -> dict[str, Any]:
-        arguments = ["--encoder", str(encoder), "--round", str(number), *words]
-        assert program.main(["--config", str(file), *arguments]) == 0
+        assert program("--encoder", str(encoder), "--round", str(number), *words) == 0
         told = capsys.readouterr()
         outcome: dict[str, Any] = json.loads(told.out)
         assert outcome["round"] == number
@@ -137,8 +142,14 @@ def test_a_folder_that_was_trained_into_again_is_published_again(
 
 
 def test_a_rejected_rounds_memories_are_published_under_the_encoder_that_serves(
-    tmp_path: Path, config: Config, index: Index, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    config: Config,
+    index: Index,
+    program: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    told: list[int | None] = []
     home, report = config.retriever_dir, tmp_path / "index.json"
     index(1, "--no-gate")
     (served,) = generations(home)
@@ -156,6 +167,19 @@ def test_a_rejected_rounds_memories_are_published_under_the_encoder_that_serves(
     assert published(index(1, "--no-gate")) == 1  # which brought the encoder that serves
     assert numbers(home) == [1, 2]
     assert len((home / "rejected.jsonl").read_text().splitlines()) == 1
+
+    with open_store(config) as store:
+        fill(store, "p", 6, seed=2)
+    weights = home / folder_name(2) / "encoder" / "model.safetensors"
+    weights.rename(home / "kept")
+    assert "the current generation stays as it is" in index(3, encoder=folder)["log"]
+    assert program("--refresh") == 1 and current(home) == 2
+    (home / "kept").rename(weights)
+    for _ in range(2):  # the second time nothing is new
+        capsys.readouterr()
+        assert program("--refresh") == 0 and current(home) == 3
+        told.append(json.loads(capsys.readouterr().out)["generation"])
+    assert told == [3, None] and generations(home)[-1].rows == fresh.rows + 6
 
 
 def test_a_generation_whose_index_finds_too_little_is_rejected(

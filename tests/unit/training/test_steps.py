@@ -12,7 +12,7 @@ import pytest
 
 from memshare.config import Config, load_config
 from memshare.files import run_lock
-from memshare.pool.errors import PoolUnavailable
+from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolUnavailable
 from memshare.pool.store import PoolStore
 from memshare.training.child import ChildFailed, Stopped
 from memshare.training.journal import Round, Span
@@ -179,3 +179,17 @@ def test_a_loop_that_waits_for_its_turn_stops_when_asked(
     steps._stop.set()
     with run_lock(config.run.dir, "mining"), pytest.raises(Stopped):
         steps.mine(Round(1, {}, "start"))
+
+
+def test_what_fails_in_a_refresh_is_told_and_left_to_a_later_round(
+    steps: Steps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = Round(3, {}, "start")
+    steps.refresh(now)
+    assert calls(tmp_path) == [["index.py", "--set", "a=b", "--refresh"]]
+    (tmp_path / "code").write_text("1")
+    steps.refresh(now)
+    assert "stays as it is: " in (told := capsys.readouterr().err) and "round-000003-index" in told
+    (tmp_path / "code").write_text(str(EXIT_DATABASE_AWAY))
+    with pytest.raises(PoolUnavailable):
+        steps.refresh(now)
