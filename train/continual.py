@@ -35,7 +35,7 @@ from memshare.training.child import ChildFailed, Stopped, check_launch
 from memshare.training.erasing import erase_deleted
 from memshare.training.examples import ExamplesError
 from memshare.training.journal import Journal, JournalError
-from memshare.training.leftovers import delete_weights
+from memshare.training.leftovers import delete_leftovers
 from memshare.training.rounds import (
     count_new,
     covered,
@@ -93,7 +93,7 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
         log("the step that an earlier, killed loop had left running was stopped")
     path = config.run.dir / "continual.json"
     journal = Journal.load(path)
-    delete_weights(config, journal)  # in case a loop was killed before it did
+    delete_leftovers(config, journal)  # in case a loop was killed before it did
     while not stop.is_set():
         # 1. Between two rounds: wait until enough memories are new, then put a round on record.
         if journal.open_round is None:
@@ -127,7 +127,7 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
             log(f"round {now.number}: {outcome}")
             if outcome == "empty":
                 when_available(stop, steps.refresh, now)
-            delete_weights(config, journal)
+            delete_leftovers(config, journal)
             if once:
                 return
 

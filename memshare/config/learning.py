@@ -205,17 +205,20 @@ class ContinualConfig(Section):
 
     ``min_new``: memories that are new since the last round, over all pools, and start one;
     ``poll_seconds``: between two looks for them; ``rounds``: after so many the loop ends (None: it
-    goes on until stopped). ``retry_seconds``: where serve/up.py runs the loop and it fails, serving
-    goes on, and it is started again after so long, and after twice as long each further time, up to
-    an hour (None: everything stops). ``accelerate_config``: a file of ``accelerate config``'s or of
-    ``configs/accelerate``, seen from the folder where the loop starts (None: one machine, bf16
-    where a GPU has it); ``num_processes``: its number of processes, or another one than it says
-    (None: as many as it says, one without it).
+    goes on until stopped). ``keep_rounds``: examples, figures, logs and W&B's offline runs of more
+    finished rounds than that are deleted, oldest first (None: of none). ``retry_seconds``: where
+    serve/up.py runs the loop and it fails, serving goes on, and it is started again after so long,
+    and after twice as long each further time, up to an hour (None: everything stops).
+    ``accelerate_config``: a file of ``accelerate config``'s or of ``configs/accelerate``, seen from
+    the folder where the loop starts (None: one machine, bf16 where a GPU has it);
+    ``num_processes``: its number of processes, or another one than it says (None: as many as it
+    says, one without it).
     """
 
     min_new: PositiveInt = 256
     poll_seconds: PositiveFloat = 2.0
     rounds: PositiveInt | None = None
+    keep_rounds: PositiveInt | None = None
     retry_seconds: PositiveFloat | None = 60.0
     num_processes: PositiveInt | None = None
     accelerate_config: Path | None = None

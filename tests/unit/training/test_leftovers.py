@@ -10,8 +10,9 @@ import pytest
 
 from memshare.config import Config, load_config
 from memshare.retrieval.manifest import folder_name
+from memshare.training.examples import round_dir
 from memshare.training.journal import Journal, Round
-from memshare.training.leftovers import delete_weights
+from memshare.training.leftovers import delete_leftovers
 from memshare.training.rounds import latest_encoder, training_dir
 from tests.training_runs import refreshed
 
@@ -59,9 +60,9 @@ def left(config: Config) -> set[int]:
 
 def test_weights_are_kept_of_the_last_round_and_of_what_serves(make: Make) -> None:
     config = make()
-    delete_weights(config, JOURNAL)
+    delete_leftovers(config, JOURNAL)
     assert left(config) == {3, 5, 6, 7}  # 6 and 7 are none of this journal's
-    delete_weights(config, JOURNAL)
+    delete_leftovers(config, JOURNAL)
     assert left(config) == {3, 5, 6, 7}
 
 
@@ -70,7 +71,7 @@ def test_the_training_of_an_encoder_that_serves_with_newer_rows_is_kept(make: Ma
     home = config.retriever_dir
     refreshed(home, 3, origin=2)
     (home / "CURRENT").write_text("3\n")
-    delete_weights(config, JOURNAL)
+    delete_leftovers(config, JOURNAL)
     assert left(config) == {3, 5, 6, 7}
 
 
@@ -79,16 +80,16 @@ def test_a_round_that_trained_nothing_is_not_the_last_one(make: Make) -> None:
     for number in (6, 7):
         shutil.rmtree(training_dir(config.run.dir, number))
     empty = Round(6, {}, "start", "done", "empty")
-    delete_weights(config, Journal((*JOURNAL.rounds, empty)))
+    delete_leftovers(config, Journal((*JOURNAL.rounds, empty)))
     assert latest_encoder(config.run.dir).is_relative_to(training_dir(config.run.dir, 5))
 
 
 def test_a_warm_optimizer_may_need_those_of_a_roll_back(make: Make) -> None:
     config = make("training.warm_optimizer=true")
-    delete_weights(config, JOURNAL)
+    delete_leftovers(config, JOURNAL)
     assert left(config) == {1, 3, 5, 6, 7}
     shutil.rmtree(config.retriever_dir / folder_name(1))
-    delete_weights(config, JOURNAL)
+    delete_leftovers(config, JOURNAL)
     assert left(config) == {3, 5, 6, 7}
 
 
@@ -96,7 +97,7 @@ def test_a_round_under_way_keeps_what_it_reads(make: Make) -> None:
     config = make()
     warm = str(training_dir(config.run.dir, 1, 2))
     encoder = str(training_dir(config.run.dir, 2) / "encoder")
-    delete_weights(config, JOURNAL.begin(Round(6, {}, encoder, step="train", warm=warm)))
+    delete_leftovers(config, JOURNAL.begin(Round(6, {}, encoder, step="train", warm=warm)))
     assert left(config) == {1, 2, 3, 5, 6, 7}
 
 
@@ -104,7 +105,7 @@ def test_the_configured_encoder_is_kept(make: Make) -> None:
     config = make()
     model = training_dir(config.run.dir, 4) / "encoder"
     encoder = config.encoder.model_copy(update={"model": str(model)})
-    delete_weights(config.model_copy(update={"encoder": encoder}), JOURNAL)
+    delete_leftovers(config.model_copy(update={"encoder": encoder}), JOURNAL)
     assert left(config) == {3, 4, 5, 6, 7}
 
 
@@ -123,11 +124,11 @@ def test_what_cannot_be_deleted_is_told_and_tried_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", fails)
-        delete_weights(config, JOURNAL)
+        delete_leftovers(config, JOURNAL)
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{stuck}: can't be deleted" in line and "Permission denied" in line
     assert stuck.exists() and not (stuck.parent / "encoder").exists()
-    delete_weights(config, JOURNAL)
+    delete_leftovers(config, JOURNAL)
     assert left(config) == {3, 5, 6, 7}
 
 
@@ -136,6 +137,29 @@ def test_nothing_is_deleted_while_nobody_knows_what_serves(
 ) -> None:
     config = make()
     (config.retriever_dir / "CURRENT").write_text("torn")
-    delete_weights(config, JOURNAL)
+    delete_leftovers(config, JOURNAL)
     assert left(config) == {1, 2, 3, 4, 5, 6, 7}
     assert "kept for now" in capsys.readouterr().err
+
+
+def test_nothing_but_what_is_read_again_stays_of_rounds_older_than_those_kept(
+    make: Make, tmp_path: Path
+) -> None:
+    config = make("continual.keep_rounds=2")
+    for number in range(1, 8):
+        (round_dir(config.examples_dir, number) / "held_out").mkdir(parents=True)
+        (tmp_path / "logs").mkdir(exist_ok=True)
+        (tmp_path / "logs" / f"round-{number:06d}-mine.log").write_text("")
+    under_way = Round(6, {}, str(training_dir(tmp_path, 1) / "encoder"), "train")
+    for journal in (JOURNAL, Journal((*JOURNAL.rounds, under_way))):
+        delete_leftovers(config, journal)
+        logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
+        assert logs == [f"round-{number:06d}-mine.log" for number in (4, 5, 6, 7)]
+        assert names(config.examples_dir) == [4, 5, 6, 7]
+        # 3 has brought the encoder that serves.
+        assert names(tmp_path / "training") == [3, 4, 5, 6, 7]
+    assert not [*training_dir(tmp_path, 4).rglob("encoder")]
+
+
+def names(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir())
