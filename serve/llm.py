@@ -78,7 +78,7 @@ def run(config: Config, plans: list[ServerPlan]) -> int:
         while servers:
             time.sleep(1.0)
             for server in servers:
-                if (code := server.process.poll()) is not None:
+                if (code := server.child.process.poll()) is not None:
                     words = f"vLLM ({server.plan.name}) died with code {code}"
                     left = restarts[server.plan.url] = restarts.get(server.plan.url, RESTARTS) - 1
                     if len(server.plan.llm.urls) == 1 or left < 0:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import socket
-import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
+from memshare.children import Child
 from memshare.config import VLLMServerConfig
 from memshare.llm.base import LLMError
 from memshare.llm.plan import ServerPlan
 
 _POLL_SECONDS = 1.0
-_LAST_LINES = 25
 
 
 def server_command(plan: ServerPlan) -> list[str]:
@@ -86,7 +83,7 @@ class Server:
 
     plan: ServerPlan
     log: Path
-    process: subprocess.Popen[bytes] = field(init=False)
+    child: Child = field(init=False)
 
     def start(self) -> None:
         """Start it. Raises `LLMError` if its Python is missing or the port is taken."""
@@ -100,18 +97,8 @@ class Server:
                 probe.bind((host, self.plan.port))
             except OSError as error:
                 raise LLMError(f"{self.plan.url}: the port can't be used: {error}") from error
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as out:
-            # A session of its own: Ctrl-C reaches only the parent, which then ends it in order,
-            # and whatever the child started can be ended with it.
-            self.process = subprocess.Popen(
-                server_command(self.plan),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=self._environment(),
-                start_new_session=True,
-            )
+        self.log.unlink(missing_ok=True)
+        self.child = Child(server_command(self.plan), self.log, self._environment())
 
     def _environment(self) -> dict[str, str]:
         share = {"CUDA_VISIBLE_DEVICES": self.plan.devices} if self.plan.devices else {}
@@ -119,31 +106,18 @@ class Server:
 
     def check(self) -> bool:
         """Whether it is ready. Raises `LLMError` with its last words if it has died."""
-        code = self.process.poll()
+        code = self.child.process.poll()
         if code is not None:
             raise LLMError(f"vLLM ({self.plan.name}) ended with code {code}:\n{self.last_words()}")
         return serves(self.plan)
 
     def last_words(self) -> str:
         """The end of its log."""
-        try:
-            text = self.log.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            return f"(no log: {error})"
-        return "\n".join(text.splitlines()[-_LAST_LINES:]) + f"\n(whole log: {self.log})"
+        return f"{self.child.tail()}\n(whole log: {self.log})"
 
     def stop(self, patience: float = 20.0) -> None:
-        """Terminate, wait, kill; then whatever is left of its process group."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(patience)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        # vLLM's engine runs in a child of its own, which a killed parent leaves behind.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Stop it, and vLLM's engine, a child of its own that it leaves behind if it is killed."""
+        self.child.stop(patience)
 
 
 def wait_ready(servers: list[Server], timeout: float) -> None:

@@ -1,8 +1,8 @@
-"""Running one program of the loop as a child: its log, stopping it, and clearing up after a crash.
+"""Running one program of the loop as a child: how, its end, and clearing up after a crash.
 
-A child gets a session of its own, so that everything it starts (``accelerate launch`` starts the
-trainer) can be stopped with it. Who it is stands in a file while it runs: a loop that was killed
-leaves its child behind, and the next loop stops that one before it starts anything.
+Everything that it starts (``accelerate launch`` starts the trainer) is asked to stop with it. Who
+it is stands in a file while it runs: a loop that was killed leaves its child behind, and the next
+loop stops that one before it starts anything.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
+import textwrap
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,11 +22,11 @@ from typing import Any
 import psutil
 import yaml
 
+from memshare.children import Child, members, stop_session
 from memshare.config import ConfigError, ContinualConfig, shown_command
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 30.0  # to save a checkpoint after SIGTERM
-_TAIL_LINES = 30
 # With --cpu, accelerate would start one process, whatever their number; the programs find out
 # themselves that there is no GPU. Port 0: a free one, since others may train on this machine.
 _SEVERAL = ("--multi_gpu", "--main_process_port", "0")
@@ -131,9 +130,7 @@ def gpu_precision() -> str | None:
     return told.stdout.strip() or None
 
 
-def run_child(
-    command: Sequence[str], log_file: Path, record: Path, stop: threading.Event, cwd: Path
-) -> None:
+def run_child(command: Sequence[str], log_file: Path, record: Path, stop: threading.Event) -> None:
     """Run ``command`` to its end, its output appended to ``log_file``; ``record`` names it.
 
     It is the child that writes the record, before it becomes the program (`recorded`). Raises
@@ -141,29 +138,22 @@ def run_child(
     """
     told = shown_command(command)
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("ab") as output:
-        output.write(f"$ {told}\n".encode())
-        output.flush()
-        child = subprocess.Popen(
-            [sys.executable, "-m", "memshare.training.recorded", str(record), *command],
-            cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
+    with log_file.open("a", encoding="utf-8") as log:
+        log.write(f"$ {told}\n")
+    recorded = [sys.executable, "-m", "memshare.training.recorded", str(record)]
+    child = Child([*recorded, *command], log_file)
     try:
-        while child.poll() is None and not stop.wait(_POLL_SECONDS):
+        while child.process.poll() is None and not stop.wait(_POLL_SECONDS):
             pass
     finally:
-        if child.poll() is None:
-            _stop_session(child.pid, child)
+        if child.process.poll() is None:
+            child.stop(_GRACE_SECONDS, everyone=True)
     record.unlink(missing_ok=True)
     if stop.is_set():
         raise Stopped(f"{command[1]} was stopped")
-    if child.returncode:
-        lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        raise ChildFailed(
-            f"{told}\nended with code {child.returncode}; the end of {log_file}:\n"
-            + "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:]),
-            child.returncode,
-        )
+    if code := child.process.returncode:
+        end = textwrap.indent(child.tail(), "  ")
+        raise ChildFailed(f"{told}\nended with code {code}; the end of {log_file}:\n{end}", code)
 
 
 def stop_orphan(record: Path) -> bool:
@@ -173,35 +163,11 @@ def stop_orphan(record: Path) -> bool:
         session, created = int(row["session"]), float(row["created"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
-    found = [pid for pid in _members(session) if psutil.pid_exists(pid)]
+    found = members(session)
     with suppress(psutil.NoSuchProcess):
         if abs(psutil.Process(session).create_time() - created) > 1.0:
-            found = []  # the number belongs to somebody else by now
+            found = set()  # the number belongs to somebody else by now
     if found:
-        _stop_session(session, None)
+        stop_session(session, _GRACE_SECONDS, everyone=True)
     record.unlink(missing_ok=True)
     return bool(found)
-
-
-def _members(session: int) -> list[int]:
-    members = []
-    for pid in psutil.pids():
-        with suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
-            if os.getsid(pid) == session and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                members.append(pid)
-    return members
-
-
-def _stop_session(session: int, child: subprocess.Popen[bytes] | None) -> None:
-    """SIGTERM to every process of the session, SIGKILL to what is left after the grace period."""
-    for number, seconds in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, _GRACE_SECONDS)):
-        for pid in _members(session):
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if child is not None:
-                child.poll()  # reap it
-            if not _members(session):
-                return
-            time.sleep(_POLL_SECONDS)

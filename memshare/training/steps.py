@@ -70,7 +70,7 @@ class Steps:
             return
         command = [sys.executable, "-m", "memshare.training.rehearsal", *self._settings]
         log_file = self._config.run.dir / "logs" / "rehearsal.log"
-        run_child([*command, "--encoder", encoder], log_file, self._record, self._stop, Path.cwd())
+        run_child([*command, "--encoder", encoder], log_file, self._record, self._stop)
         self._rehearsed = True
 
     def mine(self, now: Round) -> Done:
@@ -180,7 +180,7 @@ class Steps:
         """
         log_file = self._config.run.dir / "logs" / f"round-{now.number:06d}-{now.name}.log"
         try:
-            run_child(command, log_file, self._record, self._stop, Path.cwd())
+            run_child(command, log_file, self._record, self._stop)
         except ChildFailed as error:
             noted = report is not None and _outcome(report) == DATABASE_AWAY
             if noted or error.code == EXIT_DATABASE_AWAY:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from memshare.gateway.supervisor import Part, Restarted, Supervisor
+from memshare.children import Child
+from memshare.gateway.supervisor import Restarted, Supervisor
 
 POLITE = (
     "import signal, sys, time\n"
@@ -30,7 +31,7 @@ PARENT = (
 )
 
 
-def up(supervisor: Supervisor, name: str, code: str) -> Part:
+def up(supervisor: Supervisor, name: str, code: str) -> Child:
     part = supervisor.start(name, [sys.executable, "-c", code])
     deadline = time.monotonic() + 30
     while "up" not in part.tail():

@@ -229,7 +229,7 @@ def test_a_mute_child_runs_out_of_time_and_is_stopped(lm_folder: Path, tmp_path:
         wait_ready([server], 2)
     began = time.monotonic()
     server.stop(patience=1.0)
-    assert server.process.poll() is not None and time.monotonic() - began < 15
+    assert server.child.process.poll() is not None and time.monotonic() - began < 15
 
 
 def test_missing_environment_and_taken_port(lm_folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 from accelerate.commands import launch
 
 from memshare.config import ContinualConfig
-from memshare.training.child import ChildFailed, accelerate_command, run_child
+from memshare.training.child import ChildFailed, Stopped, accelerate_command, run_child
 
 ACCELERATE = Path(__file__).parents[3] / "configs" / "accelerate"
 SETTING = "--set=database_url=postgresql://ann:hunter2@db/memshare"
@@ -24,7 +25,7 @@ def test_what_a_child_was_started_with_is_told_without_secrets(tmp_path: Path) -
     program = "import sys; print('got', len(sys.argv[1])); sys.exit(3)"
     command = [sys.executable, "-c", program, SETTING]
     with pytest.raises(ChildFailed) as failed:
-        run_child(command, log, record, threading.Event(), tmp_path)
+        run_child(command, log, record, threading.Event())
     written = log.read_text()
     assert f"got {len(SETTING)}" in written, "the child itself gets it whole"
     for told in (written, str(failed.value)):
@@ -40,10 +41,26 @@ def test_a_program_never_runs_unrecorded(tmp_path: Path) -> None:
         "print('session', os.getpid())"
     )
     command = [sys.executable, "-c", program, str(record), str(seen)]
-    run_child(command, tmp_path / "log", record, threading.Event(), tmp_path)
+    run_child(command, tmp_path / "log", record, threading.Event())
     session = json.loads(seen.read_text())["session"]
     assert f"session {session}" in (tmp_path / "log").read_text()
     assert not record.exists()
+
+
+def test_what_a_child_started_is_asked_to_stop_with_it(tmp_path: Path) -> None:
+    """As the trainer, which saves a checkpoint then, and which accelerate started."""
+    log, stop = tmp_path / "log", threading.Event()
+    trainer = "(trap 'echo saved; exit' TERM; echo begun; while :; do sleep 0.05; done) & wait"
+
+    def stop_it() -> None:
+        while not log.exists() or "\nbegun" not in log.read_text():
+            time.sleep(0.02)
+        stop.set()
+
+    threading.Thread(target=stop_it).start()
+    with pytest.raises(Stopped):
+        run_child(["/bin/sh", "-c", trainer], log, tmp_path / "child.json", stop)
+    assert log.read_text().endswith("\nsaved\n")
 
 
 def test_one_process_is_told_to_use_the_cpu_where_torch_finds_no_gpu() -> None:
