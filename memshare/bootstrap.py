@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from memshare.config import BootstrapConfig
-from memshare.llm.base import LLM, LLMError, LLMUnavailable
+from memshare.llm.base import LLM, Chat, LLMError, LLMUnavailable
 from memshare.llm.prompts import few_shot, fit_shots
 from memshare.pool.errors import InvalidMemory
 from memshare.pool.validate import check_text
@@ -128,9 +128,7 @@ async def write_question(
     shots = [(_ASK, memory.prompt) for memory in chosen]
     limit = min(_MAX_TOKENS, max(1, llm.context_length // 4))
     messages, _ = fit_shots(llm, few_shot(_INSTRUCTION, [], _ASK), shots, limit)
-    completion = await llm.chat(
-        messages, max_tokens=limit, temperature=config.temperature, seed=seed
-    )
+    completion = await llm.chat(Chat(messages, limit, config.temperature, seed))
     return tidy(completion.text), completion.finish_reason
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from memshare.files import open_cache
-from memshare.llm.base import LLM, Completion, LogLikelihood, Message
+from memshare.llm.base import LLM, Chat, Completion, LogLikelihood, Message
 from memshare.llm.inflight import InFlight
 
 VERSION = 1  # part of every key: raise it when what is kept under a key changes
@@ -79,19 +79,9 @@ class AroundLLM:
         """As the LLM's."""
         await self.llm.ready()
 
-    def stream(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> AsyncIterator[Mapping[str, Any]]:
+    def stream(self, chat: Chat) -> AsyncIterator[Mapping[str, Any]]:
         """As the LLM's."""
-        return self.llm.stream(
-            messages, max_tokens=max_tokens, temperature=temperature, seed=seed, extra=extra
-        )
+        return self.llm.stream(chat)
 
     def count_tokens(
         self, messages: Sequence[Message], extra: Mapping[str, Any] | None = None
@@ -117,30 +107,16 @@ class CachedLLM(AroundLLM):
         self._cache = cache
         self._flying = InFlight[Any]()
 
-    async def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        json_schema: Mapping[str, Any] | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> Completion:
+    async def chat(self, chat: Chat) -> Completion:
         """The answer, without the backend's raw reply."""
 
         async def ask() -> dict[str, Any]:
-            completion = await self.llm.chat(
-                messages, max_tokens=max_tokens, temperature=temperature, seed=seed,
-                json_schema=json_schema, extra=extra,
-            )  # fmt: skip
+            completion = await self.llm.chat(chat)
             return {**asdict(completion), "raw": {}}
 
-        if temperature > 0 and seed is None:
+        if chat.temperature > 0 and chat.seed is None:
             return Completion(**await ask())
-        call = {"messages": list(messages), "max_tokens": max_tokens, "temperature": temperature,
-                "seed": seed, "json_schema": json_schema, "extra": dict(extra or {})}  # fmt: skip
-        return Completion(**await self._once(("chat", call), ask))
+        return Completion(**await self._once(("chat", asdict(chat)), ask))
 
     async def loglikelihood(self, context: Sequence[Message], continuation: str) -> LogLikelihood:
         """Log-likelihood of ``continuation`` as the reply to ``context``."""

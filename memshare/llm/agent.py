@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memshare.config import AgentConfig
-from memshare.llm.base import LLM, Completion, Message
+from memshare.llm.base import LLM, Chat, Completion, Message
 from memshare.llm.prompts import few_shot, fit_shots
 from memshare.records import Memory
 
@@ -55,10 +55,6 @@ class Agent:
     ) -> AgentAnswer:
         """Answer ``question`` with ``memories`` (best first) shown."""
         messages, used = await self.prompt(question, memories)
-        completion = await self.llm.chat(
-            messages,
-            max_tokens=self.config.max_tokens,
-            temperature=self.config.temperature,
-            seed=seed,
-        )
-        return AgentAnswer(completion, used)
+        config = self.config
+        chat = Chat(messages, config.max_tokens, config.temperature, seed)
+        return AgentAnswer(await self.llm.chat(chat), used)

@@ -49,6 +49,21 @@ class LLMUnavailable(LLMError):
 
 
 @dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation to answer, and how. ``json_schema`` asks for structured output.
+
+    ``extra`` holds further fields of OpenAI's: they are passed on, ``tools`` among them.
+    """
+
+    messages: Sequence[Message]
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int | None = None
+    json_schema: Mapping[str, Any] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One whole answer. ``finish_reason`` as OpenAI's: ``length`` means it was cut off."""
 
@@ -98,28 +113,11 @@ class LLM(Protocol):
         """Check once that the model is there; raises `LLMUnavailable` or `LLMError`."""
         ...
 
-    async def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        json_schema: Mapping[str, Any] | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> Completion:
-        """Answer ``messages``; ``json_schema`` asks for structured output, ``extra`` passes on."""
+    async def chat(self, chat: Chat) -> Completion:
+        """The whole answer."""
         ...
 
-    def stream(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> AsyncIterator[Mapping[str, Any]]:
+    def stream(self, chat: Chat) -> AsyncIterator[Mapping[str, Any]]:
         """Yield OpenAI ``chat.completion.chunk`` objects (as dicts) until the answer ends."""
         ...
 
@@ -138,7 +136,7 @@ class LLM(Protocol):
     ) -> int:
         """Tokens of the rendered prompt, generation header included.
 
-        ``extra`` holds the request's further fields, as in `chat`: its ``tools`` are in the prompt.
+        ``extra`` is as in `Chat`: its ``tools`` are in the prompt.
         """
         ...
 

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from memshare.config import LLMConfig
-from memshare.llm.base import ODD, Completion, LLMError, LogLikelihood, Message, texts_of
+from memshare.llm.base import ODD, Chat, Completion, LLMError, LogLikelihood, Message, texts_of
 from memshare.llm.neutralise import break_known, in_texts
 from memshare.llm.transport import Transport
 
@@ -62,34 +62,17 @@ class EndpointBackend:
             sizes.append(len(json.dumps(tools)))
         return sum(math.ceil(size / _BYTES_PER_TOKEN) + _TURN_TOKENS for size in sizes)
 
-    async def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        json_schema: Mapping[str, Any] | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> Completion:
-        """Answer ``messages``; ``extra`` holds further fields of the request, unchanged."""
-        body = self._body(messages, max_tokens, temperature, seed, extra)
-        if json_schema is not None:
-            schema = {"name": "reply", "schema": dict(json_schema)}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return await self._ask(body)
+    async def chat(self, chat: Chat) -> Completion:
+        """The whole answer."""
+        reply = await self._http.post("/v1/chat/completions", self._body(chat))
+        try:
+            return Completion.of(reply)
+        except ODD as error:
+            raise LLMError(f"{self.model}: unexpected reply {reply!s:.300}") from error
 
-    async def stream(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> AsyncGenerator[Mapping[str, Any]]:
+    async def stream(self, chat: Chat) -> AsyncGenerator[Mapping[str, Any]]:
         """Yield the endpoint's ``chat.completion.chunk`` objects as they come."""
-        body = self._body(messages, max_tokens, temperature, seed, extra) | {"stream": True}
+        body = self._body(chat) | {"stream": True}
         async with aclosing(self._http.events("/v1/chat/completions", body)) as events:
             async for event in events:
                 yield event
@@ -109,7 +92,7 @@ class EndpointBackend:
         A label that is not among the likeliest tokens has none; raises `LLMError` if all are so.
         """
         extra = {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}
-        reply = (await self._ask(self._body(context, 1, 0.0, None, extra))).raw
+        reply = (await self.chat(Chat(context, 1, extra=extra))).raw
         try:
             top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             found = [(str(item["token"]).strip(), math.exp(item["logprob"])) for item in top]
@@ -127,26 +110,18 @@ class EndpointBackend:
         """Close the connections."""
         await self._http.aclose()
 
-    async def _ask(self, body: Mapping[str, Any]) -> Completion:
-        reply = await self._http.post("/v1/chat/completions", body)
-        try:
-            return Completion.of(reply)
-        except ODD as error:
-            raise LLMError(f"{self.model}: unexpected reply {reply!s:.300}") from error
-
-    def _body(
-        self,
-        messages: Sequence[Message],
-        max_tokens: int,
-        temperature: float,
-        seed: int | None,
-        extra: Mapping[str, Any] | None,
-    ) -> dict[str, Any]:
+    def _body(self, chat: Chat) -> dict[str, Any]:
         body: dict[str, Any] = {
-            **(extra or {}), "model": self._name, "messages": [_neutral(one) for one in messages],
-            "max_tokens": max_tokens, "temperature": temperature,
+            **chat.extra, "model": self._name,
+            "messages": [_neutral(one) for one in chat.messages],
+            "max_tokens": chat.max_tokens, "temperature": chat.temperature,
         }  # fmt: skip
-        return body if seed is None else body | {"seed": seed}
+        if chat.seed is not None:
+            body["seed"] = chat.seed
+        if chat.json_schema is not None:
+            schema = {"name": "reply", "schema": dict(chat.json_schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return body
 
 
 def _neutral(message: Mapping[str, Any]) -> dict[str, Any]:

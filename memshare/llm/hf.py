@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from memshare.config import LLMConfig
-from memshare.llm.base import Completion, ContextTooLong, LLMError, LogLikelihood, Message
+from memshare.llm.base import Chat, Completion, ContextTooLong, LLMError, LogLikelihood, Message
 from memshare.llm.factory import model_identity
 from memshare.llm.hf_generate import Row, Sampling
 from memshare.llm.hf_worker import Worker
@@ -86,18 +86,9 @@ class TransformersBackend:
         """Tokens of the rendered prompt, generation header included."""
         return self.chat_tokenizer.count(messages, extra)
 
-    async def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        json_schema: Mapping[str, Any] | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> Completion:
-        """Answer ``messages``; of ``extra``, ``top_p``, ``top_k`` and ``stop`` are understood."""
-        row = self._row(messages, max_tokens, temperature, seed, extra)
+    async def chat(self, chat: Chat) -> Completion:
+        """The whole answer; of ``extra``, ``top_p``, ``top_k`` and ``stop`` are understood."""
+        row = self._row(chat)
         gone = threading.Event()
         row.cancelled = gone.is_set
         try:
@@ -106,17 +97,9 @@ class TransformersBackend:
             gone.set()
         return Completion(done.text, done.finish or "stop", len(done.ids), done.count)
 
-    async def stream(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> AsyncIterator[Mapping[str, Any]]:
+    async def stream(self, chat: Chat) -> AsyncIterator[Mapping[str, Any]]:
         """Yield OpenAI chunks while the text grows; closing the iterator stops the generation."""
-        row = self._row(messages, max_tokens, temperature, seed, extra)
+        row = self._row(chat)
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         gone = threading.Event()
@@ -142,7 +125,7 @@ class TransformersBackend:
                 yield {**head, "choices": [_choice({"content": piece}, None)]}
             done: Row = await finished
             yield {**head, "choices": [_choice({}, done.finish)]}
-            if ((extra or {}).get("stream_options") or {}).get("include_usage"):
+            if (chat.extra.get("stream_options") or {}).get("include_usage"):
                 usage = {
                     "prompt_tokens": len(done.ids),
                     "completion_tokens": done.count,
@@ -178,20 +161,13 @@ class TransformersBackend:
         """The same, blocking."""
         self._worker.close()
 
-    def _row(
-        self,
-        messages: Sequence[Message],
-        max_tokens: int,
-        temperature: float,
-        seed: int | None,
-        extra: Mapping[str, Any] | None,
-    ) -> Row:
-        given = {key: value for key, value in (extra or {}).items() if value is not None}
+    def _row(self, chat: Chat) -> Row:
+        given = {key: value for key, value in chat.extra.items() if value is not None}
         stop = given.pop("stop", ())
         sampling = Sampling(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
+            max_tokens=chat.max_tokens,
+            temperature=chat.temperature,
+            seed=chat.seed,
             top_p=float(given.pop("top_p", 1.0)),
             top_k=int(given.pop("top_k", 0)),
             stop=tuple(s for s in ((stop,) if isinstance(stop, str) else stop) if s),
@@ -203,9 +179,9 @@ class TransformersBackend:
                 f"the transformers backend doesn't support {', '.join(sorted(unknown))}; "
                 "use backend vllm"
             )
-        ids = self.chat_tokenizer.prompt_ids(messages)
-        if len(ids) + max_tokens > self.context_length:
-            raise ContextTooLong(self.model, len(ids) + max_tokens, self.context_length)
+        ids = self.chat_tokenizer.prompt_ids(chat.messages)
+        if len(ids) + chat.max_tokens > self.context_length:
+            raise ContextTooLong(self.model, len(ids) + chat.max_tokens, self.context_length)
         return Row(ids, sampling, self.chat_tokenizer.decode, self._end_ids)
 
 

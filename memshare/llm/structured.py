@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memshare.llm.base import LLM, Message
+from memshare.llm.base import LLM, Chat, Message
 
 
 def integer_schema(fields: Mapping[str, int]) -> dict[str, Any]:
@@ -26,7 +26,8 @@ async def read_integers(
     llm: LLM, messages: Sequence[Message], fields: Mapping[str, int], max_tokens: int
 ) -> dict[str, int] | str:
     """Ask for ``fields`` (name to maximum); the values, or why the reply is unusable."""
-    completion = await llm.chat(messages, max_tokens=max_tokens, json_schema=integer_schema(fields))
+    schema = integer_schema(fields)
+    completion = await llm.chat(Chat(messages, max_tokens, json_schema=schema))
     if completion.finish_reason != "stop":
         return f"the reply ended by {completion.finish_reason}, not by itself"
     return parse_integers(completion.text, fields)

@@ -13,6 +13,7 @@ from typing import Any
 from memshare.config import LLMConfig
 from memshare.llm.base import (
     ODD,
+    Chat,
     Completion,
     ContextTooLong,
     LLMError,
@@ -122,39 +123,19 @@ class VLLMBackend:
         """Tokens of the rendered prompt, generation header included."""
         return self.chat_tokenizer.count(messages, extra)
 
-    async def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        json_schema: Mapping[str, Any] | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> Completion:
-        """Answer ``messages``; ``extra`` holds further fields of the request, unchanged."""
+    async def chat(self, chat: Chat) -> Completion:
+        """The whole answer."""
         await self.ready()
-        body = self._body(messages, max_tokens, temperature, seed, extra)
-        if json_schema is not None:
-            body["structured_outputs"] = {"json": dict(json_schema)}
-        reply = await self._post("/v1/chat/completions", body)
+        reply = await self._post("/v1/chat/completions", self._body(chat))
         try:
             return Completion.of(reply)
         except ODD as error:
             raise self._unexpected(reply) from error
 
-    async def stream(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> AsyncGenerator[Mapping[str, Any]]:
+    async def stream(self, chat: Chat) -> AsyncGenerator[Mapping[str, Any]]:
         """Yield the server's ``chat.completion.chunk`` objects as they come."""
         await self.ready()
-        body = self._body(messages, max_tokens, temperature, seed, extra) | {"stream": True}
+        body = self._body(chat) | {"stream": True}
         # Closed at once if the reader goes away, so that the server stops generating.
         async with aclosing(self._http.events("/v1/chat/completions", body)) as events:
             try:
@@ -260,21 +241,16 @@ class VLLMBackend:
         scores = [float(rows[i][str(span.ids[i])]["logprob"]) for i in tail]
         return LogLikelihood(math.fsum(scores), len(scores))
 
-    def _body(
-        self,
-        messages: Sequence[Message],
-        max_tokens: int,
-        temperature: float,
-        seed: int | None,
-        extra: Mapping[str, Any] | None,
-    ) -> dict[str, Any]:
-        body: dict[str, Any] = dict(extra or {})
+    def _body(self, chat: Chat) -> dict[str, Any]:
+        body: dict[str, Any] = dict(chat.extra)
         body["model"] = self._served
-        body["messages"] = self.chat_tokenizer.clean(messages)
-        body["max_tokens"] = max_tokens
-        body["temperature"] = temperature
-        if seed is not None:
-            body["seed"] = seed
+        body["messages"] = self.chat_tokenizer.clean(chat.messages)
+        body["max_tokens"] = chat.max_tokens
+        body["temperature"] = chat.temperature
+        if chat.seed is not None:
+            body["seed"] = chat.seed
+        if chat.json_schema is not None:
+            body["structured_outputs"] = {"json": dict(chat.json_schema)}
         return body
 
     def _unexpected(self, reply: Mapping[str, Any]) -> LLMError:

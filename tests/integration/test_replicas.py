@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from memshare.config import LLMConfig
-from memshare.llm.base import LLMUnavailable, LogLikelihood
+from memshare.llm.base import Chat, LLMUnavailable, LogLikelihood
 from memshare.llm.vllm import VLLMBackend
 from tests.tiny_lm import tiny_lm
 
@@ -77,7 +77,8 @@ def backend(servers: Servers, **more: Any) -> VLLMBackend:
 
 async def streamed(llm: VLLMBackend) -> str:
     parts = [
-        event["choices"][0]["delta"]["content"] async for event in llm.stream(ASK, max_tokens=4)
+        event["choices"][0]["delta"]["content"]
+        async for event in llm.stream(Chat(ASK, max_tokens=4))
     ]
     assert parts[1:] == ["!"]
     return str(parts[0])
@@ -93,7 +94,7 @@ def test_one_killed_under_load_fails_no_request(servers: Servers) -> None:
 
     async def chats(count: int) -> Counter[str]:
         async def one() -> str:
-            answers.append((await llm.chat(ASK, max_tokens=4)).text)
+            answers.append((await llm.chat(Chat(ASK, max_tokens=4))).text)
             return answers[-1]
 
         return Counter(await asyncio.gather(*(one() for _ in range(count))))
@@ -139,7 +140,7 @@ def test_one_that_hangs_costs_one_timeout(
     async def run() -> None:
         await llm.ready()
         servers.processes[hangs].send_signal(signal.SIGSTOP)
-        texts = [(await llm.chat(ASK, max_tokens=4)).text for _ in range(12)]
+        texts = [(await llm.chat(Chat(ASK, max_tokens=4))).text for _ in range(12)]
         assert set(texts) == {str(stays)}
         await llm.aclose()
 
@@ -156,7 +157,7 @@ def test_where_all_are_gone_the_error_names_them(servers: Servers) -> None:
         for port in servers.ports:
             servers.kill(port)
         with pytest.raises(LLMUnavailable, match="2 attempt") as caught:
-            await llm.chat(ASK, max_tokens=4)
+            await llm.chat(Chat(ASK, max_tokens=4))
         assert all(str(port) in str(caught.value) for port in servers.ports)
         await llm.aclose()
 

@@ -13,7 +13,7 @@ import pytest
 
 from memshare.config import AgentConfig, LLMConfig, ScorerConfig
 from memshare.llm.agent import Agent
-from memshare.llm.base import ContextTooLong, LLMError, LLMUnavailable, Message
+from memshare.llm.base import Chat, ContextTooLong, LLMError, LLMUnavailable, Message
 from memshare.llm.hf import TransformersBackend
 from memshare.llm.likelihood import Likelihood
 from memshare.llm.prompted import Prompted
@@ -54,7 +54,7 @@ def test_both_backends_name_the_same_model_and_limit(backends: tuple[Any, Any]) 
 
 def test_chat_gives_the_same_greedy_answer(backends: tuple[Any, Any]) -> None:
     served, local = backends
-    ours, theirs = (asyncio.run(llm.chat(QUESTION, max_tokens=24)) for llm in (local, served))
+    ours, theirs = (asyncio.run(llm.chat(Chat(QUESTION, max_tokens=24))) for llm in (local, served))
     assert theirs.text == ours.text
     assert theirs.finish_reason == ours.finish_reason
     assert (theirs.prompt_tokens, theirs.completion_tokens) == (
@@ -65,7 +65,7 @@ def test_chat_gives_the_same_greedy_answer(backends: tuple[Any, Any]) -> None:
 
 def test_sampling_is_reproducible_by_seed(served: VLLMBackend) -> None:
     async def ask(seed: int) -> str:
-        return (await served.chat(QUESTION, max_tokens=16, temperature=1.5, seed=seed)).text
+        return (await served.chat(Chat(QUESTION, max_tokens=16, temperature=1.5, seed=seed))).text
 
     async def run() -> list[str]:
         return await asyncio.gather(*(ask(seed) for seed in (1, 1, 2, 3)))
@@ -82,7 +82,7 @@ def test_seeded_requests_with_more_prompt_than_one_batch_holds(served: VLLMBacke
 
     async def run() -> list[Any]:
         return await asyncio.gather(
-            *(served.chat(p, max_tokens=4, temperature=1.0, seed=7) for p in prompts)
+            *(served.chat(Chat(p, max_tokens=4, temperature=1.0, seed=7)) for p in prompts)
         )
 
     answered = asyncio.run(run())
@@ -94,11 +94,11 @@ def test_seeded_requests_with_more_prompt_than_one_batch_holds(served: VLLMBacke
 def test_streaming_gives_the_same_text_in_pieces(served: VLLMBackend) -> None:
     async def read() -> list[Any]:
         extra = {"stream_options": {"include_usage": True}}
-        return [c async for c in served.stream(QUESTION, max_tokens=24, extra=extra)]
+        return [c async for c in served.stream(Chat(QUESTION, max_tokens=24, extra=extra))]
 
     chunks = asyncio.run(read())
     deltas = [c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"]]
-    whole = asyncio.run(served.chat(QUESTION, max_tokens=24))
+    whole = asyncio.run(served.chat(Chat(QUESTION, max_tokens=24)))
     assert "".join(deltas) == whole.text
     assert len(chunks) >= 3
     assert chunks[-1]["usage"]["completion_tokens"] == whole.completion_tokens
@@ -118,7 +118,7 @@ def test_structured_output_through_response_format(served: VLLMBackend) -> None:
     """What an OpenAI client sends for structured output passes through."""
     schema = integer_schema({"n": 9})
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-    got = asyncio.run(served.chat(QUESTION, max_tokens=24, extra={"response_format": form}))
+    got = asyncio.run(served.chat(Chat(QUESTION, max_tokens=24, extra={"response_format": form})))
     assert 0 <= json.loads(got.text)["n"] <= 9
 
 
@@ -218,7 +218,7 @@ def test_memory_text_opens_no_turn_in_the_server(served: VLLMBackend) -> None:
 
 def test_a_request_the_server_refuses_is_final(served: VLLMBackend) -> None:
     with pytest.raises(LLMError, match="temperature") as caught:
-        asyncio.run(served.chat(QUESTION, max_tokens=2, temperature=-1.0))
+        asyncio.run(served.chat(Chat(QUESTION, max_tokens=2, temperature=-1.0)))
     assert not isinstance(caught.value, LLMUnavailable)
 
 
@@ -230,7 +230,7 @@ def test_another_model_is_an_error(vllm_server: VLLMServer, tmp_path: Path) -> N
     asyncio.run(backend.ready())
     backend._served = "gone"  # as if the server had been restarted with another model
     with pytest.raises(LLMError, match="gone"):
-        asyncio.run(backend.chat(QUESTION, max_tokens=2))
+        asyncio.run(backend.chat(Chat(QUESTION, max_tokens=2)))
 
 
 def test_an_unreachable_server_is_named(vllm_server: VLLMServer) -> None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from memshare.config import LLMConfig
-from memshare.llm.base import Completion, LogLikelihood
+from memshare.llm.base import Chat, Completion, LogLikelihood
 from memshare.llm.prompts import few_shot
 from memshare.llm.replicas import LONGEST_REST_SECONDS
 from memshare.llm.vllm import VLLMBackend
@@ -67,7 +67,7 @@ def test_one_killed_under_load_loses_nothing_and_comes_back(
     chats: list[Completion] = []
 
     async def chat(number: int) -> None:
-        chats.append(await llm.chat(questions[number], max_tokens=48))
+        chats.append(await llm.chat(Chat(questions[number], max_tokens=48)))
 
     async def kill() -> None:
         while len(chats) < MANY // 4 or answered(url) < 10:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
 from memshare.evaluation.arms import answer_all, ranked_memories
 from memshare.evaluation.cache import AroundLLM, CachedLLM, ResultCache
@@ -19,7 +18,7 @@ from memshare.evaluation.material import as_memories
 from memshare.evaluation.report import machine
 from memshare.evaluation.rows import Key, Row, count_row
 from memshare.llm.agent import Agent
-from memshare.llm.base import LLM, Completion, LogLikelihood, Message
+from memshare.llm.base import LLM, Chat, Completion, LogLikelihood, Message
 from memshare.llm.scorer import make_scorer
 from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
@@ -42,21 +41,9 @@ class Metered(AroundLLM):
         self._used = 0  # tokens that the LLM told
         self._contexts: list[Sequence[Message]] = []  # those that it did not
 
-    async def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        json_schema: Mapping[str, Any] | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> Completion:
+    async def chat(self, chat: Chat) -> Completion:
         """As the LLM's."""
-        completion = await self.llm.chat(
-            messages, max_tokens=max_tokens, temperature=temperature, seed=seed,
-            json_schema=json_schema, extra=extra,
-        )  # fmt: skip
+        completion = await self.llm.chat(chat)
         self._used += tokens(completion)
         return completion
 

@@ -19,7 +19,7 @@ from memshare.gateway.stream import events
 from memshare.gateway.strict import StrictRoute
 from memshare.gateway.wire import Json
 from memshare.gateway.write import check_room, submit
-from memshare.llm.base import Completion
+from memshare.llm.base import Chat, Completion
 from memshare.pool.keys import Key, Right
 from memshare.records import Pair
 from memshare.sharing import Retrieved
@@ -88,17 +88,12 @@ async def chat(
         note |= {"write": "off", "reason": refusal}
     temperature = agent.temperature if body.temperature is None else body.temperature
     pair = Pair(pool, question.text, "", agent=caller.principal, model=llm.model) if pool else None
-    sampling: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "seed": body.seed,
-        "extra": extra or None,
-    }
+    asked = Chat(messages, max_tokens, temperature, body.seed, extra=extra)
     if body.stream:
-        chunks = llm.stream(messages, **sampling)
+        chunks = llm.stream(asked)
         return await events(gateway, request, chunks, note, None if refusal else pair, kept)
     with shared.stage("llm"):
-        completion = await while_connected(request, llm.chat(messages, **sampling))
+        completion = await while_connected(request, llm.chat(asked))
     reply = _reply(completion, llm.model)
     if pair and not refusal:
         note |= await submit(gateway, pair, kept, *answer_of(reply))

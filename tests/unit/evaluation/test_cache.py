@@ -10,7 +10,7 @@ import pytest
 from memshare.config import LLMConfig, ScorerConfig
 from memshare.evaluation.cache import CachedLLM, ResultCache, cached
 from memshare.llm import quoting
-from memshare.llm.base import LLMError, Message
+from memshare.llm.base import Chat, LLMError, Message
 from memshare.llm.hf import TransformersBackend
 from memshare.llm.scorer import RubricScorer
 from tests.tiny_lm import tiny_lm
@@ -62,11 +62,11 @@ def test_every_part_of_a_call_is_part_of_the_key(llm: Counting) -> None:
 
     async def all_calls() -> list[object]:
         return [
-            (await kept.chat(ask("why?"), max_tokens=4)).text,
-            (await kept.chat(ask("why not?"), max_tokens=4)).text,
-            (await kept.chat(ask("why?"), max_tokens=5)).text,
-            (await kept.chat(ask("why?"), max_tokens=4, temperature=1.0, seed=1)).text,
-            (await kept.chat(ask("why?"), max_tokens=4, temperature=1.0, seed=2)).text,
+            (await kept.chat(Chat(ask("why?"), max_tokens=4))).text,
+            (await kept.chat(Chat(ask("why not?"), max_tokens=4))).text,
+            (await kept.chat(Chat(ask("why?"), max_tokens=5))).text,
+            (await kept.chat(Chat(ask("why?"), max_tokens=4, temperature=1.0, seed=1))).text,
+            (await kept.chat(Chat(ask("why?"), max_tokens=4, temperature=1.0, seed=2))).text,
             await kept.loglikelihood(ask("why?"), "because"),
             await kept.loglikelihood(ask("why?"), "so"),
             await kept.label_probabilities(ask("why?"), ["0", "1"]),
@@ -84,7 +84,7 @@ def test_another_model_has_other_results(folder: Path, llm: Counting, tmp_path: 
 
     async def both() -> None:
         for one in (llm, other):
-            await CachedLLM(one, cache).chat(ask("why?"), max_tokens=4)
+            await CachedLLM(one, cache).chat(Chat(ask("why?"), max_tokens=4))
         await other.aclose()
 
     asyncio.run(both())
@@ -97,7 +97,9 @@ def test_results_outlive_the_process_and_equal_calls_in_flight_are_one(
     path = tmp_path / "deep" / "results.db"
 
     async def crowd(kept: CachedLLM) -> set[str]:
-        found = await asyncio.gather(*(kept.chat(ask("why?"), max_tokens=4) for _ in range(8)))
+        found = await asyncio.gather(
+            *(kept.chat(Chat(ask("why?"), max_tokens=4)) for _ in range(8))
+        )
         return {completion.text for completion in found}
 
     said = asyncio.run(crowd(cached(llm, path)))
@@ -110,7 +112,7 @@ def test_samples_without_a_seed_are_not_kept(llm: Counting) -> None:
 
     async def twice() -> None:
         for _ in range(2):
-            await kept.chat(ask("why?"), max_tokens=4, temperature=1.0)
+            await kept.chat(Chat(ask("why?"), max_tokens=4, temperature=1.0))
 
     asyncio.run(twice())
     assert llm.asked == 2
@@ -119,9 +121,9 @@ def test_samples_without_a_seed_are_not_kept(llm: Counting) -> None:
 def test_a_failure_is_asked_again(llm: Counting) -> None:
     kept, llm.failures = cached(llm), 1
     with pytest.raises(LLMError, match="this time"):
-        asyncio.run(kept.chat(ask("why?"), max_tokens=4))
-    asyncio.run(kept.chat(ask("why?"), max_tokens=4))
-    asyncio.run(kept.chat(ask("why?"), max_tokens=4))
+        asyncio.run(kept.chat(Chat(ask("why?"), max_tokens=4)))
+    asyncio.run(kept.chat(Chat(ask("why?"), max_tokens=4)))
+    asyncio.run(kept.chat(Chat(ask("why?"), max_tokens=4)))
     assert llm.asked == 2
 
 

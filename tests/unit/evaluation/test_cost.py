@@ -13,7 +13,7 @@ import pytest
 from memshare.config import Config, LLMConfig, load_config
 from memshare.evaluation.data import Domain, Pair
 from memshare.evaluation.experiments.cost import Metered, turn
-from memshare.llm.base import LogLikelihood, Message
+from memshare.llm.base import Chat, LogLikelihood, Message
 from memshare.llm.hf import TransformersBackend
 from tests.loop import loop_config_file
 
@@ -75,7 +75,7 @@ def test_the_meter_tokenises_only_when_it_is_read(llm: Watched) -> None:
         meter = Metered(llm)
         await meter.loglikelihood(context, "because")
         await meter.label_probabilities(context, ["0", "1"])
-        await meter.chat(context, max_tokens=3)
+        await meter.chat(Chat(context, max_tokens=3))
         return meter
 
     meter = asyncio.run(used())

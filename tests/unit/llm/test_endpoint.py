@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from memshare.config import LLMConfig
-from memshare.llm.base import LLMError, Message
+from memshare.llm.base import Chat, LLMError, Message
 from memshare.llm.endpoint import EndpointBackend
 from memshare.llm.factory import make_llm
 from memshare.llm.neutralise import BREAK, has_control_string
@@ -51,7 +51,9 @@ def test_chat_is_the_plain_protocol(server: Flaky, monkeypatch: pytest.MonkeyPat
     made = llm(server, api_key_env="MY_KEY")
     schema = {"type": "object"}
     found = asyncio.run(
-        made.chat(ASK, max_tokens=9, temperature=0.5, seed=3, json_schema=schema, extra={"n": 1})
+        made.chat(
+            Chat(ASK, max_tokens=9, temperature=0.5, seed=3, json_schema=schema, extra={"n": 1})
+        )
     )
     assert (found.text, found.finish_reason) == ("because", "length")
     assert (found.prompt_tokens, found.completion_tokens) == (7, 3)
@@ -98,7 +100,7 @@ def test_an_odd_reply_is_an_error_and_tokens_are_not_underestimated(server: Flak
     server.behave = lambda handler, _: reply(handler, 200, {"choices": []})
     made = llm(server, context_length=100)
     with pytest.raises(LLMError, match="unexpected reply"):
-        asyncio.run(made.chat(ASK, max_tokens=1))
+        asyncio.run(made.chat(Chat(ASK, max_tokens=1)))
     assert made.context_length == 100
     chinese: list[Message] = [{"role": "user", "content": "昔闻洞庭水"}]
     assert made.count_tokens(chinese) >= 5 and made.count_tokens(ASK) >= 2
@@ -128,7 +130,7 @@ def test_no_text_can_end_its_turn(server: Flaky, hostile: str) -> None:
         {"role": "user", "content": [{"type": "text", "text": hostile}, {"type": "image_url"}]},
         {"role": "assistant", "tool_calls": [call]},
     ]
-    asyncio.run(llm(server).chat(turns, max_tokens=1))
+    asyncio.run(llm(server).chat(Chat(turns, max_tokens=1)))
     (sent,) = (body["messages"] for body in server.bodies)
     (text, parts) = (sent[0]["content"], sent[2]["content"])
     assert not has_control_string(text)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memshare.config import LLMConfig
-from memshare.llm.base import ContextTooLong, LLMError, LLMUnavailable
+from memshare.llm.base import Chat, ContextTooLong, LLMError, LLMUnavailable
 from memshare.llm.hf import TransformersBackend
 from memshare.llm.hf_forward import cut_batches
 from memshare.llm.hf_generate import Row
@@ -96,7 +96,7 @@ def test_greedy_answers_equal_transformers_own(
     ]
 
     async def ask() -> list:
-        return await asyncio.gather(*(backend.chat(p, max_tokens=12) for p in prompts))
+        return await asyncio.gather(*(backend.chat(Chat(p, max_tokens=12)) for p in prompts))
 
     model = _model(lm_folder)
     for prompt, got in zip(prompts, asyncio.run(ask()), strict=True):
@@ -109,7 +109,7 @@ def test_greedy_answers_equal_transformers_own(
 def test_sampling_depends_on_the_seed_not_on_the_company(backend: TransformersBackend) -> None:
     def ask(seed: int, question: str = "spring"):
         prompt = few_shot("", [], question)
-        return backend.chat(prompt, max_tokens=10, temperature=1.0, seed=seed)
+        return backend.chat(Chat(prompt, max_tokens=10, temperature=1.0, seed=seed))
 
     async def run() -> tuple:
         alone = (await ask(7)).text
@@ -127,7 +127,9 @@ def test_sampled_frequencies_follow_the_model(
     prompt = few_shot("", [], "sea")
 
     async def draw() -> list[str]:
-        jobs = (backend.chat(prompt, max_tokens=1, temperature=0.5, seed=s) for s in range(600))
+        jobs = (
+            backend.chat(Chat(prompt, max_tokens=1, temperature=0.5, seed=s)) for s in range(600)
+        )
         return [completion.text for completion in await asyncio.gather(*jobs)]
 
     drawn = Counter(asyncio.run(draw()))
@@ -141,10 +143,10 @@ def test_sampled_frequencies_follow_the_model(
 
 def test_length_and_stop(backend: TransformersBackend) -> None:
     prompt = few_shot("", [], "the river")
-    whole = asyncio.run(backend.chat(prompt, max_tokens=12))
+    whole = asyncio.run(backend.chat(Chat(prompt, max_tokens=12)))
     assert whole.finish_reason == "length" and whole.completion_tokens == 12
     stop = whole.text[4:6]
-    cut = asyncio.run(backend.chat(prompt, max_tokens=12, extra={"stop": [stop]}))
+    cut = asyncio.run(backend.chat(Chat(prompt, max_tokens=12, extra={"stop": [stop]})))
     assert cut.finish_reason == "stop"
     assert cut.text == whole.text[: whole.text.index(stop)]
 
@@ -152,11 +154,11 @@ def test_length_and_stop(backend: TransformersBackend) -> None:
 def test_end_token_stops_an_answer(lm_folder: Path) -> None:
     one = TransformersBackend(str(lm_folder))
     prompt = few_shot("", [], "the river")
-    first = one.chat_tokenizer.encode(asyncio.run(one.chat(prompt, max_tokens=1)).text)
+    first = one.chat_tokenizer.encode(asyncio.run(one.chat(Chat(prompt, max_tokens=1))).text)
     model = one._worker._model
     end = int(model(torch.tensor([one.chat_tokenizer.prompt_ids(prompt)])).logits[0, -1].argmax())
     one._end_ids = frozenset({end})
-    done = asyncio.run(one.chat(prompt, max_tokens=5))
+    done = asyncio.run(one.chat(Chat(prompt, max_tokens=5)))
     assert first and (done.finish_reason, done.text, done.completion_tokens) == ("stop", "", 1)
     one.close()
 
@@ -165,10 +167,10 @@ def test_stream_gives_the_whole_answer_in_pieces(backend: TransformersBackend) -
     prompt = few_shot("", [], "write verse")
 
     async def read(**kwargs) -> list:
-        return [chunk async for chunk in backend.stream(prompt, max_tokens=16, **kwargs)]
+        return [chunk async for chunk in backend.stream(Chat(prompt, max_tokens=16, **kwargs))]
 
     chunks = asyncio.run(read(extra={"stream_options": {"include_usage": True}}))
-    whole = asyncio.run(backend.chat(prompt, max_tokens=16))
+    whole = asyncio.run(backend.chat(Chat(prompt, max_tokens=16)))
     deltas = [c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"]]
     assert "".join(deltas) == whole.text
     assert len([delta for delta in deltas if delta]) > 3
@@ -183,12 +185,12 @@ def test_stream_gives_the_whole_answer_in_pieces(backend: TransformersBackend) -
 
 def test_a_reader_that_leaves_stops_the_generation(backend: TransformersBackend) -> None:
     async def run() -> int:
-        stream = backend.stream(few_shot("", [], "go on"), max_tokens=1500)
+        stream = backend.stream(Chat(few_shot("", [], "go on"), max_tokens=1500))
         async for chunk in stream:
             if chunk["choices"][0]["delta"].get("content"):
                 break
         await stream.aclose()
-        return (await asyncio.wait_for(backend.chat(few_shot("", [], "x"), max_tokens=2), 20)
+        return (await asyncio.wait_for(backend.chat(Chat(few_shot("", [], "x"), max_tokens=2)), 20)
                 ).completion_tokens  # fmt: skip
 
     assert asyncio.run(run()) == 2
@@ -207,13 +209,15 @@ def test_a_chat_that_nobody_waits_for_stops(backend: TransformersBackend) -> Non
 
     async def run() -> None:
         worker._rows = rows
-        chat = asyncio.create_task(backend.chat(few_shot("", [], "go on"), max_tokens=1500))
+        chat = asyncio.create_task(backend.chat(Chat(few_shot("", [], "go on"), max_tokens=1500)))
         await asyncio.to_thread(begun.wait)
         chat.cancel()
         await asyncio.wait([chat])
         del worker._rows
         gone.set()
-        await backend.chat(few_shot("", [], "x"), max_tokens=2)  # when the worker is free again
+        await backend.chat(
+            Chat(few_shot("", [], "x"), max_tokens=2)
+        )  # when the worker is free again
 
     asyncio.run(run())
     assert [row.count for row in generated] == [1]
@@ -222,12 +226,12 @@ def test_a_chat_that_nobody_waits_for_stops(backend: TransformersBackend) -> Non
 def test_too_long_and_unsupported_requests_are_refused(backend: TransformersBackend) -> None:
     prompt = few_shot("", [], "x")
     with pytest.raises(ContextTooLong, match="2048"):
-        asyncio.run(backend.chat(prompt, max_tokens=2048))
+        asyncio.run(backend.chat(Chat(prompt, max_tokens=2048)))
     with pytest.raises(LLMError, match="tools"):
-        asyncio.run(backend.chat(prompt, max_tokens=1, extra={"tools": [{}], "user": "u"}))
+        asyncio.run(backend.chat(Chat(prompt, max_tokens=1, extra={"tools": [{}], "user": "u"})))
     with pytest.raises(LLMError, match=r"\bn\b"):
-        asyncio.run(backend.chat(prompt, max_tokens=1, extra={"n": 2}))
-    asyncio.run(backend.chat(prompt, max_tokens=1, extra={"user": "u", "n": 1, "top_p": 0.5}))
+        asyncio.run(backend.chat(Chat(prompt, max_tokens=1, extra={"n": 2})))
+    asyncio.run(backend.chat(Chat(prompt, max_tokens=1, extra={"user": "u", "n": 1, "top_p": 0.5})))
 
 
 def test_an_error_reaches_its_caller_and_the_worker_lives_on(lm_folder: Path) -> None:

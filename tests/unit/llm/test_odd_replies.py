@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from memshare.config import LLMConfig
-from memshare.llm.base import ContextTooLong, LLMError, LLMUnavailable, LogLikelihood, Message
+from memshare.llm.base import Chat, ContextTooLong, LLMError, LLMUnavailable, LogLikelihood, Message
 from memshare.llm.vllm import VLLMBackend
 from tests.flaky import Flaky, reply
 
@@ -135,11 +135,11 @@ def test_numbers_of_another_form(flaky: Flaky, lm_folder: Path) -> None:
     choice = {"message": {"content": "x"}, "finish_reason": "stop"}
     without = {"choices": [choice], "usage": {"prompt_tokens": None}}
     flaky.behave = lambda h, n: reply(h, 200, without)
-    assert asyncio.run(made.chat(ASK, max_tokens=1)).text == "x"
+    assert asyncio.run(made.chat(Chat(ASK, max_tokens=1))).text == "x"
     for count in ("abc", float("inf"), float("nan")):
         odd = json.dumps({"choices": [choice], "usage": {"prompt_tokens": count}}).encode()
         flaky.behave = lambda h, n, odd=odd: reply(h, 200, odd)
         with pytest.raises(LLMError, match="unexpected reply"):
-            asyncio.run(made.chat(ASK, max_tokens=1))
+            asyncio.run(made.chat(Chat(ASK, max_tokens=1)))
         serve(flaky, server)
         asyncio.run(made.ready())

@@ -55,7 +55,7 @@ class Says:
     def count_tokens(self, messages: object, extra: object = None) -> int:
         return 1
 
-    async def chat(self, messages: object, **_: object) -> Completion:
+    async def chat(self, chat: object) -> Completion:
         return self.reply
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from memshare.config import LLMConfig
-from memshare.llm.base import LLMError, LLMUnavailable, LogLikelihood
+from memshare.llm.base import Chat, LLMError, LLMUnavailable, LogLikelihood
 from memshare.llm.transport import Transport
 from memshare.llm.vllm import VLLMBackend
 from tests.flaky import Flaky, reply
@@ -256,7 +256,9 @@ def test_unknown_fields_pass_through_unchanged(flaky: Flaky, lm_folder: Path) ->
     flaky.behave = lambda h, n: reply(h, 200, {"choices": [choice]})
     extra = {"tools": [{"type": "function"}], "new_field": {"x": 1}}
     got = asyncio.run(
-        backend.chat([{"role": "user", "content": "<|im_end|>"}], max_tokens=3, seed=5, extra=extra)
+        backend.chat(
+            Chat([{"role": "user", "content": "<|im_end|>"}], max_tokens=3, seed=5, extra=extra)
+        )
     )
     sent = flaky.bodies[-1]
     assert got.text == "" and got.raw["choices"][0]["message"]["tool_calls"] == [1]
@@ -272,7 +274,7 @@ def test_an_answer_of_another_shape_is_an_error(flaky: Flaky, lm_folder: Path) -
     for body in ({}, {"choices": []}, {"choices": [{"logprobs": None, "prompt_logprobs": [None]}]}):
         flaky.behave = lambda h, n, body=body: reply(h, 200, body)
         for call in (
-            lambda: backend.chat(context, max_tokens=1),
+            lambda: backend.chat(Chat(context, max_tokens=1)),
             lambda: backend.loglikelihood(context, "y"),
             lambda: backend.label_probabilities(context, ["0", "1"]),
         ):
