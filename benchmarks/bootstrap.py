@@ -41,7 +41,7 @@ from memshare.pocket.world import Task, World
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.records import normalise
-from memshare.retrieval.encoder import resolve_encoder
+from memshare.retrieval.encoder_folder import resolve_encoder
 
 POOL = "world"
 SIZES = (150, 300, 100)  # seed memories, problems (only to draw test questions after), tests

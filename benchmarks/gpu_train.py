@@ -36,7 +36,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from memshare.config import EncoderConfig, TrainingConfig
 from memshare.progress import log
-from memshare.retrieval.encoder import Encoder, Settings
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder_format import Settings
 
 TOKENIZER_OF = "all-MiniLM-L6-v2"
 STEPS = {512: 16, 4096: 4, 16384: 2}  # of a timed run, by global batch

@@ -52,7 +52,7 @@ from memshare.metrics.chrf import chrf
 from memshare.metrics.stats import bootstrap_mean, paired_bootstrap
 from memshare.progress import log
 from memshare.records import Memory
-from memshare.retrieval.encoder import resolve_encoder
+from memshare.retrieval.encoder_folder import resolve_encoder
 
 SETTINGS: dict[str, Any] = {
     "encoder": {"model": "all-MiniLM-L6-v2", "max_length": 128},

@@ -25,7 +25,8 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from memshare.config import Config
 from memshare.evaluation.learn import train_encoder
 from memshare.progress import log
-from memshare.retrieval.encoder import Encoder, resolve_encoder
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder_folder import resolve_encoder
 from memshare.training.select import Selected
 
 TRAINED = ("ours", "sentence_transformers")

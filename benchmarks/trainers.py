@@ -30,7 +30,8 @@ from sentence_transformers.sentence_transformer.losses import (
 from transformers import TrainerCallback
 
 from memshare.config import EncoderConfig, TrainingConfig
-from memshare.retrieval.encoder import Encoder, resolve_encoder
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder_folder import resolve_encoder
 from memshare.training.allocator import keep_freed_memory
 from memshare.training.batching import Batches
 from memshare.training.gather import World

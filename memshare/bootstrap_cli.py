@@ -39,7 +39,7 @@ def _main(args: argparse.Namespace) -> int:
     from memshare.bootstrap import BootstrapError, BootstrapReport, bootstrap
     from memshare.llm.base import LLMError
     from memshare.pool.errors import PoolError
-    from memshare.retrieval.encoder import EncoderError
+    from memshare.retrieval.errors import EncoderError
     from memshare.sharing import open_shared
 
     # Whoever bootstraps a pool is no principal among others.

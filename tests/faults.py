@@ -16,7 +16,7 @@ from typing import Self
 import httpx
 
 from memshare.config import Config
-from memshare.pool import PoolStore
+from memshare.pool.store import PoolStore
 from memshare.retrieval.encoder import Encoder
 from tests.retrieving import publish_now
 

@@ -19,7 +19,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from memshare.retrieval.encoder import Encoder, Pooling, Settings
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder_format import Pooling, Settings
 from memshare.retrieval.ragged import Ragged
 
 MAX_POSITIONS = 128

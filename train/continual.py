@@ -33,7 +33,6 @@ from memshare.retrieval.manifest import GenerationError
 from memshare.training import outcome as outcomes
 from memshare.training.child import ChildFailed, Stopped, check_launch
 from memshare.training.erasing import erase_deleted
-from memshare.training.examples import ExamplesError
 from memshare.training.journal import Journal, JournalError
 from memshare.training.leftovers import delete_leftovers
 from memshare.training.rounds import (
@@ -43,6 +42,7 @@ from memshare.training.rounds import (
     with_encoder,
     without_unserved,
 )
+from memshare.training.shard import ExamplesError
 from memshare.training.steps import Steps
 
 PROGRAMS = Path(__file__).resolve().parent

@@ -23,13 +23,13 @@ from memshare.config import Config, ConfigError, add_config_arguments, load_conf
 from memshare.files import RunLocked
 from memshare.progress import log, track
 from memshare.retrieval.card import base_model
-from memshare.retrieval.encoder import Encoder, EncoderError
-from memshare.training import checkpoint, outcome
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.errors import EncoderError
+from memshare.training import checkpoint, outcome, shard, wandb_run
 from memshare.training.batching import Batches
-from memshare.training.checkpoint import CheckpointError, TrainState
 from memshare.training.estimate import estimate
 from memshare.training.evaluate import read_held_out
-from memshare.training.examples import ExamplesError, read_training
+from memshare.training.examples import read_training
 from memshare.training.export import export
 from memshare.training.gather import DifferentData, World, launch, leave
 from memshare.training.optimizer import lr_factor, make_optimizer, round_lr, update
@@ -39,11 +39,11 @@ from memshare.training.sharding import spread
 from memshare.training.step import ContrastiveStep
 from memshare.training.step_result import LogInterval, StepFailed, memory_told
 from memshare.training.towers import FrozenMemories, prepare
-from memshare.training.tracking import Tracker, new_run_id, wandb_mode
+from memshare.training.tracking import Tracker, new_run_id
 from memshare.training.validation import Validation
 from memshare.version import commit
 
-EXPECTED = (EncoderError, ExamplesError, CheckpointError, DifferentData, RunLocked, StepFailed)
+ERRORS = (EncoderError, shard.ExamplesError, checkpoint.CheckpointError, DifferentData, StepFailed)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -77,16 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = World(accelerator.device)
     writes = world.main and not args.dry_run
     try:
-        wandb_mode(config.wandb)  # what the environment says is checked before anything starts
+        wandb_run.wandb_mode(config.wandb)  # checked before anything starts
         with (
             ExitStack() as at_end,  # W&B, whose end waits until everything else is written
-            outcome.attempt(args.output, EXPECTED, writes, args.stop_file) as stop,
+            outcome.attempt(args.output, ERRORS, writes, args.stop_file) as stop,
             memory_told(),
         ):
             code = train(args, config, accelerator, world, stop, at_end)
         world.end()  # nobody leaves before all of it stands: a launcher ends the rest at once
         return code
-    except (ConfigError, outcome.DiskFull, *EXPECTED) as error:
+    except (ConfigError, RunLocked, outcome.DiskFull, *ERRORS) as error:
         return outcome.tell(error)
     finally:
         leave(accelerator, world)
@@ -140,7 +140,7 @@ def train(
     optimizer = make_optimizer(encoder.model, settings)
     root = args.output / "checkpoints"
     state, best = resume(
-        root, TrainState(0, fixed, seed, new_run_id()), encoder.model, optimizer, world,
+        root, checkpoint.TrainState(0, fixed, seed, new_run_id()), encoder.model, optimizer, world,
         how=args.resume, allow_change=args.allow_config_change, warm=args.warm,
     )  # fmt: skip
 

@@ -36,10 +36,12 @@ from memshare.retrieval.build import build_generation
 from memshare.retrieval.canaries import CanaryError, read_canaries
 from memshare.retrieval.card import base_model
 from memshare.retrieval.divided import engage, serve
-from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.gate import GateResult
 from memshare.retrieval.gate_run import gate_built
-from memshare.retrieval.generation import GenerationError, current
+from memshare.retrieval.generation import current
+from memshare.retrieval.manifest import GenerationError
 from memshare.retrieval.publish import publish, record_rejection
 from memshare.retrieval.published import published_before
 from memshare.retrieval.refresh import refresh

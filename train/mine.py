@@ -30,7 +30,7 @@ from memshare.progress import log
 from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.manifest import GenerationError
 from memshare.training.erasing import erase_deleted
-from memshare.training.examples import ExamplesError, is_whole, read_marker, round_dir
+from memshare.training.examples import is_whole, read_marker, round_dir
 from memshare.training.journal import Span
 from memshare.training.labels import Share, merge_caches, open_labeller
 from memshare.training.mining import mine
@@ -44,6 +44,7 @@ from memshare.training.mining_plan import (
 from memshare.training.outcome import tell
 from memshare.training.proposals import open_proposer
 from memshare.training.rounds import last_begun, last_mined, open_spans
+from memshare.training.shard import ExamplesError
 from memshare.training.split import SplitError
 
 EXPECTED = (

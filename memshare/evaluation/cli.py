@@ -62,8 +62,8 @@ def _run(names: Sequence[str], args: argparse.Namespace) -> int:
     from memshare.evaluation.lab import shrink
     from memshare.llm.base import LLMError
     from memshare.llm.rubric import RubricError
-    from memshare.retrieval.encoder import EncoderError
-    from memshare.training.examples import ExamplesError
+    from memshare.retrieval.errors import EncoderError
+    from memshare.training.shard import ExamplesError
 
     if args.quick:
         config = shrink(config)

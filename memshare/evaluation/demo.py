@@ -36,15 +36,10 @@ from memshare.pool.store import PoolStore
 from memshare.progress import track
 from memshare.records import Memory
 from memshare.retrieval.build import memory_vectors
-from memshare.retrieval.encoder import Encoder, resolve_encoder
-from memshare.retrieval.generation import (
-    Generation,
-    GenerationError,
-    Manifest,
-    generations,
-    load_current,
-)
-from memshare.retrieval.manifest import folder_name
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder_folder import resolve_encoder
+from memshare.retrieval.generation import Generation, generations, load_current
+from memshare.retrieval.manifest import GenerationError, Manifest, folder_name
 from memshare.version import commit
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)

@@ -26,7 +26,8 @@ from memshare.llm.factory import llm_identity, model_identity
 from memshare.pool.store import PoolStore
 from memshare.progress import log, track
 from memshare.records import Memory, NewMemory
-from memshare.retrieval.encoder import Encoder, resolve_encoder
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder_folder import resolve_encoder
 from memshare.training.batching import Batches
 from memshare.training.examples import read_training, round_dir
 from memshare.training.gather import World

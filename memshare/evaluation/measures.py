@@ -15,7 +15,7 @@ from memshare.llm.factory import model_identity
 from memshare.metrics.bertscore import BertScorer
 from memshare.metrics.chrf import chrf
 from memshare.metrics.rouge import rouge_l
-from memshare.retrieval.encoder import resolve_encoder
+from memshare.retrieval.encoder_folder import resolve_encoder
 
 BERTSCORES = ("bertscore_precision", "bertscore_recall", "bertscore_f1")
 F1 = BERTSCORES[2]

@@ -14,8 +14,9 @@ import numpy as np
 from memshare.config import BM25Config
 from memshare.records import Memory, normalise
 from memshare.retrieval.bm25 import BM25
-from memshare.retrieval.encoder import Encoder, memory_text
+from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.index import FlatIndex
+from memshare.retrieval.text import memory_text
 
 _FUSION = 60  # the paper's constant: how little the very first ranks are favoured
 

@@ -20,7 +20,7 @@ from memshare.gateway.routes import chat, health, memories, retrievers
 from memshare.gateway.schemas import ErrorReply
 from memshare.gateway.state import Gateway, LLMProbe
 from memshare.progress import log
-from memshare.retrieval.searcher import SearcherClosed
+from memshare.retrieval.worker import SearcherClosed
 from memshare.sharing import SharedMemory, uses_scorer_llm
 
 _ERRORS: dict[int | str, dict[str, Any]] = {

@@ -26,7 +26,7 @@ from memshare.pool.errors import PoolError
 from memshare.pool.ids import new_id
 from memshare.pool.queue import ClaimLost, Job, PairQueue
 from memshare.records import Pair
-from memshare.retrieval.searcher import SearcherClosed, SearchTimeout
+from memshare.retrieval.worker import SearcherClosed, SearchTimeout
 from memshare.sharing import Decision, SharedMemory
 from memshare.sharing.turn import FAILED, STORED
 

@@ -21,7 +21,8 @@ from memshare.gateway.logs import logger, where
 from memshare.gateway.wire import Json
 from memshare.llm.base import LLMError, LLMUnavailable
 from memshare.pool.errors import InvalidMemory, PoolError, UnknownPool
-from memshare.retrieval.searcher import NotServed, SearcherClosed, SearchTimeout
+from memshare.retrieval.searcher import NotServed
+from memshare.retrieval.worker import SearcherClosed, SearchTimeout
 
 RETRY_AFTER_SECONDS = 5
 _TYPES = {

@@ -149,7 +149,7 @@ class ReferenceScorer(Scorer):
 
     def __init__(self, config: ScorerConfig) -> None:
         from memshare.metrics.bertscore import BertScorer
-        from memshare.retrieval.encoder import resolve_encoder
+        from memshare.retrieval.encoder_folder import resolve_encoder
 
         self._references = read_references(config.references)
         self._bertscore = BertScorer(resolve_encoder(config.bertscore_model))

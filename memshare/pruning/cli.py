@@ -36,7 +36,7 @@ def _prune(args: argparse.Namespace) -> int:
     from memshare.pruning.prune import PruneError, prune
     from memshare.retrieval.errors import EncoderError
     from memshare.retrieval.manifest import GenerationError
-    from memshare.training.examples import ExamplesError
+    from memshare.training.shard import ExamplesError
 
     config = load_config(args.config, args.overrides)
     try:

@@ -18,8 +18,8 @@ from memshare.progress import log, track
 from memshare.records import Memory
 from memshare.retrieval.divided import Peers, Rows, deal, dismiss, engage
 from memshare.retrieval.encoder import Encoder
-from memshare.retrieval.generation import Generation, GenerationError, current, load
-from memshare.retrieval.manifest import folder_name, read_manifest
+from memshare.retrieval.generation import Generation, current, load
+from memshare.retrieval.manifest import GenerationError, folder_name, read_manifest
 
 _BLOCK = 2048  # memories encoded at a time: long enough to sort by length, small in memory
 

@@ -111,7 +111,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _verify(config: Config, args: argparse.Namespace) -> int:
-    from memshare.retrieval.generation import DamagedGeneration, verify_generation
+    from memshare.retrieval.generation import verify_generation
+    from memshare.retrieval.manifest import DamagedGeneration
     from memshare.retrieval.shelf import numbers
 
     home = config.retriever_dir

@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from memshare.pool.store import PoolStore
 from memshare.progress import track
-from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.errors import EncoderError
 
 T = TypeVar("T")
 Rows = tuple[list[str], npt.NDArray[np.float32]]  # ids, and unit vectors (n, dim)

@@ -23,7 +23,6 @@ from torch.nn import functional
 
 from memshare.config import EncoderConfig
 from memshare.retrieval import encoder_folder, packing
-from memshare.retrieval.encoder_folder import resolve_encoder
 from memshare.retrieval.encoder_format import (
     Pooling,
     Settings,
@@ -36,18 +35,6 @@ from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.fingerprint import fingerprint
 from memshare.retrieval.ragged import Ragged, on_device
 from memshare.retrieval.text import memory_text
-
-__all__ = [
-    "Encoder",
-    "EncoderError",
-    "Pooling",
-    "Settings",
-    "Side",
-    "cut_batches",
-    "memory_text",
-    "pool_embeddings",
-    "resolve_encoder",
-]
 
 SIDES: tuple[Side, ...] = ("query", "memory")
 _BLOCK_TEXTS = 8192  # texts tokenized and sorted at a time: bounds memory, keeps padding small

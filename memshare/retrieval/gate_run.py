@@ -19,13 +19,8 @@ from memshare.retrieval.canaries import judge_canaries, read_canaries
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.filters import Filter
 from memshare.retrieval.gate import GateResult, Runs, Sample, choose_queries, decide, judge
-from memshare.retrieval.generation import (
-    DamagedGeneration,
-    NoGeneration,
-    best,
-    load,
-    load_current,
-)
+from memshare.retrieval.generation import best, load, load_current
+from memshare.retrieval.manifest import DamagedGeneration, NoGeneration
 from memshare.retrieval.serving import FROZEN, Query, Serving, frozen_serving
 from memshare.retrieval.text import memory_text
 

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from memshare.progress import log
-from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.gpu import GpuPlace
 from memshare.retrieval.index import FlatIndex
 from memshare.retrieval.index_file import read_indexes
@@ -25,21 +26,6 @@ from memshare.retrieval.manifest import (
     verify,
 )
 from memshare.retrieval.shelf import Lease, numbers, read_current
-
-__all__ = [
-    "DamagedGeneration",
-    "Generation",
-    "GenerationError",
-    "Manifest",
-    "NoGeneration",
-    "best",
-    "current",
-    "current_stamp",
-    "generations",
-    "load",
-    "load_current",
-    "verify_generation",
-]
 
 Ids = npt.NDArray[np.bytes_]
 Stamp = tuple[int, int] | None

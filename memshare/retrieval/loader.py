@@ -20,13 +20,10 @@ from dataclasses import dataclass
 from memshare.config import Config
 from memshare.pool.store import PoolStore
 from memshare.progress import log
-from memshare.retrieval.encoder import EncoderError
+from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.feeder import MAX_BACKOFF, Feeder, report
 from memshare.retrieval.generation import (
-    DamagedGeneration,
     Generation,
-    GenerationError,
-    NoGeneration,
     Stamp,
     current,
     current_stamp,
@@ -35,7 +32,13 @@ from memshare.retrieval.generation import (
 )
 from memshare.retrieval.gpu import GpuFault
 from memshare.retrieval.index import IndexFault
-from memshare.retrieval.manifest import folder_name, read_manifest
+from memshare.retrieval.manifest import (
+    DamagedGeneration,
+    GenerationError,
+    NoGeneration,
+    folder_name,
+    read_manifest,
+)
 from memshare.retrieval.placing import Choice, Placer
 from memshare.retrieval.serving import MAX_DELTA, PAGE, Serving, frozen_serving, run_here
 from memshare.retrieval.worker import SearcherClosed, Worker

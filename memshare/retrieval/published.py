@@ -8,8 +8,8 @@ from typing import Any
 from memshare.config import Config
 from memshare.progress import log
 from memshare.retrieval.encoder import Encoder
-from memshare.retrieval.generation import DamagedGeneration, Manifest, NoGeneration, generations
-from memshare.retrieval.manifest import folder_name
+from memshare.retrieval.generation import generations
+from memshare.retrieval.manifest import DamagedGeneration, Manifest, NoGeneration, folder_name
 from memshare.retrieval.publish import complete
 
 

@@ -16,8 +16,8 @@ from memshare.config import Config
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.build import build_generation
-from memshare.retrieval.generation import GenerationError, best, load
-from memshare.retrieval.manifest import first_with, folder_name, read_manifest
+from memshare.retrieval.generation import best, load
+from memshare.retrieval.manifest import GenerationError, first_with, folder_name, read_manifest
 from memshare.retrieval.publish import publish
 from memshare.retrieval.serving import MAX_DELTA
 from memshare.retrieval.shelf import discard, locked, numbers, read_current

@@ -23,16 +23,6 @@ from memshare.retrieval.loader import Loader, SwapRecord
 from memshare.retrieval.serving import Query
 from memshare.retrieval.worker import SearcherClosed, SearchTimeout, Worker
 
-__all__ = [
-    "Filter",
-    "NotServed",
-    "SearchTimeout",
-    "Searcher",
-    "SearcherClosed",
-    "SearcherStats",
-    "SwapRecord",
-]
-
 
 class NotServed(UnknownPool):
     """The retriever doesn't search this pool, whether there is one of the name or not."""

@@ -12,7 +12,7 @@ from memshare.llm.rubric import RubricError, load_rubric
 from memshare.llm.scorer import make_scorer
 from memshare.pool.store import PoolStore
 from memshare.progress import log
-from memshare.retrieval.encoder import EncoderError
+from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.searcher import Searcher
 from memshare.sharing.shared import SharedMemory
 

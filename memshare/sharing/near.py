@@ -19,7 +19,8 @@ from memshare.pool.errors import InvalidMemory, PoolError
 from memshare.pool.store import PoolStore
 from memshare.pool.validate import check_memory
 from memshare.records import Memory, NewMemory, content_key
-from memshare.retrieval.searcher import Searcher, SearcherClosed, SearchTimeout
+from memshare.retrieval.searcher import Searcher
+from memshare.retrieval.worker import SearcherClosed, SearchTimeout
 
 _RIVALS = 16  # near-duplicates written at one moment that are looked at
 

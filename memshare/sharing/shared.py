@@ -31,7 +31,9 @@ from memshare.pool.store import PoolStore
 from memshare.pool.uses import UseCounter, UseCounts
 from memshare.progress import log
 from memshare.records import AppendResult, Memory, NewMemory, Pair, PoolInfo, normalise
-from memshare.retrieval.searcher import Filter, Searcher, SearchTimeout
+from memshare.retrieval.filters import Filter
+from memshare.retrieval.searcher import Searcher
+from memshare.retrieval.worker import SearchTimeout
 from memshare.sharing import turn as ends
 from memshare.sharing.turn import Decision, Retrieved, Turn
 from memshare.sharing.writer import Writer

@@ -21,8 +21,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _import(args: argparse.Namespace) -> int:
-    from memshare.training.examples import ExamplesError
     from memshare.training.imported import import_examples
+    from memshare.training.shard import ExamplesError
 
     try:
         count = import_examples(args.file, args.folder, args.pool)

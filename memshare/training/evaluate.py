@@ -23,10 +23,11 @@ from memshare.records import Example, normalise
 from memshare.retrieval.encoder import SIDES, Encoder
 from memshare.retrieval.gate import grades
 from memshare.training.batching import deal
-from memshare.training.examples import ExamplesError, held_out_dir, read_examples
+from memshare.training.examples import held_out_dir, read_examples
 from memshare.training.gather import World
 from memshare.training.relevance import mined_gains
 from memshare.training.select import Selected, distinct_candidates
+from memshare.training.shard import ExamplesError
 
 EVALUATED = (*METRICS, *MORE_RECALL)
 

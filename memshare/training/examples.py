@@ -23,8 +23,7 @@ import pyarrow.parquet as pq
 
 from memshare.files import write_atomic, write_json
 from memshare.records import Candidate, Example
-from memshare.training.shard import ExamplesError as ExamplesError
-from memshare.training.shard import read_table
+from memshare.training.shard import ExamplesError, read_table
 
 MARKER = "round.json"
 HELD_OUT = "held_out"

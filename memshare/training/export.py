@@ -9,7 +9,8 @@ from typing import Any
 
 from memshare.files import disk_full, fsync_dir, fsync_tree
 from memshare.retrieval.card import CARD, model_card
-from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.errors import EncoderError
 from memshare.training.lora import merge_adapters
 
 

@@ -30,7 +30,8 @@ from memshare.pool.errors import TransferError
 from memshare.pool.readers import BadRow, read_jsonl
 from memshare.progress import track
 from memshare.records import Candidate, Example, answer_key
-from memshare.training.examples import MARKER, ExamplesError, shard_path, write_marker, write_shard
+from memshare.training.examples import MARKER, shard_path, write_marker, write_shard
+from memshare.training.shard import ExamplesError
 
 SHARD = 10_000  # examples
 _BELOW = -1e-6  # zero

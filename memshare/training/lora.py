@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 
 from memshare.config import LoRAConfig
-from memshare.retrieval.encoder import SIDES, Encoder, EncoderError, Side
+from memshare.retrieval.encoder import SIDES, Encoder
+from memshare.retrieval.encoder_format import Side
+from memshare.retrieval.errors import EncoderError
 
 
 def add_adapters(encoder: Encoder, side: Side, config: LoRAConfig, seed: int) -> None:

@@ -24,10 +24,10 @@ from memshare.files import write_json
 from memshare.pool.store import PoolStore
 from memshare.records import Memory
 from memshare.retrieval.gate import choose_queries
-from memshare.training.examples import ExamplesError
 from memshare.training.journal import Span
 from memshare.training.proposals import disliked
 from memshare.training.rounds import new_ids
+from memshare.training.shard import ExamplesError
 from memshare.training.split import Fate, kept_split, recorded_split
 
 PLAN = "plan.json"

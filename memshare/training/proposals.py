@@ -75,7 +75,8 @@ def open_proposer(config: Config, name: int | str | None) -> Iterator[Proposer |
         yield None
         return
     from memshare.retrieval.encoder import Encoder
-    from memshare.retrieval.generation import NoGeneration, load, load_current
+    from memshare.retrieval.generation import load, load_current
+    from memshare.retrieval.manifest import NoGeneration
     from memshare.retrieval.serving import FROZEN
 
     if isinstance(name, str):

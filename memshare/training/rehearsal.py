@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from memshare.config import ConfigError, add_config_arguments, load_config
-from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.errors import EncoderError
 from memshare.training import outcome
 from memshare.training.towers import prepare
 

@@ -20,8 +20,9 @@ from memshare.progress import log
 from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.manifest import first_with, folder_name
 from memshare.retrieval.shelf import read_current
-from memshare.training.examples import ExamplesError, read_marker, round_dir, round_dirs
+from memshare.training.examples import read_marker, round_dir, round_dirs
 from memshare.training.journal import Journal, Round, Span, read_spans
+from memshare.training.shard import ExamplesError
 
 _PAGE = 10_000
 

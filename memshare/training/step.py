@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from memshare.config import TrainingConfig
 from memshare.progress import log
 from memshare.retrieval import packing
-from memshare.retrieval.encoder import SIDES, Encoder, Side
+from memshare.retrieval.encoder import SIDES, Encoder
+from memshare.retrieval.encoder_format import Side
 from memshare.training.batching import cut, cut_packed, deal
 from memshare.training.flops import ModelCost, bf16_peak
 from memshare.training.gather import World

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from memshare.config import ConfigError, TrainingConfig
-from memshare.retrieval.encoder import Encoder, EncoderError, Side
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder_format import Side
+from memshare.retrieval.errors import EncoderError
 from memshare.training.batching import Batches, cut, deal
 from memshare.training.gather import World
 from memshare.training.lora import add_adapters

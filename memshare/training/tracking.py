@@ -23,7 +23,6 @@ from memshare.config import WandbConfig
 from memshare.files import write_atomic
 from memshare.progress import log
 from memshare.training import wandb_run
-from memshare.training.wandb_run import wandb_mode as wandb_mode
 
 _QUEUED = 10_000  # figures waiting for W&B; more than that are for log.jsonl only
 _LAST_SECONDS = 4.0  # for W&B to send the last figures, or to tell that its service is there
@@ -61,7 +60,7 @@ class Tracker:
         ``settings`` become the W&B run's config. Raises `ConfigError` as `wandb_mode` does.
         """
         self.run_id = run_id
-        self.mode = wandb_mode(config) if main else "disabled"
+        self.mode = wandb_run.wandb_mode(config) if main else "disabled"
         self.path = output / "log.jsonl"
         self.wandb_dir: str | None = None
         self.wandb_url: str | None = None

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from memshare.pool import PoolStore
+from memshare.pool.store import PoolStore
 from tests.gateways import gateway
 from tests.retrieving import until
 from tests.stalling_llm import StallingLLM

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from memshare.gateway.access import TRUST_SECONDS
-from memshare.pool import PoolStore
 from memshare.pool.keys import KeyRing
+from memshare.pool.store import PoolStore
 from memshare.retrieval.encoder import Encoder
 from tests.faults import Load, check, check_refusals, generation, publish_next
 from tests.gateways import gateway

@@ -14,9 +14,9 @@ import pytest
 import sqlalchemy as sa
 
 from memshare.config import load_config
-from memshare.pool import PoolStore
 from memshare.pool.queue import PairQueue
 from memshare.pool.schema import decisions, pending
+from memshare.pool.store import PoolStore
 from memshare.retrieval.encoder import Encoder
 from memshare.sharing import prompt_hash
 from tests.faults import Load, check, check_refusals, generation, publish_next

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from memshare.pool import PoolStore
+from memshare.pool.store import PoolStore
 from memshare.records import Hit, SearchAnswer
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.shelf import stage_current, write_current

@@ -19,9 +19,9 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from memshare.pool import PoolStore
 from memshare.pool.queue import PairQueue
 from memshare.pool.schema import decisions
+from memshare.pool.store import PoolStore
 from memshare.sharing import prompt_hash
 from tests.faults import Load, Restless, check
 from tests.gateways import gateway, launch, wait_ready

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from memshare.pool import PoolStore
+from memshare.pool.store import PoolStore
 from tests.gateways import gateway, launch, wait_ready
 from tests.loop import loop_config_file
 from tests.retrieving import until

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from memshare.pool import PoolStore
+from memshare.pool.store import PoolStore
 from memshare.retrieval.encoder import Encoder
 from tests.conftest import DATABASES, database_url
 from tests.gateways import gateway

@@ -28,7 +28,8 @@ from memshare.config import Config, GateConfig, TrainingConfig
 from memshare.pool.store import PoolStore
 from memshare.records import Candidate, Example, NewMemory, answer_key
 from memshare.retrieval.build import build_generation
-from memshare.retrieval.encoder import Encoder, resolve_encoder
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder_folder import resolve_encoder
 from memshare.retrieval.gate_run import gate_built
 from memshare.retrieval.text import memory_text
 from memshare.sharing import SharedMemory, open_shared

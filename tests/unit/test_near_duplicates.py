@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from memshare.config import Config
-from memshare.pool import PoolError
+from memshare.pool.errors import PoolError
 from memshare.pool.feedback import Standing
 from memshare.pool.schema import copies
 from memshare.pool.uses import UseCounts

@@ -36,8 +36,7 @@ from memshare.pool.keys import LOCAL, Key
 from memshare.pool.rows import read_cursor
 from memshare.pool.validate import check_memory, check_text
 from memshare.records import Memory, NewMemory, Pair
-from memshare.retrieval.filters import terms_of
-from memshare.retrieval.searcher import Filter
+from memshare.retrieval.filters import Filter, terms_of
 
 router = APIRouter(prefix="/v1/memories", route_class=StrictRoute, tags=["memories"])
 MemoryId = Annotated[str, Path(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]

@@ -12,7 +12,8 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memshare.pool import PoolError, PoolStore
+from memshare.pool.errors import PoolError
+from memshare.pool.store import PoolStore
 from memshare.retrieval.encoder import Encoder
 from tests.retrieving import publish_now
 from tests.unit.gateway.conftest import running

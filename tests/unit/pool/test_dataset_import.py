@@ -9,9 +9,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from memshare.pool import PoolStore
 from memshare.pool.errors import TransferError
 from memshare.pool.mapping import parse_mapping
+from memshare.pool.store import PoolStore
 from memshare.pool.transfer import import_memories
 
 MAPPING = parse_mapping(["prompt=text,answer=label"])

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from memshare.pool import InvalidMemory, PoolStore
+from memshare.pool.errors import InvalidMemory
 from memshare.pool.feedback import Feedback, Standing
+from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
 
 

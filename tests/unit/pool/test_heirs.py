@@ -9,8 +9,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from memshare.pool import PoolStore
 from memshare.pool.feedback import Feedback, Standing
+from memshare.pool.store import PoolStore
 from memshare.pool.uses import UseCounts
 from memshare.records import NewMemory
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from memshare.cli import main
-from memshare.pool import InvalidMemory, PoolError, PoolStore
+from memshare.pool.errors import InvalidMemory, PoolError
 from memshare.pool.keys import LOCAL_KEY, Key, KeyRing
+from memshare.pool.store import PoolStore
 
 
 @pytest.mark.parametrize(

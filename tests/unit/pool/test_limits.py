@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memshare.pool import PoolStore
 from memshare.pool.limits import Limits
 from memshare.pool.schema import authors, copies, pools
+from memshare.pool.store import PoolStore
 from memshare.records import AppendResult, NewMemory
 
 

@@ -11,10 +11,12 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from memshare.pool import PoolError, PoolStore, engine
+from memshare.pool import engine
 from memshare.pool.engine import Database
+from memshare.pool.errors import PoolError
 from memshare.pool.queue import PairQueue
 from memshare.pool.schema import HEAD, authors, metadata, pools
+from memshare.pool.store import PoolStore
 from memshare.records import NewMemory, Pair
 
 NEXT = '''"""A made-up next version."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from memshare.cli import main
-from memshare.pool import PoolStore
+from memshare.pool.store import PoolStore
 
 Run = Callable[..., tuple[int, str, str]]
 

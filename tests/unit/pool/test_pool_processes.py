@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from memshare.pool import PoolStore
+from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
 
 WRITER = """

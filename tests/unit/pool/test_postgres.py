@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 import psycopg
 import pytest
 
-from memshare.pool import PoolError, PoolStore, decisions
+from memshare.pool import decisions
 from memshare.pool import postgres as room
+from memshare.pool.errors import PoolError
 from memshare.pool.rows import need_pool
+from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
 from tests.postgres import PostgresServer
 from tests.proxy import Proxy

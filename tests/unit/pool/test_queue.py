@@ -7,9 +7,11 @@ import time
 
 import pytest
 
-from memshare.pool import PoolError, PoolStore, UnknownPool, decisions
+from memshare.pool import decisions
+from memshare.pool.errors import PoolError, UnknownPool
 from memshare.pool.ids import new_id
 from memshare.pool.queue import ClaimLost, Job, PairQueue
+from memshare.pool.store import PoolStore
 from memshare.records import Pair
 
 

@@ -14,8 +14,9 @@ import sqlalchemy as sa
 
 from memshare.cli import main
 from memshare.config import load_config
-from memshare.pool import PoolStore, patience, sqlite
+from memshare.pool import patience, sqlite
 from memshare.pool.errors import PoolUnavailable
+from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
 from memshare.training.journal import Journal
 from tests.training_runs import ROOT, load_program

@@ -9,8 +9,9 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from memshare.pool import InvalidMemory, PoolError, PoolStore, UnknownPool, decisions
-from memshare.pool.store import PAGE
+from memshare.pool import decisions
+from memshare.pool.errors import InvalidMemory, PoolError, UnknownPool
+from memshare.pool.store import PAGE, PoolStore
 from memshare.records import Change, NewMemory
 
 

@@ -17,9 +17,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from memshare.pool import PoolStore
 from memshare.pool.append import append_to_pool
 from memshare.pool.rows import need_pool
+from memshare.pool.store import PoolStore
 from memshare.pool.validate import check_memory
 from memshare.records import Change, NewMemory, content_key
 from tests.conftest import DATABASES, database_url

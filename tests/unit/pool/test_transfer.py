@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from memshare.pool import PoolStore, UnknownPool
-from memshare.pool.errors import TransferError
+from memshare.pool.errors import TransferError, UnknownPool
 from memshare.pool.mapping import parse_mapping
 from memshare.pool.readers import MAX_LINE_BYTES
+from memshare.pool.store import PoolStore
 from memshare.pool.transfer import BATCH, ImportReport, export_jsonl, import_memories
 from memshare.records import NewMemory, content_key
 from tests.conftest import DATABASES, database_url

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 
-from memshare.pool import PoolError, PoolStore, UnknownPool
+from memshare.pool.errors import PoolError, UnknownPool
 from memshare.pool.schema import uses
+from memshare.pool.store import PoolStore
 from memshare.pool.uses import UseCounter, UseCounts
 from memshare.records import NewMemory
 

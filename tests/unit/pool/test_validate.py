@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from memshare.pool import InvalidMemory
+from memshare.pool.errors import InvalidMemory
 from memshare.pool.validate import canonical_time, check_memory, check_score, now
 from memshare.records import NewMemory
 

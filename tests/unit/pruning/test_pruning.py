@@ -13,9 +13,9 @@ import pytest
 
 from memshare.cli import main
 from memshare.config import Config
-from memshare.pool import PoolStore
 from memshare.pool.errors import UnknownPool
 from memshare.pool.feedback import Feedback
+from memshare.pool.store import PoolStore
 from memshare.pool.uses import UseCounts
 from memshare.pruning import policies
 from memshare.pruning.cli import SHIPPED

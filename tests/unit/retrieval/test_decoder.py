@@ -14,7 +14,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from memshare.config import EncoderConfig, LoRAConfig, TrainingConfig
-from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.errors import EncoderError
 from memshare.training.batching import Batches
 from memshare.training.gather import World
 from memshare.training.select import select

@@ -16,7 +16,8 @@ from memshare.pool.store import PoolStore
 from memshare.retrieval import build
 from memshare.retrieval.build import Built, build_generation
 from memshare.retrieval.divided import dismiss, engage, serve
-from memshare.retrieval.encoder import Encoder, EncoderError
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.errors import EncoderError
 from tests.retrieving import fill, make_config, open_store, publish_now
 from tests.tiny import tiny_encoder
 

@@ -17,15 +17,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Normalize, Pooling, Router, Transformer
 
 from memshare.config import EncoderConfig
-from memshare.retrieval.encoder import (
-    Encoder,
-    EncoderError,
-    cut_batches,
-    memory_text,
-    pool_embeddings,
-    resolve_encoder,
-)
+from memshare.retrieval.encoder import Encoder, cut_batches, pool_embeddings
+from memshare.retrieval.encoder_folder import resolve_encoder
+from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.ragged import Ragged
+from memshare.retrieval.text import memory_text
 from tests.tiny import MAX_POSITIONS, tiny_encoder
 
 TEXTS = [

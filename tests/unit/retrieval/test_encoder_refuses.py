@@ -10,11 +10,9 @@ import torch
 import transformers
 
 from memshare.config import EncoderConfig
-from memshare.retrieval.encoder import (
-    Encoder,
-    EncoderError,
-    resolve_encoder,
-)
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder_folder import resolve_encoder
+from memshare.retrieval.errors import EncoderError
 from tests.tiny import tiny_encoder
 
 

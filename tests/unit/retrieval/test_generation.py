@@ -13,16 +13,16 @@ import pytest
 from memshare.cli import main
 from memshare.config import Config
 from memshare.retrieval.encoder import Encoder
-from memshare.retrieval.generation import (
-    DamagedGeneration,
-    NoGeneration,
-    current,
-    load,
-    load_current,
-)
+from memshare.retrieval.generation import current, load, load_current
 from memshare.retrieval.index import FlatIndex
 from memshare.retrieval.index_file import write_indexes
-from memshare.retrieval.manifest import MANIFEST, describe, read_manifest
+from memshare.retrieval.manifest import (
+    MANIFEST,
+    DamagedGeneration,
+    NoGeneration,
+    describe,
+    read_manifest,
+)
 from memshare.retrieval.publish import activate
 from tests.retrieving import fill, make_config, open_store, publish_now
 from tests.tiny import tiny_encoder

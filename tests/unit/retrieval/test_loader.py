@@ -20,10 +20,11 @@ from memshare.retrieval import loader as loader_module
 from memshare.retrieval import serving as serving_module
 from memshare.retrieval.build import build_generation
 from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.filters import Filter
 from memshare.retrieval.generation import current, load
 from memshare.retrieval.placing import Choice, Placer
 from memshare.retrieval.publish import activate, publish
-from memshare.retrieval.searcher import Filter, Searcher
+from memshare.retrieval.searcher import Searcher
 from memshare.retrieval.serving import Serving
 from memshare.retrieval.shelf import numbers, stage_current, write_current
 from tests.retrieving import (

@@ -13,7 +13,8 @@ from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, Rober
 
 from memshare.config import LoRAConfig
 from memshare.retrieval import packing
-from memshare.retrieval.encoder import Encoder, Pooling, pool_embeddings
+from memshare.retrieval.encoder import Encoder, pool_embeddings
+from memshare.retrieval.encoder_format import Pooling
 from memshare.retrieval.ragged import Ragged
 from memshare.training.lora import add_adapters
 from tests.tiny import tiny_encoder

@@ -19,16 +19,8 @@ from memshare.pool.store import PoolStore
 from memshare.retrieval.blobs import PoorIndex
 from memshare.retrieval.build import Built, build_generation
 from memshare.retrieval.encoder import Encoder
-from memshare.retrieval.generation import (
-    DamagedGeneration,
-    NoGeneration,
-    best,
-    current,
-    generations,
-    load,
-    verify_generation,
-)
-from memshare.retrieval.manifest import read_manifest
+from memshare.retrieval.generation import best, current, generations, load, verify_generation
+from memshare.retrieval.manifest import DamagedGeneration, NoGeneration, read_manifest
 from memshare.retrieval.publish import PublishError, activate, publish, unpin
 from memshare.retrieval.shelf import Lease, numbers
 from tests.retrieving import fill, make_config, open_store, publish_now

@@ -18,8 +18,11 @@ from memshare.pool.errors import UnknownPool
 from memshare.pool.store import PoolStore
 from memshare.records import SearchAnswer
 from memshare.retrieval import serving as serving_module
-from memshare.retrieval.encoder import Encoder, EncoderError
-from memshare.retrieval.searcher import Filter, Searcher, SearcherClosed, SearchTimeout
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.errors import EncoderError
+from memshare.retrieval.filters import Filter
+from memshare.retrieval.searcher import Searcher
+from memshare.retrieval.worker import SearcherClosed, SearchTimeout
 from tests.retrieving import (
     fill,
     find,

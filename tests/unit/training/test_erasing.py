@@ -18,7 +18,6 @@ from memshare.training import erasing
 from memshare.training.erasing import erase, erase_deleted, write_living
 from memshare.training.examples import (
     SCHEMA,
-    ExamplesError,
     held_out_dir,
     read_examples,
     read_shard,
@@ -30,6 +29,7 @@ from memshare.training.labels import Labeller
 from memshare.training.mining import mine
 from memshare.training.mining_plan import plan_round, split_memories
 from memshare.training.rounds import open_spans
+from memshare.training.shard import ExamplesError
 from tests.mining import make_config, mine_round, open_pool
 from tests.training_data import candidate, write_round
 from tests.training_data import example as made

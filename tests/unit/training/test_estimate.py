@@ -13,7 +13,8 @@ from transformers import BertConfig, BertModel
 
 from memshare.config import Config, LoRAConfig, TrainingConfig, load_config
 from memshare.retrieval import packing
-from memshare.retrieval.encoder import Encoder, Settings, pool_embeddings
+from memshare.retrieval.encoder import Encoder, pool_embeddings
+from memshare.retrieval.encoder_format import Settings
 from memshare.retrieval.ragged import Ragged
 from memshare.training import activations
 from memshare.training import estimate as estimate_module

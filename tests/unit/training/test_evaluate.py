@@ -13,9 +13,10 @@ from memshare.config import load_config
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.text import memory_text
 from memshare.training.evaluate import HeldOut, evaluate, read_held_out
-from memshare.training.examples import ExamplesError, held_out_dir
+from memshare.training.examples import held_out_dir
 from memshare.training.gather import World
 from memshare.training.select import Selected
+from memshare.training.shard import ExamplesError
 from tests.tiny import tiny_encoder
 from tests.training_data import candidate, example, examples, write_round
 

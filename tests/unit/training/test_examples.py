@@ -16,7 +16,6 @@ from memshare.records import Candidate, Example, answer_key
 from memshare.training.erasing import erase
 from memshare.training.examples import (
     SCHEMA,
-    ExamplesError,
     held_out_dir,
     read_examples,
     read_shard,
@@ -28,7 +27,7 @@ from memshare.training.examples import (
     write_marker,
     write_shard,
 )
-from memshare.training.shard import read_table
+from memshare.training.shard import ExamplesError, read_table
 from tests.training_data import write_round
 
 

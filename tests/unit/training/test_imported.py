@@ -11,10 +11,11 @@ import pytest
 from memshare.cli import main
 from memshare.config import TrainingConfig
 from memshare.training import imported
-from memshare.training.examples import ExamplesError, read_training, shard_path
+from memshare.training.examples import read_training, shard_path
 from memshare.training.imported import import_examples
 from memshare.training.relevance import mined_gains
 from memshare.training.select import Selected, select
+from memshare.training.shard import ExamplesError
 
 
 def written(path: Path, *rows: Any) -> Path:

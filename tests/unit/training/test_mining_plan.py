@@ -10,9 +10,10 @@ import pytest
 from memshare.config import load_config
 from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
-from memshare.training.examples import ExamplesError, round_dir
+from memshare.training.examples import round_dir
 from memshare.training.journal import Span
 from memshare.training.mining_plan import Plan, plan_round, split_memories
+from memshare.training.shard import ExamplesError
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from memshare.llm.base import LogLikelihood
 from memshare.llm.likelihood import LikelihoodCache
 from memshare.pool.feedback import Feedback
 from memshare.records import Example, NewMemory
-from memshare.training.examples import ExamplesError, read_examples, round_dir, shard_path
+from memshare.training.examples import read_examples, round_dir, shard_path
 from memshare.training.labels import Share, merge_caches, open_cache
 from memshare.training.rounds import open_spans
+from memshare.training.shard import ExamplesError
 from tests.mining import ROOT, banking, make_config, mine_round, needs_data, open_pool, plans
 from tests.tiny import tiny_encoder
 from tests.tiny_lm import tiny_lm

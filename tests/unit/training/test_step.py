@@ -13,7 +13,9 @@ from torch import Tensor
 
 from memshare.config import LoRAConfig, TrainingConfig
 from memshare.retrieval import packing
-from memshare.retrieval.encoder import Encoder, EncoderError, Side
+from memshare.retrieval.encoder import Encoder
+from memshare.retrieval.encoder_format import Side
+from memshare.retrieval.errors import EncoderError
 from memshare.training import step as step_module
 from memshare.training.batching import Batches
 from memshare.training.export import export

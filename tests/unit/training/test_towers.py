@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 from torch._inductor import metrics
 
 from memshare.config import ConfigError, LoRAConfig, TrainingConfig
-from memshare.retrieval.encoder import SIDES, Encoder, EncoderError
+from memshare.retrieval.encoder import SIDES, Encoder
+from memshare.retrieval.errors import EncoderError
 from memshare.training import checkpoint
 from memshare.training import towers as towers_module
 from memshare.training.batching import Batches
