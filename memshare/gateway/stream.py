@@ -12,7 +12,7 @@ from memshare.gateway.disconnect import while_connected
 from memshare.gateway.errors import error_body, error_of
 from memshare.gateway.logs import logger, where
 from memshare.gateway.state import Gateway
-from memshare.gateway.wire import json_text
+from memshare.gateway.wire import json_bytes
 from memshare.gateway.write import submit
 from memshare.llm.base import texts_of
 from memshare.records import Memory, Pair
@@ -39,8 +39,8 @@ class _Spoken:
         return before == "none" != self.finish_reason
 
 
-def _event(value: Mapping[str, Any]) -> str:
-    return f"data: {json_text(value)}\n\n"
+def _event(value: Mapping[str, Any]) -> bytes:
+    return b"data: %b\n\n" % json_bytes(value)
 
 
 async def events(
@@ -67,7 +67,7 @@ async def events(
             text = "".join(spoken.text)
             await submit(gateway, pair, shown, text, spoken.finish_reason, spoken.tools)
 
-    async def body() -> AsyncIterator[str]:
+    async def body() -> AsyncIterator[bytes]:
         spoken = _Spoken()
         try:
             if first is not None:
@@ -84,7 +84,7 @@ async def events(
         finally:
             if isinstance(chunks, AsyncGenerator):
                 await chunks.aclose()  # a client that went away: the LLM need not go on
-        yield "data: [DONE]\n\n"
+        yield b"data: [DONE]\n\n"
 
     return StreamingResponse(
         body(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}

@@ -9,22 +9,21 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 
-def json_text(value: Any) -> str:
-    """JSON of ``value`` that UTF-8 can hold, also of what neither has a form for.
+def json_bytes(value: Any) -> bytes:
+    """JSON of ``value`` in UTF-8, also of what neither has a form for.
 
     Half a surrogate pair leaves as it came, as an escape; NaN and infinity become null, as
     JavaScript has it.
     """
     try:
-        text = _dumps(value, ensure_ascii=False)
-        text.encode()
+        return _dumps(value, ensure_ascii=False)
     except ValueError:
         return _dumps(_finite(value), ensure_ascii=True)
-    return text
 
 
-def _dumps(value: Any, ensure_ascii: bool) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False, separators=(",", ":"))
+def _dumps(value: Any, ensure_ascii: bool) -> bytes:
+    text = json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False, separators=(",", ":"))
+    return text.encode()
 
 
 def _finite(value: Any) -> Any:
@@ -36,8 +35,8 @@ def _finite(value: Any) -> Any:
 
 
 class Json(JSONResponse):
-    """A reply by `json_text`."""
+    """A reply by `json_bytes`."""
 
     def render(self, content: Any) -> bytes:
         """The body."""
-        return json_text(content).encode()
+        return json_bytes(content)

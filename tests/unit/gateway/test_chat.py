@@ -277,7 +277,7 @@ def test_a_stream_is_queued_before_its_end_is_sent(together: bool) -> None:
         reply = await stream.events(gateway, client, chunks(), {}, Pair("keep", "q", ""), [])
         body: Any = reply.body_iterator
         async for event in body:
-            if '"stop"' in event:
+            if b'"stop"' in event:
                 break
         await body.aclose()
         assert [(pair.answer, pair.finish_reason) for pair in put] == [("why not", "stop")]
