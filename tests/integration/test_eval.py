@@ -174,9 +174,7 @@ def test_all_experiments_end_and_every_row_says_what_it_is(
             assert any("random" in row["arm"] for row in rows[name]), name
 
 
-def test_a_failed_question_is_counted_and_shown(
-    tmp_path: Path, models: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_question_is_counted_and_shown(tmp_path: Path, models: Path, data: Path) -> None:
     """The tiny LM's context takes no answer of this length, so every question fails."""
     settings = ["--set", "agent.max_tokens=600"]
     assert main(["eval", "pools", *options(tmp_path, models, data), *settings]) == 0

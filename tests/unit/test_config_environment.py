@@ -69,9 +69,7 @@ def test_names_of_pools_are_those_of_the_file(
     assert (pools["Extra"].threshold, pools["Extra"].rubric) == (30, "logic")
 
 
-def test_a_new_name_is_as_the_variable_spells_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_name_is_as_the_variable_spells_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMSHARE_POOLS__MAIN__THRESHOLD", "20")  # there without a file, too
     monkeypatch.setenv("MEMSHARE_POOLS__Mine__THRESHOLD", "30")
     monkeypatch.setenv("MEMSHARE_AGENT_LLM__SERVER__ENV__HF_TOKEN", "abc")

@@ -78,7 +78,7 @@ def test_every_part_of_a_call_is_part_of_the_key(llm: Counting) -> None:
     assert asyncio.run(all_calls()) == first and llm.asked == 9
 
 
-def test_another_model_has_other_results(folder: Path, llm: Counting, tmp_path: Path) -> None:
+def test_another_model_has_other_results(llm: Counting, tmp_path: Path) -> None:
     other = Counting(str(tiny_lm(tmp_path / "other", seed=1)), LLMConfig(device="cpu"))
     cache = ResultCache()
 

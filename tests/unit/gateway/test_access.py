@@ -314,7 +314,7 @@ def test_a_full_disk_is_named_but_not_what_was_to_be_written(
 
 
 def test_keys_stay_known_for_figures_alone_and_not_for_long(
-    run_dir: Path, gated: TestClient, monkeypatch: pytest.MonkeyPatch
+    gated: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, fresh = Caller(gated, "root", every="admin"), Caller(gated, "fresh", every="admin")
     assert root("GET", "/metrics").status_code == 200

@@ -79,7 +79,7 @@ def test_list_continues_at_the_cursor_that_it_printed(run: Run) -> None:
     assert run("list", "--pool", "main", "--limit", "0")[0] == 2
 
 
-def test_import_names_every_bad_row_and_says_so_by_its_exit_code(run: Run, tmp_path: Path) -> None:
+def test_import_names_every_bad_row_and_says_so_by_its_exit_code(run: Run) -> None:
     run("create", "--pool", "main")
     Path("rows.csv").write_bytes(b"q,a\nwhy,because\n,x\ncaf\xe9,x\nwhat,that\n")
     arguments = ("import", "rows.csv", "--pool", "main", "--map", "prompt=q,answer=a")

@@ -19,7 +19,6 @@ from memshare.retrieval.divided import dismiss, engage, serve
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.errors import EncoderError
 from tests.retrieving import fill, make_config, open_store, publish_now
-from tests.tiny import tiny_encoder
 
 T = TypeVar("T")
 
@@ -58,15 +57,9 @@ class Peer:
         return values
 
 
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    base = tmp_path_factory.mktemp("encoders")
-    return [tiny_encoder(base / str(seed), seed=seed) for seed in range(2)]
-
-
 @pytest.fixture
-def config(tmp_path: Path, encoders: list[Path]) -> Config:
-    return make_config(tmp_path / "run", encoders[0], pools=("p", "empty", "q"))
+def config(tmp_path: Path, folders: list[Path]) -> Config:
+    return make_config(tmp_path / "run", folders[0], pools=("p", "empty", "q"))
 
 
 @pytest.fixture
@@ -102,12 +95,12 @@ def together(store: PoolStore, config: Config, folders: list[Path]) -> tuple[Bui
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_build_what_one_builds(
-    store: PoolStore, config: Config, encoders: list[Path], processes: int,
+    store: PoolStore, config: Config, folders: list[Path], processes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(build, "_BLOCK", 4)
-    alone = build_generation(store, config, Encoder.from_folder(encoders[0], device="cpu"))
-    built, group = together(store, config, [encoders[0]] * processes)
+    alone = build_generation(store, config, Encoder.from_folder(folders[0], device="cpu"))
+    built, group = together(store, config, [folders[0]] * processes)
     assert (built.ids, built.spans, built.positions) == (alone.ids, alone.spans, alone.positions)
     assert built.built_by == alone.built_by
     assert len(built.ids) == 40 - 9 - 4 + 3
@@ -116,54 +109,52 @@ def test_several_processes_build_what_one_builds(
 
 
 def test_nothing_counts_a_pool_that_is_encoded(
-    store: PoolStore, config: Config, encoders: list[Path], monkeypatch: pytest.MonkeyPatch
+    store: PoolStore, config: Config, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That takes as long as the pool is large, and a database ends a query that takes long."""
     monkeypatch.setattr(PoolStore, "stats", lambda *_: pytest.fail("the pool was counted"))
-    alone = build_generation(store, config, Encoder.from_folder(encoders[0], device="cpu"))
-    built, _ = together(store, config, [encoders[0]] * 2)
+    alone = build_generation(store, config, Encoder.from_folder(folders[0], device="cpu"))
+    built, _ = together(store, config, [folders[0]] * 2)
     assert built.ids == alone.ids
 
 
-def test_small_pools_are_divided_too(
-    store: PoolStore, config: Config, encoders: list[Path]
-) -> None:
+def test_small_pools_are_divided_too(store: PoolStore, config: Config, folders: list[Path]) -> None:
     """One round for each pool that has memories, though they would all fit in one block."""
-    _, group = together(store, config, [encoders[0]] * 2)
+    _, group = together(store, config, [folders[0]] * 2)
     assert group.rounds == 2
 
 
 def test_a_pool_whose_memories_were_all_deleted_is_not_divided(
-    store: PoolStore, config: Config, encoders: list[Path], monkeypatch: pytest.MonkeyPatch
+    store: PoolStore, config: Config, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL refuses to find the end of a span of no memories."""
     monkeypatch.setattr(PoolStore, "span_end", lambda *_: pytest.fail("nothing to divide"))
     for pool in ("p", "q"):
         for memory in list(store.iter(pool, include_held=True)):
             store.delete(memory.id)
-    built, group = together(store, config, [encoders[0]] * 2)
+    built, group = together(store, config, [folders[0]] * 2)
     assert group.rounds == 0 and not built.ids
 
 
 def test_nobody_helps_where_vectors_are_copied(
-    store: PoolStore, config: Config, encoders: list[Path]
+    store: PoolStore, config: Config, folders: list[Path]
 ) -> None:
-    publish_now(store, config, Encoder.from_folder(encoders[0], device="cpu"))
+    publish_now(store, config, Encoder.from_folder(folders[0], device="cpu"))
     fill(store, "q", 2, seed=1)
-    built, group = together(store, config, [encoders[0]] * 2)
+    built, group = together(store, config, [folders[0]] * 2)
     assert group.rounds == 0 and len(built.ids) == 32
-    again = build_generation(store, config, Encoder.from_folder(encoders[0], device="cpu"))
+    again = build_generation(store, config, Encoder.from_folder(folders[0], device="cpu"))
     assert np.array_equal(built.vectors, again.vectors)
 
 
-def test_another_encoder_is_refused(store: PoolStore, config: Config, encoders: list[Path]) -> None:
+def test_another_encoder_is_refused(store: PoolStore, config: Config, folders: list[Path]) -> None:
     with pytest.raises(EncoderError, match="process 1 has another encoder"):
-        together(store, config, encoders)
+        together(store, config, folders)
 
 
-def test_who_is_not_needed_is_told(store: PoolStore, encoders: list[Path]) -> None:
+def test_who_is_not_needed_is_told(store: PoolStore, folders: list[Path]) -> None:
     group = Group(2)
-    encoder = Encoder.from_folder(encoders[0], device="cpu")
+    encoder = Encoder.from_folder(folders[0], device="cpu")
     with ThreadPoolExecutor(1) as threads:
         other = threads.submit(serve, store, encoder, Peer(group, 1))
         engage(Peer(group, 0), None)

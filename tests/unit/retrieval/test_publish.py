@@ -24,18 +24,11 @@ from memshare.retrieval.manifest import DamagedGeneration, NoGeneration, read_ma
 from memshare.retrieval.publish import PublishError, activate, publish, unpin
 from memshare.retrieval.shelf import Lease, numbers
 from tests.retrieving import fill, make_config, open_store, publish_now
-from tests.tiny import tiny_encoder
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    base = tmp_path_factory.mktemp("encoders")
-    return [tiny_encoder(base / str(seed), seed=seed) for seed in range(2)]
 
 
 @pytest.fixture
-def config(tmp_path: Path, encoders: list[Path]) -> Config:
-    return make_config(tmp_path / "run", encoders[0])
+def config(tmp_path: Path, folders: list[Path]) -> Config:
+    return make_config(tmp_path / "run", folders[0])
 
 
 @pytest.fixture
@@ -46,8 +39,8 @@ def store(config: Config) -> Iterator[PoolStore]:
 
 
 @pytest.fixture
-def encoder(encoders: list[Path]) -> Encoder:
-    return Encoder.from_folder(encoders[0], device="cpu")
+def encoder(folders: list[Path]) -> Encoder:
+    return Encoder.from_folder(folders[0], device="cpu")
 
 
 def leftovers(config: Config) -> list[str]:
@@ -84,13 +77,13 @@ def test_an_empty_pool_is_published(config: Config, encoder: Encoder) -> None:
 
 
 def test_unchanged_files_are_links_and_changed_ones_are_not(
-    store: PoolStore, config: Config, encoder: Encoder, encoders: list[Path]
+    store: PoolStore, config: Config, encoder: Encoder, folders: list[Path]
 ) -> None:
     publish_now(store, config, encoder)
     publish_now(store, config, encoder, parent=1)
     fill(store, "p", 1, seed=9)
     publish_now(store, config, encoder, parent=2)
-    other = Encoder.from_folder(encoders[1], device="cpu")
+    other = Encoder.from_folder(folders[1], device="cpu")
     publish_now(store, config, other, parent=3, keep=9)
 
     def same(name: str, a: int, b: int) -> bool:
@@ -193,9 +186,9 @@ def test_half_precision_is_not_copied_into_full(
 
 
 def test_vectors_of_another_encoder_are_refused(
-    store: PoolStore, config: Config, encoder: Encoder, encoders: list[Path]
+    store: PoolStore, config: Config, encoder: Encoder, folders: list[Path]
 ) -> None:
-    built = build_generation(store, config, Encoder.from_folder(encoders[1], device="cpu"))
+    built = build_generation(store, config, Encoder.from_folder(folders[1], device="cpu"))
     with pytest.raises(PublishError, match="another encoder"):
         publish(
             config.retriever_dir, encoder=encoder, parent=None, metrics={}, keep=3,
@@ -339,12 +332,12 @@ def test_a_lease_never_loses_to_pruning(store: PoolStore, config: Config, encode
     loaded.close()
 
 
-def test_two_publishers_at_once(store: PoolStore, config: Config, encoders: list[Path]) -> None:
+def test_two_publishers_at_once(store: PoolStore, config: Config, folders: list[Path]) -> None:
     """Neither loses its generation, nor sweeps the other's temporary folder away."""
     made: list[int] = []
 
     def work(seed: int) -> None:
-        mine = Encoder.from_folder(encoders[seed], device="cpu")
+        mine = Encoder.from_folder(folders[seed], device="cpu")
         for _ in range(3):
             made.append(publish_now(store, config, mine, keep=9))
 

@@ -25,12 +25,13 @@ def test_others_may_read_it(store: PoolStore, config: Config, encoders: list[Enc
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
 
 
+def broken(*_: object) -> None:
+    raise OSError(errno.EIO, "I/O error")
+
+
 def test_one_that_can_not_become_current_is_taken_back(
     store: PoolStore, config: Config, encoders: list[Encoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
-        raise OSError(errno.EIO, "I/O error")
-
     publish_now(store, config, encoders[0])
     with monkeypatch.context() as patch:
         patch.setattr(publish_module, "write_current", broken)
@@ -44,10 +45,6 @@ def test_one_that_readers_have_met_as_current_is_not_taken_back(
     store: PoolStore, config: Config, encoders: list[Encoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CURRENT has moved, and what fails is to make that durable: it must not name nothing."""
-
-    def broken(*_: object) -> None:
-        raise OSError(errno.EIO, "I/O error")
-
     publish_now(store, config, encoders[0])
     with monkeypatch.context() as patch:
         patch.setattr(shelf, "fsync_dir", broken)

@@ -166,7 +166,7 @@ def test_a_batch_has_no_more_searches_than_asked_for(tmp_path: Path, folders: li
         assert searcher.stats().batches >= 16
 
 
-def test_deadlines(store: PoolStore, searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deadlines(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
     searcher.wait_ready(60)
     free = threading.Event()
     real = Encoder.encode_queries
@@ -242,7 +242,7 @@ def test_an_encoder_that_is_not_there(store: PoolStore, config: Config, tmp_path
 
 
 def test_a_database_that_is_away_for_a_while(
-    store: PoolStore, config: Config, searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+    store: PoolStore, searcher: Searcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from memshare.pool.errors import PoolError
 

@@ -74,7 +74,7 @@ def test_a_site_file_is_checked_as_a_whole(tmp_path: Path) -> None:
         render("train", Site(), ["--comment=a\nrm -r x"], [])
 
 
-def test_the_example_is_a_site(tmp_path: Path) -> None:
+def test_the_example_is_a_site() -> None:
     site = load_site(ROOT / "slurm" / "site.example.yaml")
     assert site.gpus_per_node == 8 and "--account=my-project" in site.options
 

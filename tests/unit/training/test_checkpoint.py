@@ -321,7 +321,7 @@ def test_what_a_killed_save_left_behind_is_discarded(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [kept]
 
 
-def test_a_warm_optimizer_knows_the_parameters_that_are_the_same(tmp_path: Path) -> None:
+def test_a_warm_optimizer_knows_the_parameters_that_are_the_same() -> None:
     model, optimizer = trained()
     past = {key: value.clone() for key, value in state_tensors(optimizer).items()}
     copy = {key: value.clone() for key, value in past.items()}

@@ -52,7 +52,7 @@ print(json.dumps(found))
 """
 
 
-def test_rows_keep_their_place_and_are_gone_with_the_spool(tmp_path: Path) -> None:
+def test_rows_keep_their_place_and_are_gone_with_the_spool() -> None:
     spool = Spool[dict[str, int]](lambda row: [row], lambda line: line[0])
     assert [spool.append({"n": n}) for n in range(5)] == [0, 1, 2, 3, 4]
     assert len(spool) == 5 and list(spool) == [{"n": n} for n in range(5)]

@@ -173,9 +173,7 @@ def test_the_loop_waits_for_who_does_the_same_by_hand(
     assert len(calls(tmp_path)) == 1
 
 
-def test_a_loop_that_waits_for_its_turn_stops_when_asked(
-    steps: Steps, config: Config, tmp_path: Path
-) -> None:
+def test_a_loop_that_waits_for_its_turn_stops_when_asked(steps: Steps, config: Config) -> None:
     steps._stop.set()
     with run_lock(config.run.dir, "mining"), pytest.raises(Stopped):
         steps.mine(Round(1, {}, "start"))
