@@ -23,11 +23,10 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from banking77 import judged, relevant
 from common import parser, write_claims
 
+from memshare.arrays import Floats
 from memshare.config import EncoderConfig
 from memshare.evaluation.data import Pair, load_banking77
 from memshare.evaluation.experiments.pruning import at_random
@@ -50,9 +49,9 @@ MODEL = "all-MiniLM-L6-v2"
 
 def measure(
     left: Sequence[Memory],
-    vectors: npt.NDArray[np.float32],
+    vectors: Floats,
     questions: Sequence[Pair],
-    queries: npt.NDArray[np.float32],
+    queries: Floats,
 ) -> dict[str, float]:
     """Mean metrics of ``questions`` over the memories that are ``left``, whose rows are theirs."""
     _, rows = FlatIndex.build(vectors).search(queries, 10)

@@ -22,6 +22,7 @@ import torch
 from random_texts import random_text, selected, words_of
 from torch import Tensor
 
+from memshare.arrays import Ints
 from memshare.config import Config, EncoderConfig, PoolSettings, RunConfig, TrainingConfig
 from memshare.files import write_json
 from memshare.pool.store import PoolStore
@@ -32,7 +33,6 @@ from memshare.retrieval.encoder import Encoder
 from memshare.training.batching import Batches
 from memshare.training.gather import World, launch, leave
 from memshare.training.optimizer import make_optimizer, update
-from memshare.training.order import Ints
 from memshare.training.select import Selected
 from memshare.training.step import ContrastiveStep
 

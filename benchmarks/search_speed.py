@@ -26,10 +26,10 @@ from statistics import mean
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import psutil
 from common import parser, write_claims
 
+from memshare.arrays import Floats
 from memshare.config import IndexConfig
 from memshare.progress import log
 from memshare.records import Memory, SearchAnswer
@@ -43,7 +43,6 @@ from memshare.retrieval.worker import Worker
 # isort: split
 import faiss  # after torch, which the modules above have loaded
 
-Floats = npt.NDArray[np.float32]
 POOL, K, BATCH, CLIENTS, TURNS = "p", 10, 64, 128, 3
 QUESTIONS = 2048
 FAISS_DEFAULT = int(faiss.cvar.distance_compute_blas_threshold)  # before an index changes it

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
-import numpy.typing as npt
 
+from memshare.arrays import Floats
 from memshare.pool.feedback import NEUTRAL_VOTES
 from memshare.pruning.agreement import signatures
 from memshare.pruning.evidence import Entry, Evidence
@@ -36,8 +36,8 @@ class Stream:
     """
 
     memories: Sequence[Memory]
-    queries: npt.NDArray[np.float32]
-    vectors: npt.NDArray[np.float32]
+    queries: Floats
+    vectors: Floats
     votes: Callable[[Memory, Memory], float] | None
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from memshare.arrays import Floats
 from memshare.config import Config
 from memshare.pool.feedback import Feedback
 from memshare.pool.store import PoolStore
@@ -89,14 +90,14 @@ class Evidence:
         return dict(sums)
 
     @cached_property
-    def vectors(self) -> npt.NDArray[np.float32]:
+    def vectors(self) -> Floats:
         """Unit rows (entries, dim) by the encoder that serves; most come from its index."""
         with self._serving() as (encoder, generation):
             source = MemoryVectors(encoder, generation)
             return self._rows(source.of, np.zeros((len(self.entries), encoder.dim), np.float32))
 
     @cached_property
-    def questions(self) -> npt.NDArray[np.float32]:
+    def questions(self) -> Floats:
         """The prompts as queries: unit rows (entries, dim) by the encoder that serves.
 
         All are encoded, which takes as long as a new generation's memories do.

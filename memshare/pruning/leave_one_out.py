@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from memshare.arrays import Floats, Ints
 from memshare.pruning.agreement import Signatures, agreement
 from memshare.pruning.evidence import Evidence
 from memshare.retrieval.index import FlatIndex
@@ -67,10 +68,10 @@ def by_leave_one_out(evidence: Evidence) -> list[str]:
 
 
 def leave_one_out_values(
-    questions: npt.NDArray[np.float32],
-    vectors: npt.NDArray[np.float32],
+    questions: Floats,
+    vectors: Floats,
     answers: Signatures,
-    left: npt.NDArray[np.int64],
+    left: Ints,
 ) -> Values:
     """The value (n,) of each memory in rows ``left`` of ``vectors``; meaningless for the others.
 

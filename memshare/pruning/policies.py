@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from importlib.metadata import entry_points
 
 import numpy as np
-import numpy.typing as npt
 
+from memshare.arrays import Floats, Ints
 from memshare.pruning.evidence import Entry, Evidence
 from memshare.pruning.leave_one_out import by_leave_one_out
 from memshare.pruning.prune import PruneError
@@ -116,9 +116,7 @@ def find_policy(name: str) -> Policy:
     raise PruneError(f"no pruning policy {name!r} (there: {', '.join(policy_names())})")
 
 
-def _nearest_pairs(
-    vectors: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]
-) -> list[tuple[int, int]]:
+def _nearest_pairs(vectors: Floats, rows: Ints) -> list[tuple[int, int]]:
     """Pairs among ``rows`` and each one's nearest neighbours, by falling cosine."""
     index = FlatIndex.build(vectors[rows])
     pairs: dict[tuple[int, int], float] = {}

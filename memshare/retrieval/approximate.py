@@ -18,20 +18,10 @@ import torch  # noqa: F401  # before FAISS, as in `index`
 # isort: split
 import faiss
 
+from memshare.arrays import Floats, Ints, Mask
 from memshare.config import IndexConfig
 from memshare.retrieval.gpu import GpuPlace
-from memshare.retrieval.index import (
-    GPU_MAX_K,
-    SLACK,
-    FlatIndex,
-    Floats,
-    Found,
-    IndexFault,
-    Mask,
-    Rows,
-    checked,
-    stored,
-)
+from memshare.retrieval.index import GPU_MAX_K, SLACK, FlatIndex, Found, IndexFault, checked, stored
 
 _GATHER = 4096  # rows: so few are compared one by one sooner than a selection finds them
 _GATHER_SHARE = 50  # and so is a 50th of all
@@ -69,7 +59,7 @@ class ApproximateIndex(FlatIndex):
         return self._complete(queries, candidates, k, allowed, count)
 
     def _complete(
-        self, queries: Floats, candidates: Rows, k: int, allowed: Mask | None, count: int
+        self, queries: Floats, candidates: Ints, k: int, allowed: Mask | None, count: int
     ) -> Found:
         """Decide among ``candidates``; a query that has too few of them is searched in full."""
         similarities, rows = self._decide(queries, candidates, k)

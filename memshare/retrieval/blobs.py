@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from memshare.arrays import Floats
 from memshare.config import IndexConfig
 from memshare.files import fsync_tree, write_atomic, write_json
 from memshare.progress import log
@@ -50,7 +51,7 @@ def write_files(
     folder: Path,
     manifest: Manifest,
     encoder: Encoder,
-    vectors: npt.NDArray[np.float32],
+    vectors: Floats,
     ids: Sequence[str],
     metrics: Mapping[str, Any],
     settings: IndexConfig,
@@ -89,9 +90,7 @@ def write_files(
     return manifest
 
 
-def _build(
-    manifest: Manifest, vectors: npt.NDArray[np.float32], settings: IndexConfig
-) -> dict[str, FlatIndex]:
+def _build(manifest: Manifest, vectors: Floats, settings: IndexConfig) -> dict[str, FlatIndex]:
     """Each pool's index, in the order of their rows."""
     return {
         pool: build_index(vectors[start:stop], settings)
@@ -114,7 +113,7 @@ def _link_parent(
     home: Path,
     folder: Path,
     new: Manifest,
-    vectors: npt.NDArray[np.float32],
+    vectors: Floats,
     ids: npt.NDArray[np.bytes_],
 ) -> Manifest | None:
     """Hard-link what the parent has already: the rows, the encoder, both or nothing.
@@ -157,7 +156,7 @@ def _link_parent(
 def _same_rows(
     source: Path,
     old: Manifest,
-    vectors: npt.NDArray[np.float32],
+    vectors: Floats,
     ids: npt.NDArray[np.bytes_],
 ) -> bool:
     """Whether the parent's rows are these: the same ids, and vectors equal but for rounding."""

@@ -10,8 +10,8 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from memshare.arrays import Floats
 from memshare.config import Config
 from memshare.pool.store import PoolStore
 from memshare.progress import log, track
@@ -32,7 +32,7 @@ class Built:
     together with any other.
     """
 
-    vectors: npt.NDArray[np.float32]
+    vectors: Floats
     ids: list[str]
     spans: dict[str, tuple[int, int]]
     positions: dict[str, int]
@@ -57,7 +57,7 @@ def build_generation(
     serve`, and all encode. Where vectors can be copied, the little that is new is encoded here.
     """
     ids: list[str] = []
-    blocks: list[npt.NDArray[np.float32]] = [np.empty((0, encoder.dim), dtype=np.float32)]
+    blocks: list[Floats] = [np.empty((0, encoder.dim), dtype=np.float32)]
     spans, positions = {}, {}
     fingerprint = encoder.memory_fingerprint()
     with _current_by(config, fingerprint) as generation:
@@ -89,7 +89,7 @@ def _alone(store: PoolStore, vectors: MemoryVectors, pool: str, position: int) -
 
 def memory_vectors(
     encoder: Encoder, memories: Sequence[Memory], generation: Generation | None
-) -> npt.NDArray[np.float32]:
+) -> Floats:
     """``memories`` as unit rows (n, dim), by ``encoder``.
 
     Those that ``generation``, which must have that encoder's memory tower, holds are copied from
@@ -116,7 +116,7 @@ class MemoryVectors:
                 for pool, ids in generation.ids.items()
             }
 
-    def of(self, memories: Sequence[Memory]) -> npt.NDArray[np.float32]:
+    def of(self, memories: Sequence[Memory]) -> Floats:
         """Unit rows (n, dim), in the order of ``memories``."""
         vectors = np.empty((len(memories), self._encoder.dim), dtype=np.float32)
         places = [self._rows.get(m.pool, {}).get(m.id.encode(), -1) for m in memories]

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from memshare.arrays import Ints, Mask
 from memshare.records import Memory
 from memshare.retrieval.filters import Filter, microseconds, terms_of
-
-Mask = npt.NDArray[np.bool_]
-Rows = npt.NDArray[np.int64]
 
 
 class Growing:
@@ -103,7 +101,7 @@ class Columns:
         """These columns as they are now."""
         return copy.deepcopy(self)
 
-    def take(self, rows: Rows, other: Columns, theirs: Rows) -> None:
+    def take(self, rows: Ints, other: Columns, theirs: Ints) -> None:
         """Before any `set`: ``rows`` (r,) are what the rows ``theirs`` (r,) of ``other`` are."""
         self._agent_codes = dict(other._agent_codes)
         for mine, old in (

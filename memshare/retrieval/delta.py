@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from memshare.arrays import Floats, Ints, Mask
 from memshare.records import Hit, Memory
 from memshare.retrieval.columns import Columns
 from memshare.retrieval.filters import Filter
 from memshare.retrieval.gpu import GpuPlace
-from memshare.retrieval.index import FlatIndex, Floats, Found, Mask
+from memshare.retrieval.index import FlatIndex, Found
 
 _COLUMN_BLOCK = 1000
 
@@ -210,7 +211,7 @@ class Shard:
         pairs = [(row, m) for row, m in zip(rows.tolist(), memories, strict=True) if row >= 0]
         self._columns.set([row for row, _ in pairs], [memory for _, memory in pairs])
 
-    def _base_rows(self, ids: Sequence[str]) -> npt.NDArray[np.int64]:
+    def _base_rows(self, ids: Sequence[str]) -> Ints:
         """Rows of ``ids`` in the index, -1 for one that it lacks."""
         rows = np.full(len(ids), -1, np.int64)
         if len(self._base_ids) == 0 or not ids:

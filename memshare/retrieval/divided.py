@@ -14,16 +14,14 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
+from memshare.arrays import Floats
 from memshare.pool.store import PoolStore
 from memshare.progress import track
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.errors import EncoderError
 
 T = TypeVar("T")
-Rows = tuple[list[str], npt.NDArray[np.float32]]  # ids, and unit vectors (n, dim)
+Rows = tuple[list[str], Floats]  # ids, and unit vectors (n, dim)
 Span = tuple[str, int, int]  # pool, after this seq, up to this seq
 
 

@@ -18,12 +18,10 @@ import torch  # noqa: F401  # before FAISS: both bring OpenMP and CUDA, and torc
 # isort: split
 import faiss
 
+from memshare.arrays import Floats, Ints, Mask
 from memshare.retrieval.gpu import GpuPlace
 
-Floats = npt.NDArray[np.float32]
-Rows = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
-Found = tuple[Floats, Rows]
+Found = tuple[Floats, Ints]
 
 GPU_MAX_K = 2048  # what FAISS's GPU kernels can select
 SLACK = 16  # rows proposed beyond k: room for rounding and for a few equal vectors
@@ -196,13 +194,13 @@ class FlatIndex:
         """The stored vectors of ``rows`` as float32 (r, dim); a view where that is possible."""
         return stored(self.cpu, len(self))[rows].astype(np.float32, copy=False)
 
-    def _checked_rows(self, rows: npt.NDArray[Any]) -> Rows:
+    def _checked_rows(self, rows: npt.NDArray[Any]) -> Ints:
         rows = rows.astype(np.int64, copy=False)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexFault(f"rows must be in 0..{len(self) - 1}, got {rows.min()}..{rows.max()}")
         return rows
 
-    def _scan(self, queries: Floats, allowed: Rows | None, k: int) -> Found:
+    def _scan(self, queries: Floats, allowed: Ints | None, k: int) -> Found:
         """Best k of ``allowed`` (ascending; None: all rows), none overlooked."""
         found = _padding(len(queries), k)
         total = len(self) if allowed is None else len(allowed)
@@ -221,14 +219,14 @@ class FlatIndex:
                 found[0][start + i], found[1][start + i] = best[0][0], best[1][0]
         return found
 
-    def _near(self, rough: Floats, norm: float, k: int) -> Rows:
+    def _near(self, rough: Floats, norm: float, k: int) -> Ints:
         """Places of ``rough`` among which the best k must be, for all that rounding may do."""
         if k >= len(rough):
             return np.arange(len(rough))
         least = np.partition(rough, len(rough) - k)[len(rough) - k]
         return np.flatnonzero(rough >= least - 2 * _ERROR * self._norm * norm)
 
-    def _decide(self, queries: Floats, candidates: Rows, k: int) -> Found:
+    def _decide(self, queries: Floats, candidates: Ints, k: int) -> Found:
         """The first k of ``candidates`` (q, m) by exact similarity; -1 among them is padding."""
         candidates = np.sort(candidates, axis=1)
         exact = np.full(candidates.shape, -np.inf, dtype=np.float32)

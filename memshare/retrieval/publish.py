@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from memshare.arrays import Floats
 from memshare.config import IndexConfig
 from memshare.files import disk_full, fsync_dir, write_atomic
 from memshare.progress import log
@@ -55,7 +55,7 @@ def publish(
     home: Path,
     *,
     encoder: Encoder,
-    vectors: npt.NDArray[np.float32],
+    vectors: Floats,
     ids: Sequence[str],
     spans: Mapping[str, tuple[int, int]],
     positions: Mapping[str, int],
@@ -183,7 +183,7 @@ def _move(home: Path, number: int, *, pinned: bool) -> None:
 
 def _check(
     encoder: Encoder,
-    vectors: npt.NDArray[np.float32],
+    vectors: Floats,
     ids: Sequence[str],
     spans: Mapping[str, tuple[int, int]],
     positions: Mapping[str, int],

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Ints = npt.NDArray[np.int64]
+from memshare.arrays import Ints
 
 
 @dataclass(frozen=True, eq=False, slots=True)

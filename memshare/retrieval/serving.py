@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from memshare.arrays import Floats
 from memshare.config import Config
 from memshare.pool.store import PoolStore
 from memshare.progress import log, track
@@ -222,7 +222,7 @@ class Serving:
                 answers[i] = SearchAnswer(self.number, hits[: queries[i].k])
         return [answers[i] for i in range(len(queries))]
 
-    def _encode(self, queries: Sequence[Query]) -> npt.NDArray[np.float32]:
+    def _encode(self, queries: Sequence[Query]) -> Floats:
         """Questions by the query tower, memories by theirs; (queries, dim)."""
         memories = [i for i, query in enumerate(queries) if query.answer is not None]
         texts = [query.text for query in queries if query.answer is None]

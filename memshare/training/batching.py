@@ -16,10 +16,11 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 
+from memshare.arrays import Ints
 from memshare.config import TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.training.item_table import ItemTable
-from memshare.training.order import Ints, Order
+from memshare.training.order import Order
 from memshare.training.prefetch import prefetched
 from memshare.training.select import Selected
 from memshare.training.step_batch import StepBatch, assemble

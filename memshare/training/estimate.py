@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from memshare.arrays import Ints
 from memshare.config import TrainingConfig
 from memshare.retrieval import packing
 from memshare.retrieval.encoder import SIDES, Encoder
@@ -16,7 +17,6 @@ from memshare.training import activations
 from memshare.training.activations import Activations
 from memshare.training.batching import Batches, cut, cut_packed, deal
 from memshare.training.gather import wants_fsdp
-from memshare.training.order import Ints
 from memshare.training.precision import Autocast, described, in_bf16
 from memshare.training.step import TILE_ROWS
 

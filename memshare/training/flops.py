@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memshare.training.order import Ints
+from memshare.arrays import Ints
 
 # Dense bf16 tensor-core FLOP/s by words of `torch.cuda.get_device_name`, from the maker's data
 # sheets (figures with sparsity halved); a name's first match counts.

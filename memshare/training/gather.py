@@ -20,9 +20,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
+from memshare.arrays import Ints
 from memshare.config import ConfigError
 from memshare.training.allocator import keep_freed_memory
-from memshare.training.order import Ints
 from memshare.training.precision import check_driver
 
 if TYPE_CHECKING:

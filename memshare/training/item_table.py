@@ -20,8 +20,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from memshare.arrays import Ints
 from memshare.retrieval.ragged import spans
-from memshare.training.order import Ints
 from memshare.training.select import Selected
 
 Records = npt.NDArray[Any]

@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
+from memshare.arrays import Ints
 from memshare.training.principals import PrincipalCap
 from memshare.training.select import Selected
-
-Ints = npt.NDArray[np.int64]
 
 
 class Order:

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 
+from memshare.arrays import Ints
 from memshare.training.select import Selected
 
 _EPSILON = 1e-9  # 0.29 * 100 is 28.999999999999996
@@ -57,13 +57,13 @@ class PrincipalCap:
             equal[row] = tuple(part for part in row if part[0] not in exempt)
         self._parts = [equal[row] for row in self._parts]
 
-    def deal(self, members: npt.NDArray[np.int64], count: int) -> list[npt.NDArray[np.int64]]:
+    def deal(self, members: Ints, count: int) -> list[Ints]:
         """``count`` batches, as even as ``members`` and the share allow; none of them twice."""
         by_author: dict[int, list[int]] = defaultdict(list)
         for member in members.tolist():
             by_author[self._authors[member]].append(member)
         spread = list(chain.from_iterable(by_author.values()))
-        batches: list[npt.NDArray[np.int64]] = []
+        batches: list[Ints] = []
         waiting: list[int] = []
         for start in range(count):
             dealt = spread[start::count]

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from memshare.arrays import Ints
 from memshare.config import TrainingConfig
 from memshare.progress import log
 from memshare.retrieval import packing
@@ -38,7 +39,6 @@ from memshare.training.batching import cut, cut_packed, deal
 from memshare.training.flops import ModelCost, bf16_peak
 from memshare.training.gather import World
 from memshare.training.loss import objective_rows
-from memshare.training.order import Ints
 from memshare.training.precision import Autocast, described, in_bf16
 from memshare.training.step_batch import StepBatch
 from memshare.training.step_result import NonFinite, StepResult

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from memshare.arrays import Ints, Mask
 from memshare.retrieval.ragged import spans
 from memshare.training.item_table import ItemTable, Records
-from memshare.training.order import Ints
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def assemble(
 
 def _passages(
     table: ItemTable, places: Ints, drawn: Sequence[Sequence[int]]
-) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
+) -> tuple[Ints, Ints, Mask]:
     """Where in ``table.passages`` each item's are, its ``drawn`` ones first; whose; which drawn."""
     ours = np.fromiter(chain.from_iterable(drawn), dtype=np.int64)
     owners = np.repeat(np.arange(len(places)), [len(one) for one in drawn])

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from memshare.arrays import Ints
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.ragged import Ragged, spans
-from memshare.training.order import Ints
 
 _TOKENISE_AT_ONCE = 8192  # texts, or
 _TOKENISE_CHARS = 4_000_000

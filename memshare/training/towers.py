@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from memshare.arrays import Ints
 from memshare.config import ConfigError, TrainingConfig
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.encoder_format import Side
@@ -22,7 +23,6 @@ from memshare.retrieval.errors import EncoderError
 from memshare.training.batching import Batches, cut, deal
 from memshare.training.gather import World
 from memshare.training.lora import add_adapters
-from memshare.training.order import Ints
 from memshare.training.precision import Autocast
 
 _TRAINED: dict[str, tuple[Side, ...]] = {
