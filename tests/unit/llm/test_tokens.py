@@ -63,22 +63,14 @@ def test_ordinary_text_stays_as_it_is(chat: ChatTokenizer, text: str) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(texts, texts), max_size=3), texts, texts)
 def test_turns_are_exactly_those_that_were_built(
-    lm_folder: Path, shots: list[tuple[str, str]], question: str, instruction: str
+    chat: ChatTokenizer, shots: list[tuple[str, str]], question: str, instruction: str
 ) -> None:
-    chat = _chat(lm_folder)
     messages = few_shot(instruction, shots, question)
     ids = chat.prompt_ids(messages)
     start, end = chat.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert len(messages) == 2 * len(shots) + 1 + bool(instruction)
     assert ids.count(start) == len(messages) + 1
     assert ids.count(end) == len(messages)
-
-
-_CHATS: dict[Path, ChatTokenizer] = {}
-
-
-def _chat(folder: Path) -> ChatTokenizer:
-    return _CHATS.setdefault(folder, ChatTokenizer(str(folder)))
 
 
 def test_the_template_itself_would_have_been_open(chat: ChatTokenizer) -> None:
