@@ -89,7 +89,7 @@ def test_orthogonal_makes_singular_values_alike() -> None:
 
 
 def test_steps_lower_the_loss_on_one_batch(tokenizer: PreTrainedTokenizerFast) -> None:
-    recipe = dataclasses.replace(RECIPE, warmup_steps=1, steps=40)
+    recipe = dataclasses.replace(RECIPE, warmup_steps=1, steps=40, hidden_size=128, mlp_size=128)
     model = fit.new_model(recipe, tokenizer)
     optimizers = fit.Optimizers(model, recipe)
     maker = fit.RowMaker(tokenizer, recipe)
