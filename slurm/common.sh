@@ -4,16 +4,17 @@
 # Settings, from the site file (`memshare slurm`) or the environment of a plain `sbatch`:
 #   MEMSHARE_ROOT     the work tree (default: where sbatch was called)
 #   MEMSHARE_PYTHON   the command that runs Python, in words: a virtual environment's, or one that
-#                     begins with a container's (default: .venv/bin/python of the work tree)
+#                     begins with a container's (default: .venv/bin/python of the work tree, whose
+#                     path may hold blanks)
 #   MEMSHARE_LOGS     folder of the logs (default: runs/slurm)
 #   MEMSHARE_GRACE    seconds from the scheduler's warning until what runs gets SIGTERM (default: 150)
 #   MEMSHARE_PROCESSES, MEMSHARE_ACCELERATE
 #                     of train: processes a node (default: one a GPU, or one), and accelerate's
 #                     configuration (default: the one in configs/accelerate/ that fits)
 
-MEMSHARE_PYTHON=${MEMSHARE_PYTHON:-$MEMSHARE_ROOT/.venv/bin/python}
-read -ra python <<< "$MEMSHARE_PYTHON"
-export MEMSHARE_ROOT MEMSHARE_PYTHON
+python=("$MEMSHARE_ROOT/.venv/bin/python")
+[[ ${MEMSHARE_PYTHON:-} ]] && read -ra python <<< "$MEMSHARE_PYTHON"
+export MEMSHARE_ROOT
 
 warned='' cancelled=''
 trap 'warned=yes' USR1 # here already: it would end a shell without a trap
@@ -74,7 +75,7 @@ first_host() {
 # A port that is free on this node now.
 free_port() {
     "${python[@]}" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])' ||
-        die "no free port, or no Python: '$MEMSHARE_PYTHON'"
+        die "no free port, or no Python: '${python[*]}'"
 }
 
 # The options --config and --set among the arguments, in the array `config_words`; and in `ports` more of

@@ -58,7 +58,7 @@ def test_the_first_node_and_its_address(env: dict[str, str]) -> None:
     [
         ("SLURM_JOB_NODELIST=x; first=$(first_host)", "can't expand SLURM_JOB_NODELIST='x'"),
         ("head=$(address n99)", "names no address of node 'n99'"),
-        ("python=(no-such-python); port=$(free_port)", "no free port, or no Python"),
+        ("python=(no-such-python); port=$(free_port)", "no Python: 'no-such-python'"),
     ],
 )
 def test_what_a_node_does_not_say_ends_the_job_with_its_reason(
@@ -67,6 +67,16 @@ def test_what_a_node_does_not_say_ends_the_job_with_its_reason(
     done = common(env, f"{lines}\necho went on")
     assert done.returncode == 1 and told in done.stderr
     assert "went on" not in done.stdout
+
+
+def test_a_work_tree_whose_path_holds_blanks_has_its_python(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "my tree").symlink_to(ROOT)
+    env["MEMSHARE_ROOT"] = str(tmp_path / "my tree")
+    del env["MEMSHARE_PYTHON"]
+    told = common(env, "printf '%s\\n' \"${python[@]}\"")
+    assert told.stdout == f"{tmp_path}/my tree/.venv/bin/python\n"
 
 
 @pytest.mark.parametrize(
