@@ -65,7 +65,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "wandb": {"mode": "offline"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    site = {"python": sys.executable, "logs": str(folder / "logs"), "warning_seconds": 30}
+    site: dict[str, Any] = {"python": sys.executable, "logs": str(folder / "logs")}
+    site |= {"warning_seconds": 30, "env": {"PYTHONPATH": str(ROOT)}}
     (folder / "site.yaml").write_text(yaml.safe_dump(site))
     return folder
 
@@ -134,8 +135,9 @@ def whole(slurm: Cluster, base: Path) -> Path:
 
 
 def test_two_nodes_train_as_one_process(slurm: Cluster, base: Path, tmp_path: Path) -> None:
+    """Here without the environment of whoever submits, as sites advise; steps would get none."""
     few = ("--set=training.max_steps=10", "--set=training.dropout=false")
-    job = train(slurm, base, tmp_path / "two", "--nodes=2", *few)
+    job = train(slurm, base, tmp_path / "two", "--nodes=2", "--sbatch=--export=NONE", *few)
     arguments = ["--config", str(base / "config.yaml"), *few, "--set=training.batch_size=8"]
     arguments += ["--examples", str(base / "round-1"), "--output", str(tmp_path / "one")]
     assert slurm.wait(job) == "COMPLETED", log_of(base, job, 0)
@@ -348,7 +350,7 @@ def test_the_loop_learns_is_requeued_learns_on_and_falls_with_a_part(
         continual={"min_new": 24, "poll_seconds": 0.2}, split={"held_out": 0.3},
     )  # fmt: skip
     facts = yaml.safe_load((base / "site.yaml").read_text())
-    facts["env"] = {"CUDA_VISIBLE_DEVICES": "3,5,6"}  # as a node with GPUs would set it
+    facts["env"]["CUDA_VISIBLE_DEVICES"] = "3,5,6"  # as a node with GPUs would set it
     (base / "gpus.yaml").write_text(yaml.safe_dump(facts))
     site = ["--site", str(base / "gpus.yaml"), "--config", str(config)]
     submit = [sys.executable, "-m", "memshare.cli", "slurm", "submit", *site, "loop"]
