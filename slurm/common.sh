@@ -72,10 +72,18 @@ first_host() {
     printf '%s' "${hosts%%$'\n'*}"
 }
 
-# A port that is free on this node now.
+# A port that is free on this node now, below those that the kernel deals out by itself (from 32768
+# on): srun, started next, takes several of these, and so does whatever connects to somewhere.
 free_port() {
-    "${python[@]}" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])' ||
-        die "no free port, or no Python: '${python[*]}'"
+    "${python[@]}" -c '
+import contextlib, random, socket
+for port in random.sample(range(10000, 32000), 100):
+    with contextlib.suppress(OSError), socket.socket() as probe:
+        probe.bind(("", port))
+        print(port)
+        break
+else:
+    raise SystemExit(1)' || die "no free port, or no Python: '${python[*]}'"
 }
 
 # The options --config and --set among the arguments, in the array `config_words`; and in `ports` more of

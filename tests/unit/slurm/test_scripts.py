@@ -69,6 +69,12 @@ def test_what_a_node_does_not_say_ends_the_job_with_its_reason(
     assert "went on" not in done.stdout
 
 
+def test_a_free_port_is_none_that_the_kernel_gives_to_others(env: dict[str, str]) -> None:
+    env["MEMSHARE_PYTHON"] = sys.executable
+    ports = common(env, "free_port; free_port; free_port").stdout.split()
+    assert len(ports) == 3 and all(10_000 <= int(port) < 32_000 for port in ports)
+
+
 def test_a_work_tree_whose_path_holds_blanks_has_its_python(
     env: dict[str, str], tmp_path: Path
 ) -> None:
