@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import suppress
 from typing import TypeVar
 
 from rich.console import Console
@@ -15,7 +16,10 @@ _LINE_EVERY_SECONDS = 10.0
 
 
 def _plain(message: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
+    # Where it can't be read any more (its terminal was closed, its disk is full) the work goes on,
+    # and is above all still stopped in order.
+    with suppress(OSError):
+        print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
 
 
 _write: Callable[[str], None] = _plain

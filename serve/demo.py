@@ -35,6 +35,7 @@ from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.records import NewMemory
 from memshare.retrieval.generation import current
+from memshare.stopping import on_stop
 from memshare.training.journal import Journal
 from memshare.training.rounds import count_new
 
@@ -101,7 +102,6 @@ def learned(config: Config) -> Callable[[], bool]:
 def serve(config: Config, args: argparse.Namespace, pool: str, splits: Splits) -> Traffic:
     """Steps 3 and 4: everything up, the stream of questions, everything down."""
     supervisor = Supervisor(config.run.dir / "logs", grace_seconds=60.0)
-    up = supervisor.start("up", [sys.executable, "-u", str(ROOT / "serve/up.py"), *words(args)])
     record = config.run.dir / "gateway.json"
     started = time.monotonic()
     finished = learned(config)
@@ -119,6 +119,7 @@ def serve(config: Config, args: argparse.Namespace, pool: str, splits: Splits) -
         return finished() and number in (first, *stream.traffic.swaps)
 
     try:
+        up = supervisor.start("up", [sys.executable, "-u", str(ROOT / "serve/up.py"), *words(args)])
         while (url := url_of(record, 0)) is None or not state_of(url).get("ready"):
             check()
             if time.monotonic() - started > START_SECONDS:
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_config_arguments(parser)
     args = parser.parse_args(argv)
     # Unwinds through every `finally`, so that nothing is left running.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    on_stop(lambda name: sys.exit(128 + signal.Signals[name]))
     began = time.monotonic()
     try:
         config = load_config(args.config, args.overrides)

@@ -4,8 +4,9 @@
 
 One server for each distinct model and URL of ``agent_llm`` and ``scorer_llm`` with backend
 ``vllm``, replicas among them; where they share GPUs, one after the other. Prints ``ready`` once all
-of them answer. Ctrl-C or SIGTERM stops them; one that dies ends this program with code 1 and its
-last log lines, but a replica, whose siblings serve on, is started again, up to three times.
+of them answer. Ctrl-C, SIGTERM or closing the terminal (but for nohup) stops them; one that dies
+ends this program with code 1 and its last log lines, but a replica, whose siblings serve on, is
+started again, up to three times.
 ``--check`` starts nothing: it says whether they run and serve the right models; ``--for mining``
 takes those alone that train/mine.py asks. Servers on other hosts are only waited for.
 """
@@ -13,17 +14,16 @@ takes those alone that train/mine.py asks. Servers on other hosts are only waite
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config, shown_command
 from memshare.llm.base import LLMError
 from memshare.llm.plan import ServerPlan, plan_servers
 from memshare.llm.server import Server, server_command, serves, wait_ready
 from memshare.progress import log
+from memshare.stopping import on_stop
 
 RESTARTS = 3  # of one replica
 
@@ -32,8 +32,8 @@ class _Stop(Exception):
     """A signal asked for the end."""
 
 
-def _stop(number: int, _: FrameType | None) -> None:
-    raise _Stop(signal.Signals(number).name)
+def _stop(name: str) -> None:
+    raise _Stop(name)
 
 
 def check(plans: list[ServerPlan]) -> int:
@@ -53,8 +53,7 @@ def run(config: Config, plans: list[ServerPlan]) -> int:
     """Start what is local, wait for all of it, and stay until a signal or a death."""
     servers: list[Server] = []
     restarts: dict[str, int] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    on_stop(_stop)  # the first one only: a second Ctrl-C must not leave a child behind
     try:
         for plan in plans:
             if serves(plan):
@@ -91,8 +90,6 @@ def run(config: Config, plans: list[ServerPlan]) -> int:
         log(f"{stop}: stopping")
         return 0
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave a child behind
         for server in servers:
             server.stop()
 

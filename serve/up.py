@@ -7,14 +7,13 @@ gateway and its LLMs answer; a gateway that still encodes the pool is waited for
 the LLM servers get the last ones, trainer and searcher the first. A server that dies stops
 everything, and the end of its log is shown. A trainer that fails (a training diverges, a disk is
 full, an LLM does not answer) is no reason to stop serving: it starts again after
-``continual.retry_seconds``, and goes on from where it was. Ctrl-C and SIGTERM stop everything
-cleanly: the trainer, then the gateway, then the LLMs.
+``continual.retry_seconds``, and goes on from where it was. Ctrl-C, SIGTERM and closing the
+terminal (but for nohup) stop everything cleanly: the trainer, then the gateway, then the LLMs.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from memshare.gateway.supervisor import Restarted, Supervisor, shared_cores
 from memshare.llm.base import LLMError
 from memshare.llm.plan import gpus_left, plan_servers
 from memshare.progress import log
+from memshare.stopping import on_stop
 from memshare.training.outcome import EXIT_USAGE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,8 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     supervisor = Supervisor(config.run.dir / "logs", grace)
     # A flag, not an exception: nothing may be started and then forgotten in between.
     stopping = Event()
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, lambda number, frame: stopping.set())
+    on_stop(lambda name: stopping.set())
     code, clean = 0, True
     try:
         with run_lock(config.run.dir, "up"):

@@ -14,7 +14,6 @@ waits.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from memshare.progress import log
 from memshare.pruning.prune import PruneError, check_caps, hold_caps
 from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.manifest import GenerationError
+from memshare.stopping import on_stop
 from memshare.training import outcome as outcomes
 from memshare.training.child import ChildFailed, Stopped, check_launch
 from memshare.training.erasing import erase_deleted
@@ -64,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return outcomes.tell(error)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    on_stop(lambda name: stop.set())
     settings = [] if args.config is None else ["--config", str(args.config.resolve())]
     settings += [item for override in args.overrides for item in ("--set", override)]
     try:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -32,7 +33,8 @@ def launch(
     config = loop_config_file(run_dir, models, **sections)
     command = [sys.executable, str(ROOT / "serve/up.py"), "--config", str(config), *more]
     with open(run_dir / "up.log", "wb") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        default = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also under nohup
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, preexec_fn=default)
 
 
 def wait_for(words: str, run_dir: Path, process: subprocess.Popen[bytes]) -> str:
@@ -129,9 +131,11 @@ def test_a_trainer_that_fails_is_started_again_while_serving_goes_on(
         log = wait_for("continual has nothing more to do; serving goes on", tmp_path, process)
         assert log.count("started gateway") == 1 < log.count("started continual")
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGHUP)  # as of a terminal that is closed
         code = process.wait(120)
-    assert code == 0, (tmp_path / "up.log").read_text()
+    log = (tmp_path / "up.log").read_text()
+    assert code == 0, log
+    assert all(gone(pid) for pid in pids(log).values())
 
 
 @pytest.mark.slow

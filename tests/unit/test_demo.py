@@ -39,9 +39,11 @@ def test_every_pocket_lm_that_is_named_is_built(
     monkeypatch.setattr(demo, "program", lambda *line: ran.append(line))
     settings = (f"agent_llm.model={agent}", f"scorer_llm.model={scorer}", f"run.dir={tmp_path}")
     words = [word for setting in settings for word in ("--set", setting)]
-    before = signal.getsignal(signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         assert demo.main(["--config", str(ROOT / "configs/pocket.yaml"), *words]) == 1
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert ran == [("train/pocket_lm.py", name) for name in built]
