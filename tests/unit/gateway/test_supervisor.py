@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_children_of_children_are_not_left_behind(tmp_path: Path) -> None:
 
 
 def test_death_is_noticed_and_its_last_words_kept(tmp_path: Path) -> None:
-    supervisor = Supervisor(tmp_path, 20)
+    supervisor = Supervisor(tmp_path / "logs", 20)
     up(supervisor, "well", POLITE)
     ill = supervisor.start("ill", [sys.executable, "-c", "raise SystemExit('out of luck')"])
     ill.process.wait(30)
@@ -88,6 +89,9 @@ def test_death_is_noticed_and_its_last_words_kept(tmp_path: Path) -> None:
     again = supervisor.start("ill", [sys.executable, "-c", "raise SystemExit('again')"])
     again.process.wait(30)
     assert again.tail() == "again"  # and nothing of who had the log before
+    shutil.rmtree(again.log_file.parent)
+    assert "no log" in again.tail()
+    up(supervisor, "new", POLITE)
     assert supervisor.stop()
 
 

@@ -31,6 +31,9 @@ def test_what_a_child_was_started_with_is_told_without_secrets(tmp_path: Path) -
     for told in (written, str(failed.value)):
         assert "postgresql://ann:***@db/memshare" in told and "hunter2" not in told
     assert "ended with code 3" in str(failed.value) and not record.exists()
+    command[2] = f"import os, sys; os.remove({str(log)!r}); sys.exit(3)"
+    with pytest.raises(ChildFailed, match=r"ended with code 3(?s:.)*no log"):
+        run_child(command, log, record, threading.Event(), tmp_path)
 
 
 def test_a_program_never_runs_unrecorded(tmp_path: Path) -> None:
