@@ -93,6 +93,7 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
     path = config.run.dir / "continual.json"
     journal = Journal.load(path)
     delete_leftovers(config, journal)  # in case a loop was killed before it did
+    waiting = False
     while not stop.is_set():
         # 1. Between two rounds: wait until enough memories are new, then put a round on record.
         if journal.open_round is None:
@@ -102,8 +103,13 @@ def loop(config: Config, store: PoolStore, steps: Steps, stop: threading.Event, 
             ):
                 return
             if not when_available(stop, due, config, store, journal):
+                if not waiting:  # or whoever looks for learning finds an empty log
+                    need = config.continual.min_new
+                    log(f"waiting until {need} memories are new (continual.min_new)")
+                waiting = True
                 stop.wait(config.continual.poll_seconds)
                 continue
+            waiting = False
             opened = when_available(stop, next_round, config, store, journal)
             steps.rehearse(opened.encoder)  # or hours of mining might be for nothing
             journal = journal.begin(opened)

@@ -34,7 +34,8 @@ def test_stops_cleanly_and_refuses_a_second_loop(make_run: Any) -> None:
     run.wait(child, record.exists)
     session = json.loads(record.read_text())["session"]
     child.send_signal(signal.SIGTERM)
-    assert "stopped" in child.communicate(timeout=60)[1]
+    errors = child.communicate(timeout=60)[1]
+    assert "stopped" in errors and errors.count("waiting until 30 memories are new") == 1
     assert child.returncode == 0
     assert run.rounds()[-1]["step"] == "train" and not record.exists()
     with pytest.raises(ProcessLookupError):
