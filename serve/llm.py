@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
+from threading import Event
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config, shown_command
 from memshare.llm.base import LLMError
@@ -26,14 +26,6 @@ from memshare.progress import log
 from memshare.stopping import on_stop
 
 RESTARTS = 3  # of one replica
-
-
-class _Stop(Exception):
-    """A signal asked for the end."""
-
-
-def _stop(name: str) -> None:
-    raise _Stop(name)
 
 
 def check(plans: list[ServerPlan]) -> int:
@@ -53,9 +45,13 @@ def run(config: Config, plans: list[ServerPlan]) -> int:
     """Start what is local, wait for all of it, and stay until a signal or a death."""
     servers: list[Server] = []
     restarts: dict[str, int] = {}
-    on_stop(_stop)  # the first one only: a second Ctrl-C must not leave a child behind
+    # A flag, not an exception: nothing may be started and then forgotten in between.
+    stopping = Event()
+    on_stop(lambda name: stopping.set())
     try:
         for plan in plans:
+            if stopping.is_set():
+                break
             if serves(plan):
                 log(f"{plan.name}: {plan.url} serves {plan.model} already")
             elif plan.local:
@@ -65,17 +61,16 @@ def run(config: Config, plans: list[ServerPlan]) -> int:
                 server.start()
                 servers.append(server)
                 if plan.shares:  # vLLM counts what another one loads meanwhile as its own
-                    wait_ready([server], plan.llm.server.start_timeout_seconds)
+                    wait_ready([server], plan.llm.server.start_timeout_seconds, stopping)
             else:
                 raise LLMError(
                     f"{plan.url} is on another machine and does not answer; start it there"
                 )
-        wait_ready(
-            servers, max((plan.llm.server.start_timeout_seconds for plan in plans), default=0)
-        )
-        print("ready", flush=True)
-        while servers:
-            time.sleep(1.0)
+        limit = max((plan.llm.server.start_timeout_seconds for plan in plans), default=0)
+        wait_ready(servers, limit, stopping)
+        if not stopping.is_set():
+            print("ready", flush=True)
+        while servers and not stopping.wait(1.0):
             for server in servers:
                 if (code := server.child.process.poll()) is not None:
                     words = f"vLLM ({server.plan.name}) died with code {code}"
@@ -85,9 +80,8 @@ def run(config: Config, plans: list[ServerPlan]) -> int:
                     log(f"{words}; started again:\n{server.last_words()}")
                     server.stop()
                     server.start()
-        return 0
-    except _Stop as stop:
-        log(f"{stop}: stopping")
+        if stopping.is_set():
+            log("stopping")
         return 0
     finally:
         for server in servers:

@@ -8,6 +8,7 @@ import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 
 import httpx
 
@@ -120,11 +121,14 @@ class Server:
         self.child.stop(patience)
 
 
-def wait_ready(servers: list[Server], timeout: float) -> None:
-    """Return when every server is ready. Raises `LLMError` when one dies or time is up."""
+def wait_ready(servers: list[Server], timeout: float, stopping: Event) -> None:
+    """Return when every server is ready, or ``stopping`` is set.
+
+    Raises `LLMError` when one dies or time is up.
+    """
     deadline = time.monotonic() + timeout
     waiting = list(servers)
-    while waiting:
+    while waiting and not stopping.is_set():
         waiting = [server for server in waiting if not server.check()]
         if waiting and time.monotonic() > deadline:
             names = ", ".join(server.plan.name for server in waiting)
@@ -132,4 +136,4 @@ def wait_ready(servers: list[Server], timeout: float) -> None:
                 f"vLLM ({names}) was not ready after {timeout:.0f} s:\n{waiting[0].last_words()}"
             )
         if waiting:
-            time.sleep(_POLL_SECONDS)
+            stopping.wait(_POLL_SECONDS)

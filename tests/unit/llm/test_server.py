@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 
 import psutil
 import pytest
@@ -218,7 +221,7 @@ def test_a_child_that_dies_says_its_last_words(lm_folder: Path, tmp_path: Path) 
     server = _server(lm_folder, tmp_path, "echo no memory left; exit 7")
     server.start()
     with pytest.raises(LLMError, match=r"code 7(.|\n)*no memory left"):
-        wait_ready([server], 30)
+        wait_ready([server], 30, Event())
     server.stop()
 
 
@@ -226,10 +229,35 @@ def test_a_mute_child_runs_out_of_time_and_is_stopped(lm_folder: Path, tmp_path:
     server = _server(lm_folder, tmp_path, "trap '' TERM; echo waiting; sleep 300")
     server.start()
     with pytest.raises(LLMError, match=r"not ready after 2 s(.|\n)*waiting"):
-        wait_ready([server], 2)
+        wait_ready([server], 2, Event())
     began = time.monotonic()
     server.stop(patience=1.0)
     assert server.child.process.poll() is not None and time.monotonic() - began < 15
+
+
+def test_a_server_that_is_being_started_when_all_shall_stop_is_stopped_too(
+    lm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, begun = Server.start, list[Server]()
+
+    def interrupted(server: Server) -> None:
+        start(server)
+        begun.append(server)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Server, "start", interrupted)
+    plan = _server(lm_folder, tmp_path, "exec sleep 300").plan
+    config = _config(lm_folder, plan.llm.model_dump(), plan.llm.model_dump(), run={"dir": tmp_path})
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        assert runpy.run_path(str(ROOT / "serve/llm.py"))["run"](config, [plan, plan]) == 0
+        assert [server.process.poll() for server in begun] == [-signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for server in begun:
+            server.stop(patience=0.1)
 
 
 def test_missing_environment_and_taken_port(lm_folder: Path, tmp_path: Path) -> None:
