@@ -29,6 +29,11 @@ export PET_RDZV_ID=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 PET_LOCAL_ADDR=$(address "$SLURMD_NODENAME")
 export PET_LOCAL_ADDR
 
+# With one process the launcher would die of SIGTERM (preemption with a grace time), upon which srun
+# kills what is left of the step: its rank, before it can stop. With several it waits for them; ranks
+# take the signal either way.
+((total == 1)) && trap '' TERM
+
 exec "${python[@]}" -m accelerate.commands.launch --config_file "$settings" \
     --num_machines "$SLURM_NNODES" --num_processes "$total" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$head" --main_process_port "$port" --rdzv_backend c10d \

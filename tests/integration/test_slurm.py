@@ -201,7 +201,7 @@ def test_an_interrupted_job_ends_as_an_uninterrupted_one(
 def test_one_process_preempted_with_a_grace_time_stops_at_a_step(
     slurm: Cluster, base: Path
 ) -> None:
-    """Its launcher dies of the signal, and SLURM waits for what the step has left."""
+    """Its launcher waits for it: else SLURM would kill what the step has left."""
     output = base / "alone"
     job = train(slurm, base, output, "--nodes=1", "--sbatch=--exclusive")
     with paused(output, 1):

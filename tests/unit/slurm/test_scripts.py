@@ -26,7 +26,10 @@ esac
 @pytest.fixture
 def env(tmp_path: Path) -> dict[str, str]:
     """A node's environment: stand-ins for scontrol and Python, the latter prints its arguments."""
-    for name, script in {"scontrol": SCONTROL, "python": 'printf "%s\\n" "$@"\nenv\n'}.items():
+    for name, script in {
+        "scontrol": SCONTROL,
+        "python": 'printf "%s\\n" "$@"\nenv\ntrap -p\n',
+    }.items():
         path = tmp_path / name
         path.write_text(f"#!/bin/bash\n{script}")
         path.chmod(0o755)
@@ -107,6 +110,7 @@ def test_a_node_launches_its_own_processes_under_its_own_rank(
     # Another attempt must not meet what is left of the one before.
     assert "PET_RDZV_ID=17.3" in words and "PET_RDZV_ENDPOINT=10.0.0.7:4567" in words
     assert "PET_LOCAL_ADDR=10.0.0.7" in words
+    assert ("trap -- '' SIGTERM" in words) == (processes == 1)
 
 
 @pytest.mark.parametrize(
