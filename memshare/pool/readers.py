@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,9 +71,8 @@ def read_csv(path: Path, mapping: Mappings) -> Rows:
 
     Raises `TransferError` if the header lacks a mapped column.
     """
-    open_file(path).close()
     # Bytes that are no UTF-8 come through as lone surrogates, so that they spoil only their record.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+    with TextIOWrapper(open_file(path), "utf-8-sig", "surrogateescape", newline="") as handle:
         records = csv.reader(handle, strict=True)
         try:
             header = next(records, None)

@@ -73,13 +73,17 @@ def import_memories(
     `mapping.parse_mapping`). ``split`` and ``subset`` are for data sets. A bad row is reported, to
     ``on_error`` as it is found too, and the others are imported; ``strict`` reads everything first
     and writes nothing if one row is bad. Raises `TransferError` if the source can't be read at all,
-    `UnknownPool` for ``pool``.
+    or not twice where it is to be ``strict``, `UnknownPool` for ``pool``.
     """
     mapping = dict(mapping or {})
     source = str(path_or_hub)
     kind = detect(source) if fmt == "auto" else fmt
     if pool is not None:
         store.pool(pool)  # raises UnknownPool
+    if strict and (Path(source).is_fifo() or Path(source).is_char_device()):
+        raise TransferError(
+            f"{source}: --strict reads twice, and this can be read once; write it to a file first"
+        )
     known = {info.name for info in store.pools()}
 
     def rows() -> Iterator[tuple[int, NewMemory | BadRow]]:

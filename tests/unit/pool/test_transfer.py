@@ -4,6 +4,7 @@ import json
 import os
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from memshare.pool.errors import TransferError, UnknownPool
 from memshare.pool.mapping import parse_mapping
 from memshare.pool.readers import MAX_LINE_BYTES
 from memshare.pool.store import PoolStore
-from memshare.pool.transfer import BATCH, ImportReport, export_jsonl, import_memories
+from memshare.pool.transfer import BATCH, Format, ImportReport, export_jsonl, import_memories
 from memshare.records import NewMemory, content_key
 from tests.conftest import DATABASES, database_url
 
@@ -104,6 +105,35 @@ def test_strict_writes_nothing_if_one_row_is_bad(
 
 def chat(*turns: tuple[str, object]) -> str:
     return json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
+
+
+def test_strict_refuses_what_can_be_read_once_alone(store: PoolStore) -> None:
+    """Its second reading found nothing there, and "stored 0" looked like success."""
+    for strict in (True, False):
+        reading, writing = os.pipe()
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(b'{"prompt": "a", "answer": "b"}\n')
+        name = f"/dev/fd/{reading}"
+        try:
+            if strict:
+                with pytest.raises(TransferError, match=f"{name}: .*reads twice.*a file first"):
+                    import_memories(store, "main", name, "jsonl", strict=True)
+            else:
+                assert counts(import_memories(store, "main", name, "jsonl")) == (1, 0, 0)
+        finally:
+            os.close(reading)
+
+
+@pytest.mark.parametrize("fmt", ["jsonl", "csv"])
+def test_a_named_pipe_is_opened_once(store: PoolStore, tmp_path: Path, fmt: Format) -> None:
+    """Opened and closed before, its writer would be told that nobody reads."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    rows = {"jsonl": '{"prompt": "a", "answer": "b"}\n', "csv": "prompt,answer\na,b\n"}
+    with ThreadPoolExecutor(1) as thread:
+        wrote = thread.submit(path.write_text, rows[fmt])
+        assert counts(import_memories(store, "main", path, fmt)) == (1, 0, 0)
+        assert wrote.result(timeout=60)
 
 
 def test_chat_rows_are_one_exchange(store: PoolStore, write: Write) -> None:
