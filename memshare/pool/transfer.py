@@ -173,20 +173,29 @@ def _append(store: PoolStore, batch: list[NewMemory], report: ImportReport) -> N
 def export_jsonl(store: PoolStore, pool: str, path: Path) -> int:
     """Write the pool's living memories, one on a line in seq order; returns how many.
 
-    Held memories are left out, since the form can't say that they are held. The file appears whole
-    or not at all. Raises `UnknownPool`, and `TransferError` if it can't be written.
+    Held memories are left out, since the form can't say that they are held. A file appears whole or
+    not at all, where a link leads if ``path`` is one; a pipe or a device is written as it stands.
+    Raises `UnknownPool`, and `TransferError` if it can't be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    memories = store.iter(pool)
+    memories = (memory.wire() for memory in store.iter(pool))
+    try:
+        if path.exists() and not path.is_file():  # a folder refuses
+            with path.open("w", encoding="utf-8", newline="\n") as handle:
+                return write_jsonl(memories, handle)
+        return _write_whole(path.resolve(), memories)
+    except OSError as error:
+        raise TransferError(f"{path}: can't be written: {error.strerror}") from error
+
+
+def _write_whole(path: Path, rows: Iterator[Mapping[str, object]]) -> int:
+    temporary = path.with_name(f".memshare-{os.getpid()}.tmp")  # however long the name is
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as handle:
-            count = write_jsonl((memory.wire() for memory in memories), handle)
+            count = write_jsonl(rows, handle)
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)
         fsync_dir(path.parent)
-    except OSError as error:
-        raise TransferError(f"{path}: can't be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return count

@@ -333,6 +333,28 @@ def test_an_export_comes_back_byte_for_byte(
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_an_export_replaces_files_alone(store: PoolStore, tmp_path: Path) -> None:
+    """What has that name stays what it is: root's export to /dev/stdout made a file of it."""
+    store.append([NewMemory("main", "a", "b")])
+    file, link, pipe = tmp_path / "file", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(file)
+    assert export_jsonl(store, "main", link) == 1
+    assert link.is_symlink() and file.read_text().count("\n") == 1
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as thread:
+        read = thread.submit(pipe.read_text)
+        assert export_jsonl(store, "main", pipe) == 1
+        assert read.result(timeout=60) == file.read_text()
+    assert pipe.is_fifo()
+    for path in (tmp_path, Path("/"), Path("")):
+        with pytest.raises(TransferError, match="can't be written: Is a directory"):
+            export_jsonl(store, "main", path)
+    assert export_jsonl(store, "main", tmp_path / ("x" * 250)) == 1
+    with pytest.raises(TransferError, match="can't be written: File name too long"):
+        export_jsonl(store, "main", tmp_path / ("x" * 256))
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
 def test_memory_use_is_flat(store: PoolStore, tmp_path: Path) -> None:
     def peak(action: Callable[[], object]) -> int:
         tracemalloc.start()
