@@ -46,22 +46,35 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 done in part, 2 refused."""
+    """Run one command; returns the exit code: 0 done, 1 done in part or failed, 2 refused."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((item for item in arguments if not item.startswith("-")), None)
     args = build_parser(command).parse_args(arguments)
     try:
-        return int(args.func(args))
+        code = int(args.func(args))
+        print(end="", flush=True)  # here, so that what can't be written is no success
+        return code
     except (ConfigError, RunLocked) as error:
         print(f"memshare: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("memshare: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader (such as `head`) has gone; keep Python from failing again on its last flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (such as `head`) has gone
+        _give_up_writing()
         return 141
+    except OSError as error:  # a full disk, a file where a folder is to be, ...
+        print(f"memshare: {error}", file=sys.stderr)
+        _give_up_writing()
+        return 1
+
+
+def _give_up_writing() -> None:
+    """Keep Python from failing again on its last flush, where it would."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, get_args
 
@@ -161,7 +162,10 @@ def _import(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
 
 def _export(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
     if args.file == "-":
+        if isinstance(sys.stdout, TextIOWrapper):  # JSON is UTF-8 in any locale
+            sys.stdout.reconfigure(encoding="utf-8", newline="\n")
         count = write_jsonl((memory.wire() for memory in store.iter(args.pool)), sys.stdout)
+        sys.stdout.flush()  # before it is said to be done
     else:
         count = export_jsonl(store, args.pool, Path(args.file))
     print(f"exported {count}", file=sys.stderr)

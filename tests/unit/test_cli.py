@@ -94,6 +94,22 @@ def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
     err = export.stderr.read()
     assert export.wait(timeout=60) == 141
     assert err == ""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*setup, "list", *url], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    told = "memshare: [Errno 28] No space left on device\n"
+    assert (done.returncode, done.stderr.endswith(told), "Trace" in done.stderr) == (1, True, False)
+
+
+def test_what_the_file_system_refuses_is_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, taken = tmp_path / "rows.jsonl", tmp_path / "taken"
+    rows.write_text('{"query": "q", "pos": ["p"]}\n')
+    taken.write_text("a file")
+    assert main(["examples", "import", str(rows), str(taken)]) == 1
+    assert capsys.readouterr().err.endswith(f"memshare: [Errno 17] File exists: '{taken}'\n")
 
 
 def test_every_experiment_is_a_command() -> None:

@@ -1,5 +1,6 @@
 """``memshare pool``: what it prints, what it returns, and how it refuses."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,17 @@ def test_refusals_are_one_message_and_exit_code_2(
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_an_export_is_utf_8_wherever_it_goes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("create", "--pool", "main")
+    add(run, "¿qué? 雨")
+    assert run("export", "--pool", "main", "whole.jsonl")[0] == 0
+    out = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", io.TextIOWrapper(out, "latin-1"))
+        assert run("export", "--pool", "main")[0] == 0
+        assert out.getvalue() == Path("whole.jsonl").read_bytes()
 
 
 def test_memories_are_held_reviewed_and_released(run: Run) -> None:
