@@ -10,6 +10,8 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource
 
+from memshare.config.document import parse
+
 
 class Environment(EnvSettingsSource):
     """pydantic's source, but for values that are no JSON, and for names that a user gave.
@@ -31,7 +33,7 @@ class Environment(EnvSettingsSource):
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
         """As for ``--set``; what is no YAML stays text, which the check refuses with all else."""
         try:
-            return yaml.safe_load(value)
+            return parse(value)
         except yaml.YAMLError:
             return value
 

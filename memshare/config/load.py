@@ -18,6 +18,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from memshare.config.document import parse
 from memshare.config.environment import Environment
 from memshare.config.learning import (
     ContinualConfig,
@@ -146,27 +147,19 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            tree = parse(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: can't be read: {error}") from error
-        if not isinstance(tree, dict):
+        if not isinstance(tree, dict | None):
             raise ConfigError(f"{path}: a mapping of sections is expected")
+        tree = {str(key): value for key, value in (tree or {}).items()}  # any other is no section
     override_tree: dict[str, Any] = {}
+    lines: list[str] = []
     for item in overrides:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {item}: expected key=value")
-        node = override_tree
-        *parents, leaf = key.strip().split(".")
-        for parent in parents:
-            child = node.setdefault(parent, {})
-            if not isinstance(child, dict):
-                raise ConfigError(f"--set {item}: {parent} is set to a value already")
-            node = child
         try:
-            node[leaf] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {item}: the value is no YAML: {error}") from error
+            _override(override_tree, item)
+        except ValueError as error:
+            lines.append(f"  --set {item}: {error}")
 
     trees = [override_tree, tree]
     if not any("pools" in each for each in trees):
@@ -187,7 +180,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return init_settings, environment, InitSettingsSource(settings_cls, tree)
 
-    lines = [f"  {name}: no such section{_nearest((section,))}" for name, section in _strangers()]
+    lines += [f"  {name}: no such section{_nearest((section,))}" for name, section in _strangers()]
     lines += [f"  {unclear}" for unclear in environment.unclear]
     try:
         config = FromFile(**override_tree)
@@ -203,6 +196,23 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
             f"{path or 'configuration'}: {len(lines)} problem(s)\n" + "\n".join(lines)
         ) from None
     return config
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    """Put one ``dotted.key=value`` into ``tree``. Raises ValueError."""
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise ValueError("expected key=value")
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"{parent} is set to a value already")
+        tree = child
+    try:
+        tree[leaf] = parse(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value is no YAML: {error}") from error
 
 
 def _strangers() -> list[tuple[str, str]]:

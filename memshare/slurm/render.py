@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 
 from memshare.config import Config, ConfigError
 from memshare.config.base import NonNegativeInt, PositiveInt, Section
+from memshare.config.document import parse
 
 JOBS = ("train", "mine", "serve", "loop")
 PLACE = "# -- memshare slurm render puts cluster and arguments here --\n"
@@ -85,8 +86,7 @@ class Site(Section):
 def load_site(path: Path) -> Site:
     """Read a site file. Raises `ConfigError` naming every mistake."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        return Site.model_validate(tree)
+        return Site.model_validate(parse(path.read_text(encoding="utf-8")) or {})
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in error.errors()]
         raise ConfigError(f"{path}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None

@@ -121,14 +121,22 @@ def test_an_environment_variable_for_no_section_is_named(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("training.lr", "expected key=value"), ("run.seed.x=1", "run.seed"), ("a=[", "--set a")],
+    [
+        ("training.lr", "--set training.lr: expected key=value"),
+        ("run.seed.x=1", "--set run.seed.x=1: seed is set to a value already"),
+        ("a=[", r"--set a=\[: the value is no YAML"),
+        ("a=" + "9" * 5000, "the value is no YAML: Exceeds the limit"),
+        ("a=" + "[" * 5000, "the value is no YAML: maximum recursion depth"),
+        ("training={lr: 1, lr: 2}", "the value is no YAML: the key 'lr' stands here for a second"),
+    ],
 )
 def test_a_bad_override_is_named(override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load_config(None, ["run.seed=1", override])
+    with pytest.raises(ConfigError, match=rf"2 problem(.|\n)*{message}") as caught:
+        load_config(None, ["run.seed=1", override, "gate.margin=-1"])
+    assert "  gate.margin: " in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "a: \x00"])
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "a: \x00", "[]", "false"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
     path = write(tmp_path, content)
     with pytest.raises(ConfigError, match=str(path)):
@@ -141,6 +149,37 @@ def test_a_missing_or_undecodable_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"run: {dir: caf\xe9}")
     with pytest.raises(ConfigError, match="can't be read"):
         load_config(tmp_path / "latin.yaml")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """All that the first one says would be lost: a section added at the end of a copy, say."""
+    path = write(tmp_path, "training: {lr: 1.0}\nrun: {}\ntraining: {epochs: 3}\n")
+    with pytest.raises(ConfigError, match=r"'training' stands here for a second time\n.*line 3"):
+        load_config(path)
+    model = "agent_llm: &one {model: a, dtype: float32}\nscorer_llm: {<<: *one, model: b}\n"
+    config = load_config(write(tmp_path, model))
+    assert (config.scorer_llm.model, config.scorer_llm.dtype) == ("b", "float32")
+
+
+def test_words_and_dates_are_text_and_switches_take_both(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "retriever: {gpu: on}\ntraining: {compile: yes, dropout: off}\nwandb: {name: 2026-13-01}\n"
+        "gateway: {score_writes: true}\npools: {no: {hold_suspicious: False}}\n",
+    )
+    config = load_config(path, ["agent.instruction=yes"])
+    assert (config.retriever.gpu, config.wandb.name) == ("on", "2026-13-01")
+    assert (config.training.compile, config.training.dropout) == (True, False)
+    assert (config.agent.instruction, config.gateway.score_writes) == ("yes", True)
+    assert config.served_pools == ("no",) and not config.pools["no"].hold_suspicious
+
+
+def test_a_key_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "1: {}\ntraining: {2: x}\npools: {3: {}}\n")
+    with pytest.raises(ConfigError, match="3 problem") as caught:
+        load_config(path)
+    for key in ("1", "training.2", "pools.3"):
+        assert f"\n  {key}" in str(caught.value)
 
 
 def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
