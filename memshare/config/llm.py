@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from memshare.config.base import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
@@ -66,18 +66,20 @@ class LLMConfig(Section):
     device: str = "auto"
     server: VLLMServerConfig = VLLMServerConfig()
 
-    @model_validator(mode="after")
-    def _countable(self) -> LLMConfig:
-        if self.server.replicas > 1:
-            if not isinstance(self.url, str):
+    @field_validator("server")
+    @classmethod
+    def _countable(cls, value: VLLMServerConfig, info: ValidationInfo) -> VLLMServerConfig:
+        url = info.data.get("url")  # one that is wrong is told of itself
+        if value.replicas > 1 and url is not None:
+            if not isinstance(url, str):
                 raise ValueError("server.replicas counts ports from one url; url is a list already")
             try:
-                port = urlsplit(self.url).port
+                port = urlsplit(url).port
             except ValueError:
                 port = None
-            if port is None or not _bare(self.url).endswith(f":{port}"):
-                raise ValueError(f"server.replicas counts ports from the end of url: {self.url}")
-        return self
+            if port is None or not _bare(url).endswith(f":{port}"):
+                raise ValueError(f"server.replicas counts ports from the end of url: {url}")
+        return value
 
     @property
     def urls(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -91,19 +91,26 @@ class Config(BaseSettings):
             raise ValueError("at least one pool is needed")
         return value
 
-    @model_validator(mode="after")
-    def _pools_exist(self) -> Config:
-        unknown = [name for name in self.retriever.pools if name not in self.pools]
+    # What is wrong in itself is not in `data`, and is told of itself.
+    @field_validator("retriever")
+    @classmethod
+    def _pools_exist(cls, value: RetrieverConfig, info: ValidationInfo) -> RetrieverConfig:
+        unknown = [name for name in value.pools if name not in info.data.get("pools", (name,))]
         if unknown:
             raise ValueError(f"retriever.pools names pools that `pools` lacks: {unknown}")
-        default = self.gateway.default_pool
-        if default is not None and default not in self.pools:
+        return value
+
+    @field_validator("gateway")
+    @classmethod
+    def _default_exists(cls, value: GatewayConfig, info: ValidationInfo) -> GatewayConfig:
+        default, retriever = value.default_pool, info.data.get("retriever")
+        if default is not None and default not in info.data.get("pools", (default,)):
             raise ValueError(f"gateway.default_pool: no pool {default!r}")
-        if default is not None and default not in self.served_pools:
+        if default is not None and retriever and default not in (retriever.pools or (default,)):
             raise ValueError(
                 f"gateway.default_pool: can't be searched, retriever.pools lacks {default!r}"
             )
-        return self
+        return value
 
     @property
     def url(self) -> str:

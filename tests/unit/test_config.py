@@ -55,6 +55,19 @@ def test_a_wrong_default_pool_and_retriever_pools_are_found(tmp_path: Path) -> N
         load_config(write(tmp_path, "pools: {}"))
 
 
+def test_what_contradicts_is_told_with_all_other_mistakes(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "training: {lr: fast}\nretriever: {pools: [x]}\ngateway: {default_pool: y}\n"
+        "agent_llm: {url: http://host, server: {replicas: 2}, retries: -1}\n",
+    )
+    with pytest.raises(ConfigError, match="5 problem") as caught:
+        load_config(path)
+    for told in ("training.lr", "retriever.pools names", "gateway.default_pool: no pool 'y'",
+                 "server.replicas counts", "agent_llm.retries"):  # fmt: skip
+        assert told in str(caught.value)
+
+
 def test_infinity_is_no_setting() -> None:
     """A checkpoint is JSON, which can't hold it: a run would end at its first one."""
     keys = ("epochs", "lr", "max_grad_norm", "temperature", "weight_decay", "distill_weight",
@@ -207,7 +220,7 @@ def test_a_second_iteration_needs_an_encoder_that_proposes() -> None:
 def test_replicas_are_counted_from_a_url_that_ends_in_its_port() -> None:
     two = "agent_llm.server.replicas=2"
     for url in ("http://h:8001/x", "http://h:8001?a=1", "http://h", "http://h:8001/v1/x"):
-        with pytest.raises(ConfigError, match=f"agent_llm: .*{re.escape(url)}$"):
+        with pytest.raises(ConfigError, match=f"agent_llm.server: .*{re.escape(url)}$"):
             load_config(None, [two, f"agent_llm.url={url}"])
     for url in ("http://h:8001", "http://h:8001/", "http://h:8001/v1", "http://h:8001/v1/"):
         config = load_config(None, [two, f"agent_llm.url={url}"])
