@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from memshare.config.base import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from memshare.config.base import Fraction, NonNegativeInt, Port, PositiveFloat, PositiveInt, Section
 
 
 class VLLMServerConfig(Section):
@@ -24,7 +24,7 @@ class VLLMServerConfig(Section):
     """
 
     python: Path = Path(".venv-vllm/bin/python")
-    port: int = 0  # 0: the port of the LLM's url
+    port: Port = 0  # 0: the port of the LLM's url
     replicas: PositiveInt = 1
     max_model_len: PositiveInt | None = None
     dtype: str = "auto"

@@ -18,6 +18,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from memshare.config.base import PoolName
 from memshare.config.document import parse
 from memshare.config.environment import Environment
 from memshare.config.learning import (
@@ -66,7 +67,7 @@ class Config(BaseSettings):
 
     run: RunConfig = RunConfig()
     database_url: str | None = None
-    pools: dict[str, PoolSettings] = Field(default_factory=lambda: {"main": PoolSettings()})
+    pools: dict[PoolName, PoolSettings] = Field(default_factory=lambda: {"main": PoolSettings()})
     encoder: EncoderConfig = EncoderConfig()
     retriever: RetrieverConfig = RetrieverConfig()
     bm25: BM25Config = BM25Config()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from memshare.config.base import (
     Fraction,
     NonNegativeInt,
+    Port,
     PositiveFloat,
     PositiveInt,
     Score,
@@ -29,7 +30,7 @@ class RunConfig(Section):
 
     dir: Path = Path("runs/default")
     generations: Path | None = None
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 class PoolSettings(Section):
@@ -53,7 +54,7 @@ class PoolSettings(Section):
     least.
     """
 
-    rubric: str = "general"
+    rubric: Annotated[str, Field(pattern=r"\S")] = "general"
     threshold: Score = 80.0
     near_duplicate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     near_duplicate_action: Literal["drop", "merge"] = "drop"
@@ -136,6 +137,13 @@ class RetrieverConfig(Section):
     max_batch: PositiveInt = 64
     poll_seconds: PositiveFloat = 0.5
 
+    @field_validator("pools")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("a pool is named twice")
+        return value
+
 
 class BM25Config(Section):
     """BM25+ (Lv & Zhai 2011): the one variant whose scores agree in rank-bm25 and bm25s.
@@ -168,7 +176,7 @@ class GatewayConfig(Section):
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Port = 8000
     default_pool: str | None = None
     keys: Literal["auto", "required"] = "auto"
     requests_per_minute: PositiveInt | None = None

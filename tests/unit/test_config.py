@@ -1,6 +1,7 @@
 """One tree of settings: every mistake at once, and who wins over whom."""
 
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from pydantic import BaseModel
 
 from memshare.config import Config, ConfigError, load_config, public
 from memshare.config.base import Section
+from memshare.pool.errors import InvalidMemory
+from memshare.pool.validate import check_pool_name
 from tests.config_files import write
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +80,33 @@ def test_infinity_is_no_setting() -> None:
             load_config(None, [f"training.{key}={value}" for key in keys])
         assert f"{len(keys)} problem" in str(caught.value)
     assert load_config(None, ["training.max_grad_norm=null"]).training.max_grad_norm is None
+
+
+def test_what_would_fail_only_in_use_is_no_setting(tmp_path: Path) -> None:
+    """In the gate after a whole training, when a generation is published, or with a traceback."""
+    path = write(tmp_path, "pools: {' a': {rubric: ' '}, '': {}, ok: {}}\n")
+    with pytest.raises(ConfigError, match="7 problem") as caught:
+        load_config(path, [
+            "run.seed=-1", "gateway.port=65536", "scorer_llm.server.port=-1",
+            "retriever.pools=[ok, ok]",
+        ])  # fmt: skip
+    for key in ("run.seed", "gateway.port", "scorer_llm.server.port", "retriever.pools: .*twice",
+                "pools. a.\\[key]: .*printable", "pools. a.rubric", "pools..\\[key]"):  # fmt: skip
+        assert re.search(f"\n  {key}", str(caught.value)), key
+
+
+@pytest.mark.parametrize("name", ["a", "日本 b", " a", "a\n", "\u00a0", "", "x" * 200, "x" * 201])
+def test_a_pool_that_can_be_configured_can_be_made(name: str) -> None:
+    fits = True
+    try:
+        check_pool_name(name)
+    except InvalidMemory:
+        fits = False
+    try:
+        load_config(None, [f"pools={json.dumps({name: {}})}"])
+        assert fits
+    except ConfigError:
+        assert not fits
 
 
 def test_patience_needs_evaluations() -> None:
