@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -188,7 +188,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return init_settings, environment, InitSettingsSource(settings_cls, tree)
 
-    lines += [f"  {name}: no such section{_nearest((section,))}" for name, section in _strangers()]
+    lines += [f"  {line}" for line in _strangers()]
     lines += [f"  {unclear}" for unclear in environment.unclear]
     try:
         config = FromFile(**override_tree)
@@ -223,19 +223,27 @@ def _override(tree: dict[str, Any], item: str) -> None:
         raise ValueError(f"the value is no YAML: {error}") from error
 
 
-def _strangers() -> list[tuple[str, str]]:
-    """Environment variables that look like settings, and the section that they name in vain.
+def _strangers() -> Iterator[str]:
+    """A line for each environment variable that looks like a setting, and is none.
 
-    Nothing else would tell: an unknown key within a section is refused, an unknown section is not.
+    Nothing else would tell: an unknown key within a section is refused, an unknown section is not,
+    and ``MEMSHARE_RUN_DIR`` with one underscore is no section at all.
     """
     known = Config.model_config
     prefix, delimiter = known["env_prefix"], known["env_nested_delimiter"] or ""
-    named = (
-        (name, name.upper().removeprefix(prefix).partition(delimiter)[0].lower())
-        for name in sorted(os.environ)
-        if name.upper().startswith(prefix) and delimiter in name
-    )
-    return [(name, section) for name, section in named if section not in Config.model_fields]
+    single = {
+        f"{section}_{key}": f"{prefix}{section}{delimiter}{key}".upper()
+        for section, field in Config.model_fields.items()
+        for key in getattr(field.annotation, "model_fields", ())
+    }
+    for name in sorted(os.environ):
+        if name.upper().startswith(prefix):
+            rest = name[len(prefix) :].lower()
+            section, nested, _ = rest.partition(delimiter)
+            if nested and section not in Config.model_fields:
+                yield f"{name}: no such section{_nearest((section,))}"
+            elif rest in single:
+                yield f"{name}: no setting; did you mean {single[rest]}?"
 
 
 def positive(text: str) -> int:

@@ -151,11 +151,14 @@ def test_an_environment_variable_for_no_section_is_named(monkeypatch: pytest.Mon
     monkeypatch.setenv("MEMSHARE_TRANING__LR", "1.0")
     monkeypatch.setenv("MEMSHARE_RUN__SEED", "2")
     monkeypatch.setenv("MEMSHARE_URL", "http://localhost")  # the client's
+    monkeypatch.setenv("MEMSHARE_LLM_API_KEY", "k")  # the backends'
+    monkeypatch.setenv("MEMSHARE_RUN_DIR", "elsewhere")
     monkeypatch.setenv("MEMSHARE_AGENT__SHOTS", "many")
     with pytest.raises(ConfigError) as caught:
         load_config()
     told = str(caught.value)
-    assert "2 problem(s)" in told and "agent.shots" in told
+    assert "3 problem(s)" in told and "agent.shots" in told
+    assert "MEMSHARE_RUN_DIR: no setting; did you mean MEMSHARE_RUN__DIR?" in told
     assert "MEMSHARE_TRANING__LR: no such section; did you mean training?" in told
     monkeypatch.delenv("MEMSHARE_AGENT__SHOTS")
     with pytest.raises(ConfigError, match="MEMSHARE_TRANING__LR"):
