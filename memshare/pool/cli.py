@@ -131,7 +131,7 @@ def _create(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
 def _add(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
     try:
         metadata = json.loads(args.metadata)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidMemory("metadata", f"is no JSON: {error}") from None
     memory = NewMemory(
         args.pool, args.prompt, args.answer, args.score, args.agent, args.model, None, metadata

@@ -69,6 +69,8 @@ class Database:
             parsed = sa.make_url(url)
         except ArgumentError as error:
             raise PoolError(f"database URL can't be used: {error}") from error
+        except ValueError as error:  # SQLAlchemy makes a number of it; not told, it may be a secret
+            raise PoolError("database URL can't be used: its port is no number") from error
         self.name = parsed.render_as_string(hide_password=True)
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         self.backend = _backend(parsed, must_exist)

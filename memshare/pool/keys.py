@@ -70,7 +70,7 @@ class KeyRing:
 
         Raises `InvalidMemory` (an unusable name) and `PoolError` (no rights, or unknown ones).
         """
-        if check_pool_name(principal) == LOCAL:
+        if check_pool_name(principal, "principal") == LOCAL:
             raise PoolError(f"{LOCAL!r} is who needs no key; name the principal otherwise")
         for pool, granted in rights.items():
             check_pool_name(pool)

@@ -35,11 +35,11 @@ def check_text(field: str, text: object, max_chars: int = MAX_TEXT_CHARS) -> str
     return text
 
 
-def check_pool_name(name: object) -> str:
+def check_pool_name(name: object, field: str = "pool") -> str:
     """Return ``name``, or raise `InvalidMemory`: printable, at most 200 characters, trimmed."""
-    name = check_text("pool", name, 200)
+    name = check_text(field, name, 200)
     if name != name.strip() or not name.isprintable():
-        raise InvalidMemory("pool", f"{name!r} has unprintable characters or space around it")
+        raise InvalidMemory(field, f"{name!r} has unprintable characters or space around it")
     return name
 
 

@@ -65,7 +65,9 @@ def test_the_database_does_not_hold_the_secret(tmp_path: Path) -> None:
     ("principal", "rights", "limit", "complaint"),
     [
         ("local", {"main": ["read"]}, None, "needs no key"),
-        (" ", {"main": ["read"]}, None, "empty"),
+        (" ", {"main": ["read"]}, None, "principal: is empty"),
+        ("a\n", {"main": ["read"]}, None, "principal: .*unprintable"),
+        ("ann", {"a\n": ["read"]}, None, "pool: .*unprintable"),
         ("ann", {}, None, "without rights"),
         ("ann", {"main": []}, None, "read, write, admin"),
         ("ann", {"main": ["own"]}, None, "read, write, admin"),

@@ -113,6 +113,10 @@ def test_import_names_every_bad_row_and_says_so_by_its_exit_code(run: Run) -> No
         (["add", "--pool", "main", "--prompt", "a\udce9", "--answer", "a"], "prompt: contains"),
         (["add", "--pool", "main", "--prompt", "p", "--answer", "a", "--metadata", "{"], "JSON"),
         (["add", "--pool", "main", "--prompt", "p", "--answer", "a", "--score", "nan"], "score"),
+        (
+            ["add", "--pool", "main", "--prompt", "p", "--answer", "a", "--metadata", "[" * 9999],
+            "metadata: is no JSON",
+        ),
         (["create", "--pool", "x", "--threshold", "200"], "threshold"),
         (["create", "--pool", ""], "pool: is empty"),
     ],
@@ -137,6 +141,12 @@ def test_an_export_is_utf_8_wherever_it_goes(run: Run, monkeypatch: pytest.Monke
         patch.setattr("sys.stdout", io.TextIOWrapper(out, "latin-1"))
         assert run("export", "--pool", "main")[0] == 0
         assert out.getvalue() == Path("whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "postgresql://me:s3cret@host:port/pool"])
+def test_a_url_that_is_none_is_one_message(run: Run, url: str) -> None:
+    code, out, err = run("list", "--pool", "main", url=url)
+    assert (code, out) == (2, "") and "database URL can't be used" in err and "s3cret" not in err
 
 
 def test_memories_are_held_reviewed_and_released(run: Run) -> None:
