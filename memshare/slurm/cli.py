@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from memshare.config import Config, ConfigError, add_config_arguments, load_config
+from memshare.config import Config, ConfigError, add_config_arguments, load_config, positive
 from memshare.slurm.render import JOBS, check, load_site, render
 
 
@@ -22,8 +22,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action = actions.add_parser(name, help=summary)
         add_config_arguments(action)
         action.add_argument("--site", type=Path, required=True, help="the cluster's facts (YAML)")
-        action.add_argument("--nodes", type=int, default=1, metavar="N")
-        action.add_argument("--array", type=int, metavar="N", help="tasks of mine (default: 8)")
+        action.add_argument("--nodes", type=positive, default=1, metavar="N")
+        action.add_argument(
+            "--array", type=positive, metavar="N", help="tasks of mine (default: 8)"
+        )
         action.add_argument(
             "--sbatch", action="append", default=[], metavar="--OPTION[=VALUE]",
             help="one more option of sbatch, as --sbatch=--exclusive (repeatable)",

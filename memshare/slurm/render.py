@@ -129,8 +129,8 @@ def render(
     lines = []
     logs = "%x-%A_%a.out" if "#SBATCH --array" in before else "%x-%j.out"
     for option in (f"--output={site.logs.absolute() / logs}", *site.options, *options):
-        if "\n" in option:
-            raise ConfigError(f"{option!r}: an option of sbatch is one line")
+        if "\n" in option or not option.startswith("-"):  # sbatch passes over any other line
+            raise ConfigError(f"{option!r}: an option of sbatch is one line, --NAME[=VALUE]")
         name, equals, value = option.partition("=")
         lines.append(f"#SBATCH {name}{equals}{_quoted(value)}")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.variables.items()]

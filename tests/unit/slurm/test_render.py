@@ -70,8 +70,9 @@ def test_a_site_file_is_checked_as_a_whole(tmp_path: Path) -> None:
     assert all(key in told for key in ("partitoin", "warning_seconds", "A;B", "sbatch.0"))
     with pytest.raises(ConfigError, match="can't be read"):
         load_site(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="one line"):
-        render("train", Site(), ["--comment=a\nrm -r x"], [])
+    for option in ("--comment=a\nrm -r x", "exclusive"):
+        with pytest.raises(ConfigError, match="one line"):
+            render("train", Site(), [option], [])
 
 
 def test_the_example_is_a_site() -> None:
@@ -104,6 +105,10 @@ def test_dry_runs_print_and_submit_nothing(
     assert main(["slurm", "render", *words, "--nodes", "3", "train", *TRAIN]) == 0
     rendered = capsys.readouterr().out
     assert "#SBATCH --nodes=3" in rendered
+    for wrong in (["--nodes", "0", "train"], ["--array", "0", "mine"], ["--array", "-3", "mine"]):
+        with pytest.raises(SystemExit):  # -3 rendered --array=0--4, and 0 was 8
+            main(["slurm", "render", *words, *wrong])
+        assert "is less than 1" in capsys.readouterr().err
     assert main(["slurm", "submit", "--dry-run", *words, "--nodes", "3", "train", *TRAIN]) == 0
     assert capsys.readouterr().out == rendered
     assert not (tmp_path / "logs").exists()
