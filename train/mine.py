@@ -58,7 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Mine training examples from new memories.")
     add_config_arguments(parser)
     parser.add_argument("--round", type=positive, help="default: the unfinished one, or the next")
-    parser.add_argument("--iteration", type=int, default=1, help="of the round (default: 1)")
+    parser.add_argument("--iteration", type=positive, default=1, help="of the round (default: 1)")
     parser.add_argument("--proposer", metavar="FOLDER", help="encoder (default: what serves)")
     parser.add_argument("--share", type=share_of, metavar="I/K", help="this part of a round")
     for name, what in (("since", "after which"), ("until", "up to which")):
@@ -120,8 +120,8 @@ async def run(
         if begun:
             planning.close()  # nobody waits for what each does by itself
         spans = dict(begun.spans) if begun else open_spans(store, done, pools)
-        spans = {
-            pool: Span(since.get(pool, span.since), until.get(pool, span.until))
+        spans = {  # never beyond a log's end: later rounds would pass over what comes there
+            pool: Span(since.get(pool, span.since), min(until.get(pool, span.until), span.until))
             for pool, span in spans.items()
         }
 

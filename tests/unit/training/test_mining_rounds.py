@@ -19,13 +19,14 @@ from memshare.llm.base import LogLikelihood
 from memshare.llm.likelihood import LikelihoodCache
 from memshare.pool.feedback import Feedback
 from memshare.records import Example, NewMemory
-from memshare.training.examples import read_examples, round_dir, shard_path
+from memshare.training.examples import read_examples, read_marker, round_dir, shard_path
 from memshare.training.labels import Share, merge_caches, open_cache
 from memshare.training.rounds import open_spans
 from memshare.training.shard import ExamplesError
 from tests.mining import ROOT, banking, make_config, mine_round, needs_data, open_pool, plans
 from tests.tiny import tiny_encoder
 from tests.tiny_lm import tiny_lm
+from tests.training_runs import load_program
 
 
 def test_shares_have_caches_of_their_own_that_become_one(tmp_path: Path) -> None:
@@ -176,3 +177,17 @@ def test_disliked_memories_teach_nothing(tmp_path: Path) -> None:
         assert bad not in queries | used
     assert doubted in {example.query_id for example in after}
     assert doubted in {candidate.id for example in after for candidate in example.candidates}
+
+
+def test_a_round_ends_with_the_log_at_most(tmp_path: Path) -> None:
+    """Later rounds begin where it ends, and would pass over what comes until then."""
+    program = load_program(ROOT / "train" / "mine.py")
+    config = make_config(tmp_path, labels="none")
+    sets = [f"run.dir={tmp_path}", "mining.labels=none", "mining.replay=0", "split.held_out=0"]
+    words = [word for item in sets for word in ("--set", item)]
+    for number, beyond in ((1, ["--until-seq", "50"]), (2, [])):
+        with open_pool(config, [NewMemory("main", f"question {number}", "answer")]):
+            assert program.main([*words, *beyond]) == 0
+        marker = read_marker(round_dir(config.examples_dir, number))
+        assert marker["spans"] == {"main": {"since": number - 1, "until": number}}
+        assert marker["examples"] == 1
