@@ -101,6 +101,14 @@ class Config(BaseSettings):
             raise ValueError(f"retriever.pools names pools that `pools` lacks: {unknown}")
         return value
 
+    @field_validator("scorer")
+    @classmethod
+    def _measurable(cls, value: ScorerConfig, info: ValidationInfo) -> ScorerConfig:
+        llm = info.data.get("scorer_llm")
+        if value.kind == "likelihood" and llm is not None and llm.backend == "openai":
+            raise ValueError("scorer.kind: backend openai of scorer_llm gives no `likelihood`")
+        return value
+
     @field_validator("gateway")
     @classmethod
     def _default_exists(cls, value: GatewayConfig, info: ValidationInfo) -> GatewayConfig:

@@ -62,12 +62,13 @@ def test_what_contradicts_is_told_with_all_other_mistakes(tmp_path: Path) -> Non
     path = write(
         tmp_path,
         "training: {lr: fast}\nretriever: {pools: [x]}\ngateway: {default_pool: y}\n"
-        "agent_llm: {url: http://host, server: {replicas: 2}, retries: -1}\n",
+        "agent_llm: {url: http://host, server: {replicas: 2}, retries: -1}\n"
+        "scorer: {kind: likelihood}\nscorer_llm: {backend: openai}\n",
     )
-    with pytest.raises(ConfigError, match="5 problem") as caught:
+    with pytest.raises(ConfigError, match="6 problem") as caught:
         load_config(path)
     for told in ("training.lr", "retriever.pools names", "gateway.default_pool: no pool 'y'",
-                 "server.replicas counts", "agent_llm.retries"):  # fmt: skip
+                 "server.replicas counts", "agent_llm.retries", "scorer.kind: "):  # fmt: skip
         assert told in str(caught.value)
 
 
