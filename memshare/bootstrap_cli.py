@@ -58,7 +58,7 @@ def _main(args: argparse.Namespace) -> int:
         print(f"memshare bootstrap: {error}", file=sys.stderr)
         return 2
     told: dict[str, Any] = {**asdict(report), "seed": config.run.seed}
-    if args.json:
-        write_json(args.json, told)
     print(json.dumps({**told, "stored": len(report.stored)}, indent=2, ensure_ascii=False))
+    if args.json:  # last, as it may fail
+        write_json(args.json, told)
     return 0

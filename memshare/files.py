@@ -50,13 +50,30 @@ def fsync_tree(folder: Path) -> None:
         fsync_dir(path)  # which does the same for a file
 
 
+def is_stream(path: Path) -> bool:
+    """Whether ``path`` is a device or a pipe, or names what a program was started with.
+
+    A file put in its place, as root may, would take it from all programs.
+    """
+    named = path.absolute().parent in (Path("/dev"), Path("/dev/fd"))
+    return named or path.is_char_device() or path.is_fifo()
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write ``path`` so that readers and crashes see the old content or the new, never a part."""
+    """Write ``path`` so that readers and crashes see the old content or the new, never a part.
+
+    What `is_stream`, as with ``--json /dev/stdout``, is written as it stands.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    if is_stream(path):
+        with path.open("ab") as handle:
+            handle.write(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb") as handle:
-            handle.write(data.encode() if isinstance(data, str) else data)
+            handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(tmp, path)

@@ -130,7 +130,7 @@ def _compare(args: argparse.Namespace) -> int:
     except NothingToCompare as error:
         print(f"memshare eval: {error}", file=sys.stderr)
         return 2
+    print_tables(tables(found))
     if args.json:
         write_json(args.json, record(found))
-    print_tables(tables(found))
     return 0

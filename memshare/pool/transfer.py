@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, TextIO
 
-from memshare.files import fsync_dir
+from memshare.files import fsync_dir, is_stream
 from memshare.pool.errors import InvalidMemory, TransferError
 from memshare.pool.mapping import Mappings, to_memory
 from memshare.pool.readers import BadRow, Rows, read_csv, read_dataset, read_jsonl
@@ -179,8 +179,8 @@ def export_jsonl(store: PoolStore, pool: str, path: Path) -> int:
     """
     memories = (memory.wire() for memory in store.iter(pool))
     try:
-        if path.exists() and not path.is_file():  # a folder refuses
-            with path.open("w", encoding="utf-8", newline="\n") as handle:
+        if is_stream(path) or path.is_dir():  # a folder refuses
+            with path.open("a", encoding="utf-8", newline="\n") as handle:
                 return write_jsonl(memories, handle)
         return _write_whole(path.resolve(), memories)
     except OSError as error:

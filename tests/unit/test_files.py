@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from memshare.files import (
     NoRunFolder,
     RunLocked,
     file_system,
+    is_stream,
     run_lock,
     sha256_file,
     write_ahead,
@@ -166,6 +168,22 @@ def test_an_error_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> Non
         write_atomic(path, 7)  # type: ignore[arg-type]
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_file_stays_what_it_is(tmp_path: Path) -> None:
+    """Root's ``--json /dev/stdout`` put a file in its place."""
+    pipe, file = tmp_path / "pipe", tmp_path / "file"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as thread:
+        read = thread.submit(pipe.read_text)
+        write_atomic(pipe, "all of it")
+        assert read.result(timeout=60) == "all of it" and pipe.is_fifo()
+    assert all(is_stream(Path(name)) for name in ("/dev/null", "/dev/stdout", "/dev/fd/63"))
+    assert not any(map(is_stream, (file, tmp_path, Path("/dev/shm/run/CURRENT"))))
+    with file.open("w") as handle:
+        print("before", file=handle, flush=True)
+        write_atomic(Path(f"/dev/fd/{handle.fileno()}"), "after")
+    assert file.read_text() == "before\nafter"
 
 
 def test_sha256_of_a_file(tmp_path: Path) -> None:
