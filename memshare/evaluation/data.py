@@ -73,7 +73,10 @@ def read_chat(path: Path) -> tuple[Pair, ...]:
                 continue
             try:
                 turns = {turn["role"]: turn["content"] for turn in json.loads(line)["messages"]}
-                pairs.append(Pair(turns["user"], turns["assistant"]))
+                pair = Pair(turns["user"], turns["assistant"])
+                if not all(isinstance(text, str) for text in pair):
+                    raise TypeError("content must be text")
+                pairs.append(pair)
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}:{number}: not a chat pair: {error!r}") from error
     return tuple(pairs)

@@ -46,7 +46,7 @@ class CanaryResult:
 def read_canaries(path: Path) -> list[Canary]:
     """The canaries in a file. Raises `CanaryError`."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON has U+2028, too
     except (OSError, UnicodeDecodeError) as error:
         raise CanaryError(f"gate.canaries: {path} can't be read: {error}") from error
     found = []

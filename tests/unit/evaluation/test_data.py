@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from memshare.evaluation.data import Pair, by_characters, load_domains
+from memshare.evaluation.data import Pair, by_characters, load_domains, read_chat
 
 Rows = Sequence[tuple[str, str]]
 
@@ -26,6 +26,15 @@ def test_ones_own_domains_are_read(tmp_path: Path) -> None:
     found = load_domains(tmp_path)
     assert found["law"].pairs == (Pair("q", "a"), Pair("p", "b"))
     assert found["both"].tests == {"torts": (Pair("t", "r"),)} and not found["both"].problems
+
+
+@pytest.mark.parametrize("content", [None, 7, [{"type": "text", "text": "a"}]])
+def test_an_answer_that_is_no_text_is_named(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "pool.jsonl"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
+    path.write_text(json.dumps({"messages": turns}))
+    with pytest.raises(ValueError, match=f"{path}:1: not a chat pair: .*must be text"):
+        read_chat(path)
 
 
 def test_two_datasets_of_one_name_or_none_are_refused(tmp_path: Path) -> None:

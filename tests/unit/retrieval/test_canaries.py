@@ -120,3 +120,10 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, text: str, problem: str) -> 
         read_canaries(path)
     with pytest.raises(CanaryError, match="can't be read"):
         read_canaries(tmp_path / "missing")
+
+
+def test_a_line_ends_with_its_line(tmp_path: Path) -> None:
+    """JSON may hold what else Python takes for the end of one: web pages have it."""
+    path = tmp_path / "canaries.jsonl"
+    path.write_text('{"pool": "p", "question": "a\u2028b\u0085c", "relevant": ["x"]}\n\n')
+    assert read_canaries(path) == [Canary("p", "a\u2028b\u0085c", ("x",))]
