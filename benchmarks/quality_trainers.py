@@ -1,9 +1,10 @@
 """Our trainer and sentence-transformers' on the same examples, for as many steps.
 
 Theirs is ``MultipleNegativesRankingLoss`` as its documentation advises: one row for each pair of a
-query and a positive, with its hard negative, and ``BatchSamplers.NO_DUPLICATES``. Ours is the
-trainer as configured. Batch size, steps, learning rate and schedule, weight decay, clipping,
-temperature and seed are the same; dropout is off on both sides.
+query and a positive, with as many hard negatives as ours has, and ``BatchSamplers.NO_DUPLICATES``.
+Rows need equally many, so a query with fewer repeats its own. Ours is the trainer as configured.
+Batch size, steps, learning rate and schedule, weight decay, clipping, temperature and seed are the
+same; dropout is off on both sides.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 from datasets import Dataset
@@ -48,8 +50,14 @@ def budget(config: Config, items: Sequence[Selected], seed: int) -> Config:
 def theirs(config: Config, items: Sequence[Selected], folder: Path) -> Encoder:
     """What sentence-transformers' trainer makes of the same examples, loaded as our encoder."""
     training = config.training
-    rows = [(item.query, p.text, item.negatives[0].text) for item in items for p in item.positives]
-    columns = zip(("anchor", "positive", "negative"), zip(*rows, strict=True), strict=True)
+    count = max(len(item.negatives) for item in items)
+    rows = [
+        (item.query, positive.text, *(n.text for n in islice(cycle(item.negatives), count)))
+        for item in items
+        for positive in item.positives
+    ]
+    names = ("anchor", "positive", *(f"negative_{place}" for place in range(1, count + 1)))
+    columns = zip(names, zip(*rows, strict=True), strict=True)
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     name = resolve_encoder(config.encoder.model)
     model = SentenceTransformer(name, device="cpu", config_kwargs=off)

@@ -99,7 +99,8 @@ class TrainingConfig(Section):
     encoder's layers by torch.compile, which takes a minute or so at the start; dropout draws other
     numbers then, the same ones when a text is encoded again. ``dropout``: as the encoder's own
     configuration has it, or none. ``distill_weight``: weight of the KL divergence from the LM's
-    preference among the chosen candidates, ``distill_temperature`` softens that preference;
+    preference among the chosen candidates (5: as LLM-R weighs the two, and then with several
+    ``hard_negatives``), ``distill_temperature`` softens that preference;
     ``matryoshka``: widths at which the first entries of the vectors are trained as vectors too.
     ``towers``: one encoder for queries and memories; one each; or one each of which only the
     queries' is trained, so that the memories' vectors, and with them an index, stay as they are.
