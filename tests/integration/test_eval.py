@@ -12,6 +12,7 @@ import yaml
 
 from memshare.cli import main
 from memshare.evaluation.experiment import EXPERIMENTS
+from memshare.llm.base import Chat
 from memshare.llm.hf import TransformersBackend
 from tests.loop import loop_settings
 from tests.tiny_lm import tiny_lm
@@ -70,11 +71,11 @@ def test_an_experiment_killed_and_resumed_gives_the_same_rows_and_asks_nothing_t
     limit = 10**9
     chat = TransformersBackend.chat
 
-    async def counted(self: Any, messages: Any, **settings: Any) -> Any:
+    async def counted(self: Any, question: Chat) -> Any:
         if len(asked) >= limit:
             raise Killed
-        asked.append(json.dumps(messages))
-        return await chat(self, messages, **settings)
+        asked.append(json.dumps(question.messages))
+        return await chat(self, question)
 
     monkeypatch.setattr(TransformersBackend, "chat", counted)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -120,8 +121,8 @@ def test_all_experiments_end_and_every_row_says_what_it_is(
     """
     chat = TransformersBackend.chat
 
-    async def ended(self: Any, messages: Any, **settings: Any) -> Any:
-        return replace(await chat(self, messages, **settings), finish_reason="stop")
+    async def ended(self: Any, question: Chat) -> Any:
+        return replace(await chat(self, question), finish_reason="stop")
 
     monkeypatch.setattr(TransformersBackend, "chat", ended)
     partner = tiny_lm(models / "partner", seed=1, context=2048)

@@ -252,7 +252,7 @@ def test_a_server_that_is_being_started_when_all_shall_stop_is_stopped_too(
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         assert runpy.run_path(str(ROOT / "serve/llm.py"))["run"](config, [plan, plan]) == 0
-        assert [server.process.poll() for server in begun] == [-signal.SIGTERM]
+        assert [server.child.process.poll() for server in begun] == [-signal.SIGTERM]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -13,7 +13,7 @@ from memshare.records import NewMemory
 
 WRITER = """
 import sys
-from memshare.pool import PoolStore
+from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
 url, name, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
 with PoolStore.open(url) as store:

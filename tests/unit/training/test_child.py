@@ -33,7 +33,7 @@ def test_what_a_child_was_started_with_is_told_without_secrets(tmp_path: Path) -
     assert "ended with code 3" in str(failed.value) and not record.exists()
     command[2] = f"import os, sys; os.remove({str(log)!r}); sys.exit(3)"
     with pytest.raises(ChildFailed, match=r"ended with code 3(?s:.)*no log"):
-        run_child(command, log, record, threading.Event(), tmp_path)
+        run_child(command, log, record, threading.Event())
 
 
 def test_a_program_never_runs_unrecorded(tmp_path: Path) -> None:
