@@ -111,7 +111,7 @@ def train(
     # 2. Examples, equal on all processes: positives, hard negatives, order; held-out ones evaluate.
     selection = select(read_training(args.examples), settings)
     say(str(selection))
-    world.check_same(repr(selection.counts()), "examples")  # all of them go on, or none does
+    world.check_same({"examples": selection.counts()})  # all of them go on, or none does
     ending = args.output, selection.counts(), say, world.main and not args.dry_run
     if not selection.items:
         return outcome.empty("no usable example, nothing to train on", *ending)
@@ -126,7 +126,7 @@ def train(
         settings, encoder=fingerprint, examples=batches.digest, warm=args.warm, steps=steps,
         held_out=held_out.digest, processes=world.size, mixed_precision=accelerator.mixed_precision,
     )  # fmt: skip
-    world.check_same(repr(fixed), "examples, encoder or settings")
+    world.check_same(fixed)
     if not batches.learnable():
         return outcome.empty("no query has a negative in its batch, nothing to learn", *ending)
     if args.dry_run:

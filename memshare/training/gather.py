@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -195,17 +195,20 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def check_same(self, value: str, what: str) -> None:
-        """Raise `DifferentData` on every process unless all give the same ``value``."""
+    def check_same(self, values: Mapping[str, object]) -> None:
+        """Raise `DifferentData` on every process unless all give the same ``values`` by name."""
         if self.size == 1:
             return
-        values: list[str] = [""] * self.size
-        dist.all_gather_object(values, value)
-        odd = [rank for rank, other in enumerate(values) if other != values[0]]
+        found: list[dict[str, str]] = [{}] * self.size
+        dist.all_gather_object(found, {name: repr(value) for name, value in values.items()})
+        odd = [rank for rank, other in enumerate(found) if other != found[0]]
         if odd:
+            names = [
+                n for n, told in found[0].items() if any(other.get(n) != told for other in found)
+            ]
             raise DifferentData(
-                f"processes {odd} see other {what} than process 0: give every process the same "
-                "files and settings (a shared file system, or equal copies)"
+                f"processes {odd} see other {', '.join(names)} than process 0: give every process "
+                "the same files and settings (a shared file system, or equal copies)"
             )
 
     def from_main(self, value: T) -> T:

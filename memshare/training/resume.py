@@ -126,7 +126,7 @@ def resume(
     adapters = start.settings.get("training.lora", {}).get("enabled", False)
     if warm and not found and not adapters:
         past = latest_intact(Path(warm) / "checkpoints")
-    world.check_same(f"{found and found[0]} {past}", "checkpoints")
+    world.check_same({"checkpoints": (found and found[0], past)})
     state, best = start, dict[str, Tensor]()
     if found:
         folder, state, changed = found

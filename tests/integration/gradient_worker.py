@@ -136,9 +136,9 @@ def main(encoder_folder: Path, output: Path) -> None:
             _, gradients = step(encoder_folder, world, BATCHES["thirteen"], settings, autocast)
             save_file(gradients, output / f"{name}-{mode}-{world.rank}.safetensors")
     nothing(encoder_folder, world)
-    world.check_same("equal", "data")
+    world.check_same({"data": "equal"})
     try:
-        world.check_same(str(world.rank), "examples")
+        world.check_same({"data": "equal", "examples": world.rank})
     except DifferentData as error:
         (output / f"different-{world.rank}.txt").write_text(str(error))
     leave(accelerator, world)

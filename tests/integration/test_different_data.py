@@ -26,8 +26,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     [
         ([], ["--examples", "empty"], "examples"),
         (["--examples", "empty"], ["--examples", "some"], "examples"),
-        ([], ["--examples", "others"], "examples, encoder or settings"),
-        ([], ["--set=training.towers=separate"], "examples, encoder or settings"),
+        ([], ["--examples", "others"], "examples"),
+        ([], ["--set=training.towers=separate"], "training.towers"),
     ],
     ids=["one-empty", "main-empty", "other-examples", "more-weights"],
 )
