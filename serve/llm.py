@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         return check(plans) if arguments.check else run(config, plans)
     except (ConfigError, LLMError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def test_the_log_of_a_start_has_no_secrets(
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     main = runpy.run_path(str(ROOT / "serve/llm.py"))["main"]
+    assert main(["--config", str(tmp_path / "none.yaml")]) == 2
     assert main(["--config", str(tmp_path / "config.yaml")]) == 1  # no such Python
     (told,) = (line for line in capsys.readouterr().err.splitlines() if "starting" in line)
     assert "s3cret" not in told
