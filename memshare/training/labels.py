@@ -105,6 +105,10 @@ async def open_labeller(
             yield Labeller("none", None, False)
         elif labels == "given":
             yield Labeller(f"given:{config.mining.given_key}", _given(config), False)
+        elif labels == "reward":
+            name, reward = await _reward(stack, config, store)
+            measure, calls = _limited(reward, config.scorer_llm)
+            yield Labeller(name, measure, True, calls)
         else:
             scorer = await _open(stack, config.scorer_llm)
             if labels == "likelihood":
@@ -112,13 +116,9 @@ async def open_labeller(
                 likelihood = Likelihood(scorer, cache, config.agent.instruction)
                 measure, _ = _limited(_likelihood(likelihood), config.scorer_llm)
                 yield Labeller(scorer.model, measure, True, lambda: likelihood.measured)
-            elif labels == "prompted":
+            else:
                 measure, calls = _limited(_prompted(Prompted(scorer)), config.scorer_llm)
                 yield Labeller(scorer.model, measure, False, calls)
-            else:
-                reward = await _reward(stack, config, scorer, store)
-                measure, calls = _limited(reward, config.scorer_llm)
-                yield Labeller(scorer.model, measure, True, calls)
 
 
 async def _open(stack: AsyncExitStack, config: LLMConfig) -> LLM:
@@ -175,13 +175,15 @@ def _prompted(prompted: Prompted) -> Measure:
     return measure
 
 
-async def _reward(
-    stack: AsyncExitStack, config: Config, scorer_llm: LLM, store: PoolStore
-) -> Measure:
-    same = config.agent_llm == config.scorer_llm
-    agent = Agent(scorer_llm if same else await _open(stack, config.agent_llm), config.agent)
-    scorer = make_scorer(config.scorer, scorer_llm)
-    rubrics = {pool.name: load_rubric(pool.rubric) for pool in store.pools()}
+async def _reward(stack: AsyncExitStack, config: Config, store: PoolStore) -> tuple[str, Measure]:
+    """What grades, by name, and its grades."""
+    agent_llm = await _open(stack, config.agent_llm)
+    scorer_llm: LLM | None = None
+    if config.scorer.kind != "reference":  # which knows the answers, and asks no LLM
+        same = config.agent_llm == config.scorer_llm
+        scorer_llm = agent_llm if same else await _open(stack, config.scorer_llm)
+    agent, scorer = Agent(agent_llm, config.agent), make_scorer(config.scorer, scorer_llm)
+    rubrics = {name: load_rubric(store.pool(name).rubric) for name in config.served_pools}
 
     async def measure(query: Memory, candidate: Memory | None) -> float | None:
         shown = [] if candidate is None else [candidate]
@@ -194,4 +196,4 @@ async def _reward(
         grade = await scorer.grade(query.prompt, answer.text, rubrics[query.pool])
         return unusable if grade.value is None else grade.value / 100
 
-    return measure
+    return "reference" if scorer_llm is None else scorer_llm.model, measure

@@ -80,6 +80,30 @@ def test_a_reward_is_the_grade_of_an_answer_that_is_whole_and_was_shown_the_cand
     assert baseline and worth == [pytest.approx(0.1), pytest.approx(0.3), None, None, None]
 
 
+def test_a_reward_by_known_answers_asks_no_scorer_llm(
+    store: PoolStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """serve/llm.py starts none for it. Nor is a rubric read of a pool that is served no more."""
+    opened = []
+
+    async def open_(_: AsyncExitStack, llm: LLMConfig) -> SimpleNamespace:
+        opened.append(llm.model)
+        return SimpleNamespace(model=llm.model)
+
+    monkeypatch.setattr(labels, "_open", open_)
+    monkeypatch.setattr(labels, "make_scorer", lambda config, llm: (config.kind, llm))
+    store.create_pool("elsewhere", rubric="/gone/rubric.md")
+    sets = ["mining.labels=reward", "agent_llm.model=agent"]
+
+    async def name(*more: str) -> str:
+        async with open_labeller(load_config(None, [*sets, *more]), store) as labeller:
+            return labeller.scorer
+
+    assert asyncio.run(name("scorer.kind=reference")) == "reference" and opened == ["agent"]
+    assert asyncio.run(name()) == "pocket" and opened[1:] == ["agent", "pocket"]
+    assert asyncio.run(name("scorer_llm.model=agent")) == "agent" and opened[3:] == ["agent"]
+
+
 def test_a_bare_answer_that_nobody_can_use_is_worth_nothing(
     store: PoolStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
