@@ -15,7 +15,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from memshare.config import LLMConfig
-from memshare.llm.base import ODD, Chat, Completion, LLMError, LogLikelihood, Message, texts_of
+from memshare.llm.base import (
+    ODD,
+    Chat,
+    Completion,
+    ContextTooLong,
+    LLMError,
+    LogLikelihood,
+    Message,
+    texts_of,
+)
 from memshare.llm.neutralise import break_known, in_texts
 from memshare.llm.transport import Transport
 
@@ -91,6 +100,9 @@ class EndpointBackend:
 
         A label that is not among the likeliest tokens has none; raises `LLMError` if all are so.
         """
+        tokens = self.count_tokens(context) + 1
+        if tokens > self.context_length:
+            raise ContextTooLong(self.model, tokens, self.context_length)
         extra = {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}
         reply = (await self.chat(Chat(context, 1, extra=extra))).raw
         try:

@@ -19,17 +19,18 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memshare.config import Config, LLMConfig
 from memshare.llm.agent import Agent
-from memshare.llm.base import LLM, ContextTooLong
+from memshare.llm.base import LLM, ContextTooLong, LLMError, LLMUnavailable
 from memshare.llm.factory import make_llm
 from memshare.llm.likelihood import Likelihood, LikelihoodCache
 from memshare.llm.prompted import Prompted
 from memshare.llm.rubric import load_rubric
 from memshare.llm.scorer import make_scorer
 from memshare.pool.store import PoolStore
+from memshare.progress import log
 from memshare.records import Memory, normalise
 
 # (query, candidate or None for the baseline) -> worth, None where it can't be measured
@@ -131,22 +132,40 @@ async def _open(stack: AsyncExitStack, config: LLMConfig) -> LLM:
 def _limited(measure: Measure, config: LLMConfig) -> tuple[Measure, Callable[[], int]]:
     """At most as many measurements at once as the LLM takes, and how many there were.
 
-    What doesn't fit the LLM's context is worth None, since a long text in the pool must not stop
-    mining for good; every other error propagates.
+    What doesn't fit the LLM's context, or is refused by it (by a content filter, say), is worth
+    None, since a text in the pool must not stop mining for good. An LLM that is away, or refuses
+    any text, is an error.
     """
     limit = asyncio.Semaphore(max(config.max_concurrency, config.batch_size))
-    count = 0
+    count, sound = 0, False
 
     async def limited(query: Memory, candidate: Memory | None) -> float | None:
-        nonlocal count
+        nonlocal count, sound
         async with limit:
             count += 1
             try:
                 return await measure(query, candidate)
+            except LLMUnavailable:
+                raise
             except ContextTooLong:
+                return None
+            except LLMError as error:
+                if not sound:  # then it is the LLM's trouble, and raises again
+                    await measure(*_plain(query))
+                    if not sound:  # others were refused meanwhile
+                        log(f"{error}; what is refused is not measured")
+                    sound = True
                 return None
 
     return limited, lambda: count
+
+
+def _plain(query: Memory) -> tuple[Memory, Memory]:
+    """What no LLM refuses that measures anything, in the pool of ``query``."""
+    return (
+        replace(query, prompt="What is two plus two?", answer="Four."),
+        replace(query, id="plain", prompt="What is one plus one?", answer="Two."),
+    )
 
 
 def _given(config: Config) -> Measure:

@@ -136,7 +136,8 @@ async def _example(
     if measure is not None:
         if labeller.has_baseline:
             baseline = await measure(query, None)
-        worth = await asyncio.gather(*(measure(query, memory) for _, memory in candidates))
+        if baseline is not None or not labeller.has_baseline:  # else nothing tells what is better
+            worth = await asyncio.gather(*(measure(query, memory) for _, memory in candidates))
     rows = [
         _candidate(memory, proposal, value)
         for (proposal, memory), value in zip(candidates, worth, strict=True)

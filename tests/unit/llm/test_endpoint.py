@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from memshare.config import LLMConfig
-from memshare.llm.base import Chat, LLMError, Message
+from memshare.llm.base import Chat, ContextTooLong, LLMError, Message
 from memshare.llm.endpoint import EndpointBackend
 from memshare.llm.factory import make_llm
 from memshare.llm.neutralise import BREAK, has_control_string
@@ -76,6 +76,10 @@ def test_labels_are_read_from_the_likeliest_tokens(server: Flaky) -> None:
     assert found == pytest.approx([0.0, 5 / 6, 1 / 6])
     with pytest.raises(LLMError, match="likeliest"):
         asyncio.run(made.label_probabilities(ASK, ["7", "8"]))
+    asked = len(server.bodies)
+    with pytest.raises(ContextTooLong):  # as by the other backends
+        asyncio.run(llm(server, context_length=9).label_probabilities(ASK, ["0", "1"]))
+    assert len(server.bodies) == asked
     server.behave = lambda handler, _: reply(handler, 200, choice("1"))
     with pytest.raises(LLMError, match="no log probabilities"):
         asyncio.run(made.label_probabilities(ASK, ["0", "1"]))

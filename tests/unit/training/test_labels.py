@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from memshare.config import Config, LLMConfig, load_config
+from memshare.llm.base import LLMError, LLMUnavailable
 from memshare.pool.store import PoolStore
 from memshare.records import Grade, Memory, NewMemory
 from memshare.training import labels
@@ -137,3 +138,33 @@ def test_prompted_is_the_log_of_what_the_scorer_states(
     half = math.log(0.5)
     assert worth == [math.log(0.25), pytest.approx(math.log(1e-6)), half, half]
     assert asked[0] == ("q0", "own", [("q1", "two words")])
+
+
+def test_a_text_that_the_llm_refuses_is_not_measured(
+    store: PoolStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A content filter, say. An LLM that refuses any text would leave a round without labels."""
+
+    class Filtered:
+        refused = "odd"
+
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        async def score(self, query: str, answer: str, shots: list[tuple[str, str]]) -> float:
+            if Filtered.refused in shots[0][1]:
+                raise Filtered.error
+            return 1.0
+
+        error = LLMError("status 400: filtered")
+
+    monkeypatch.setattr(labels, "Prompted", Filtered)
+    query, *others = store.iter("main")
+    assert measured("prompted", store, query, *others, others[-1])[1] == [0, 0, 0, None, None]
+    assert capsys.readouterr().err.count("what is refused is not measured") == 1
+    Filtered.error = LLMUnavailable("away")
+    with pytest.raises(LLMUnavailable):
+        measured("prompted", store, query, *others)
+    Filtered.refused, Filtered.error = "", LLMError("status 400: no logprobs here")
+    with pytest.raises(LLMError, match="no logprobs"):
+        measured("prompted", store, query, *others)

@@ -117,8 +117,11 @@ def test_held_out_examples_have_a_baseline_whatever_training_does_without(tmp_pa
     """Without it nothing would tell which candidates are relevant."""
 
     async def measure(query: Memory, candidate: Memory | None) -> float | None:
+        if query.prompt in refused and candidate is None:
+            return None  # not even alone: then no candidate can be told from none
         return -2.0 if candidate is None else -1.0
 
+    refused = {f"how is thing {i} made" for i in range(0, 80, 2)}
     sets = ["training.eval_every=5", "mining.baseline=false", "mining.dense_candidates=0"]
     config = load_config(None, [f"run.dir={tmp_path}", *sets])
     rows = [NewMemory("main", f"how is thing {i} made", f"so {i}") for i in range(80)]
@@ -134,7 +137,11 @@ def test_held_out_examples_have_a_baseline_whatever_training_does_without(tmp_pa
     train = list(read_examples(round_dir(config.examples_dir, 1)))
     assert train and {example.baseline_loglik for example in train} == {None}
     held_out = held_out_examples(config)
-    assert held_out and {example.baseline_loglik for example in held_out} == {-2.0}
+    baselines = {example.query in refused: example.baseline_loglik for example in held_out}
+    assert baselines == {False: -2.0, True: None}
+    for example in held_out:
+        want = None if example.query in refused else -1.0
+        assert {candidate.loglik for candidate in example.candidates} == {want}
 
 
 @needs_data
