@@ -204,7 +204,10 @@ async def _reward(stack: AsyncExitStack, config: Config, store: PoolStore) -> tu
     agent, scorer = Agent(agent_llm, config.agent), make_scorer(config.scorer, scorer_llm)
     rubrics = {name: load_rubric(store.pool(name).rubric) for name in config.served_pools}
 
+    ungraded = False
+
     async def measure(query: Memory, candidate: Memory | None) -> float | None:
+        nonlocal ungraded
         shown = [] if candidate is None else [candidate]
         # Without a memory an answer that can't be graded is one that nobody can use: worth nothing.
         # With one it measures nothing, since another draw might say more.
@@ -213,6 +216,11 @@ async def _reward(stack: AsyncExitStack, config: Config, store: PoolStore) -> tu
         if answer.cut_off or len(answer.used) < len(shown):
             return unusable  # cut off by length, or the candidate did not fit
         grade = await scorer.grade(query.prompt, answer.text, rubrics[query.pool])
-        return unusable if grade.value is None else grade.value / 100
+        if grade.value is not None:
+            return grade.value / 100
+        if not ungraded:  # the first tells what may be wrong with all
+            ungraded = True
+            log(f"an answer can't be graded: {grade.reason}")
+        return unusable
 
     return "reference" if scorer_llm is None else scorer_llm.model, measure

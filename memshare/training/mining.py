@@ -90,6 +90,9 @@ async def mine(
         write_marker(held_out_dir(folder), {"round": plan.round, "shards": len(plan.held_out)})
     marker = _marker(plan, labeller, folder, time.monotonic() - begun)
     write_marker(folder, marker)
+    if marker["unmeasured"]:
+        told = f"{marker['unmeasured']} of {marker['candidates']} candidates have no score"
+        log(f"round {plan.round}: {told}: too long, refused, or without a grade")
     return marker
 
 

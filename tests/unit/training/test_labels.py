@@ -68,16 +68,17 @@ class Counts:
     """A scorer that gives ten points a word; of "odd" it can make nothing."""
 
     async def grade(self, prompt: str, answer: str, rubric: str) -> Grade:
-        return Grade(None if "odd" in answer else 10.0 * len(answer.split()))
+        return Grade(None if "odd" in answer else 10.0 * len(answer.split()), "it is odd")
 
 
 def test_a_reward_is_the_grade_of_an_answer_that_is_whole_and_was_shown_the_candidate(
-    store: PoolStore, monkeypatch: pytest.MonkeyPatch
+    store: PoolStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(labels, "Agent", Echo)
     monkeypatch.setattr(labels, "make_scorer", lambda *_: Counts())
     query, *others = store.iter("main")
-    baseline, worth = measured("reward", store, query, None, *others)
+    baseline, worth = measured("reward", store, query, None, *others, others[-1])
+    assert worth.pop() is None and capsys.readouterr().err.count("graded: it is odd\n") == 1
     assert baseline and worth == [pytest.approx(0.1), pytest.approx(0.3), None, None, None]
 
 

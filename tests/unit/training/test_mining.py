@@ -224,7 +224,7 @@ def test_likelihood_is_what_the_model_gives(tmp_path: Path) -> None:
 
 @needs_data
 @pytest.mark.parametrize("labels", ["prompted", "reward"])
-def test_labels_by_chat(tmp_path: Path, labels: str) -> None:
+def test_labels_by_chat(tmp_path: Path, labels: str, capsys: pytest.CaptureFixture[str]) -> None:
     lm = tiny_lm(tmp_path / "lm", context=1024)
     config = load_config(
         None,
@@ -244,5 +244,7 @@ def test_labels_by_chat(tmp_path: Path, labels: str) -> None:
     else:  # cut-off answers are never graded, and a random model goes on and on
         assert len(set(scored)) > 1 and all(0 < value < 1 for value in scored)
         assert any(example.baseline_loglik not in (None, *scored) for example in examples)
-        assert marker["unmeasured"] == marker["candidates"] - len(scored)
+        assert marker["unmeasured"] == marker["candidates"] - len(scored) > 0
+        told = f"{marker['unmeasured']} of {marker['candidates']} candidates have no score"
+        assert told in capsys.readouterr().err
     assert marker["llm_calls"] >= marker["candidates"]
