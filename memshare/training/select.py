@@ -4,7 +4,8 @@ Every scored candidate stays in the examples on disk, so that v, the margins and
 change without asking an LLM again. For one example:
 
 * positives are the best ``training.positives`` candidates by likelihood, of those that beat the
-  likelihood with no example by more than ``training.margin`` (without a baseline: the best ones);
+  likelihood with no example by more than ``training.margin`` (without a baseline: the best ones,
+  unless all are worth the same);
 * hard negatives are the worst ``training.hard_negatives`` of the rest. Never one of them: the
   query's own memory or a copy of it, another one with the query for its prompt, a copy of a
   positive, a memory with the query's own answer or a positive's, a candidate within
@@ -42,6 +43,7 @@ NO_CANDIDATES = "no candidates"
 NOT_SCORED = "no candidate has a usable score"
 NOT_BETTER = "no positive beats the baseline"
 NO_LABEL = "no candidate has the query's label"
+ALL_ALIKE = "all candidates are worth the same"
 
 
 def text_key(text: str) -> str:
@@ -227,6 +229,8 @@ def select_one(example: Example, config: TrainingConfig) -> Selected | str:
         least = -math.inf
         if example.baseline_loglik is not None:
             least = example.baseline_loglik + config.margin
+        elif len(scored) > 1 and _score(scored[0]) == _score(scored[-1]):
+            return ALL_ALIKE  # an LLM that states 0 of each: BM25's order would be what is learned
         good = [p for p in scored if _score(p) > least]
         if not good:
             return NOT_BETTER

@@ -8,6 +8,7 @@ import pytest
 from memshare.config import TrainingConfig
 from memshare.retrieval.text import memory_text
 from memshare.training.select import (
+    ALL_ALIKE,
     NO_CANDIDATES,
     NO_LABEL,
     NOT_BETTER,
@@ -55,6 +56,10 @@ def test_only_what_beats_the_baseline_is_a_positive() -> None:
 def test_without_a_baseline_the_best_is_taken() -> None:
     made = example(baseline_loglik=None, candidates=(candidate("a", "a", -9.0),))
     assert chosen(select_one(made, CONFIG)) == (["a"], [])
+    alike = (candidate("a", "a", -13.8), candidate("b", "b", -13.8))
+    assert select_one(replace(made, candidates=alike), CONFIG) == ALL_ALIKE
+    told = replace(made, candidates=alike, baseline_loglik=-20.0)  # both are better than none
+    assert chosen(select_one(told, CONFIG)) == (["a"], [])
 
 
 def test_reasons_are_counted() -> None:
