@@ -28,6 +28,7 @@ from memshare.llm.base import LLMError
 from memshare.llm.plan import gpus_left, plan_servers
 from memshare.progress import log
 from memshare.stopping import on_stop
+from memshare.training.labels import check_labels
 from memshare.training.outcome import EXIT_USAGE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         config = load_config(args.config, args.overrides)
+        if not args.no_train:
+            check_labels(config)
     except ConfigError as error:
         log(f"up: {error}")
         return EXIT_USAGE

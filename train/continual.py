@@ -34,6 +34,7 @@ from memshare.training import outcome as outcomes
 from memshare.training.child import ChildFailed, Stopped, check_launch
 from memshare.training.erasing import erase_deleted
 from memshare.training.journal import Journal, JournalError
+from memshare.training.labels import check_labels
 from memshare.training.leftovers import delete_leftovers
 from memshare.training.rounds import (
     count_new,
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         check_launch(config.continual)
+        check_labels(config)
     except ConfigError as error:
         return outcomes.tell(error)
     stop = threading.Event()

@@ -54,7 +54,7 @@ from memshare.training.rounds import latest_encoder
 from memshare.training.split import SplitError
 
 EXPECTED = (CanaryError, EncoderError, GenerationError, LLMError, PoolError, RubricError, RunLocked,
-            SplitError)  # fmt: skip
+            SplitError, ConfigError)  # fmt: skip
 FROZEN = "frozen"
 
 
@@ -117,6 +117,7 @@ def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World
     home, pools = config.retriever_dir, config.served_pools
     if not args.no_gate and config.gate.canaries is not None:
         read_canaries(config.gate.canaries)  # a mistake there is found now, not after the encoding
+    relevance = None if args.no_gate else HeldOutRelevance(config, store)
     for pool in pools:
         store.create_pool(pool, config.pools[pool].rubric, config.pools[pool].threshold)
     source, encoder = load_encoder(config, args.encoder, world)
@@ -134,7 +135,7 @@ def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World
     # 2. Judge on the held-out memories.
     verdict = GateResult(True, "not asked for", 0)
     begun = time.monotonic()
-    if not args.no_gate:
+    if relevance is not None:
         fates = split_memories(store, config)
         held_out = [
             memory
@@ -142,9 +143,7 @@ def run(config: Config, store: PoolStore, args: argparse.Namespace, world: World
             for memory in store.iter(pool, until_seq=built.positions[pool])
             if fates.get(memory.id) == "held_out"
         ]
-        verdict = gate_built(
-            store, config, encoder, built, held_out, HeldOutRelevance(config, store)
-        )
+        verdict = gate_built(store, config, encoder, built, held_out, relevance)
     metrics: dict[str, Any] = {
         "gate": verdict.record(),
         "round": args.round,

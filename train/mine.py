@@ -32,7 +32,7 @@ from memshare.retrieval.manifest import GenerationError
 from memshare.training.erasing import erase_deleted
 from memshare.training.examples import is_whole, read_marker, round_dir
 from memshare.training.journal import Span
-from memshare.training.labels import Share, merge_caches, open_labeller
+from memshare.training.labels import Share, check_labels, merge_caches, open_labeller
 from memshare.training.mining import mine
 from memshare.training.mining_plan import (
     PLAN,
@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.iteration > 1 and (args.round is None or args.proposer is None):
             raise ConfigError("--iteration needs --round N and --proposer FOLDER")
         config = load_config(args.config, args.overrides)
+        check_labels(config)
         since = positions(args.since_seq, config.served_pools)
         until = positions(args.until_seq, config.served_pools)
     except ConfigError as error:

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 
-from memshare.config import Config, LLMConfig
+from memshare.config import Config, ConfigError, LLMConfig
 from memshare.llm.agent import Agent
 from memshare.llm.base import LLM, ContextTooLong, LLMError, LLMUnavailable
 from memshare.llm.factory import make_llm
@@ -68,6 +68,18 @@ class Share:
     def name(self) -> str:
         """For its files and its lock."""
         return f"{self.index}-of-{self.of}"
+
+
+def check_labels(config: Config) -> None:
+    """Raise `ConfigError` where no training query could be labelled, whatever is in the pool.
+
+    Here and not with the other settings, which a gateway reads that never mines.
+    """
+    if config.mining.labels == "likelihood" and config.scorer_llm.backend == "openai":
+        raise ConfigError(
+            "mining.labels: backend openai of scorer_llm gives no `likelihood`; set scorer_llm to "
+            "a vLLM server or a model in this process, or mining.labels to reward or prompted"
+        )
 
 
 def open_cache(config: Config, share: Share | None = None) -> LikelihoodCache:

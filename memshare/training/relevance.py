@@ -21,7 +21,7 @@ from memshare.config import Config
 from memshare.pool.store import PoolStore
 from memshare.records import Candidate, Example, Memory
 from memshare.retrieval.text import tokenize
-from memshare.training.labels import Labeller, open_labeller, same_label
+from memshare.training.labels import Labeller, check_labels, open_labeller, same_label
 
 
 def answer_overlap(left: str, right: str) -> float:
@@ -63,7 +63,8 @@ class HeldOutRelevance:
     """
 
     def __init__(self, config: Config, store: PoolStore) -> None:
-        """Opens nothing yet."""
+        """Opens nothing yet. Raises `ConfigError` where nothing could be judged."""
+        check_labels(config)
         self._config = config
         self._store = store
         self._lock: asyncio.Lock | None = None

@@ -19,6 +19,7 @@ from memshare.pool.store import PoolStore
 from memshare.records import Grade, Memory, NewMemory
 from memshare.training import labels
 from memshare.training.labels import open_labeller
+from tests.training_runs import ROOT, load_program
 
 
 @pytest.fixture
@@ -169,3 +170,18 @@ def test_a_text_that_the_llm_refuses_is_not_measured(
     Filtered.refused, Filtered.error = "", LLMError("status 400: no logprobs here")
     with pytest.raises(LLMError, match="no logprobs"):
         measured("prompted", store, query, *others)
+
+
+@pytest.mark.parametrize(
+    "program", ["train/mine.py", "train/continual.py", "train/index.py", "serve/up.py"]
+)
+def test_likelihoods_that_an_endpoint_does_not_give_are_refused_before_anything_starts(
+    program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not once the pool is encoded. A gateway, which never mines, takes these settings."""
+    sets = [f"run.dir={tmp_path / 'run'}", "scorer_llm.backend=openai"]
+    assert load_config(None, sets).mining.labels == "likelihood"
+    words = [word for each in sets for word in ("--set", each)]
+    assert load_program(ROOT / program).main(words) == 2
+    assert "mining.labels: backend openai of scorer_llm" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*/"))
