@@ -1,4 +1,4 @@
-"""Environment variables as settings: sections without regard to case, lists in YAML, any name."""
+"""Environment variables as settings: sections without regard to case, lists and null as in YAML."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource
+from pydantic_settings.sources.types import EnvNoneType
 
 from memshare.config.document import parse
+
+_NULL = frozenset({"null", "Null", "NULL", "~"})  # YAML's, but for nothing at all, which is text
 
 
 class Environment(EnvSettingsSource):
@@ -23,12 +26,15 @@ class Environment(EnvSettingsSource):
 
     def __init__(self, settings: type[BaseSettings], trees: Sequence[Mapping[str, Any]]) -> None:
         """Reads the environment."""
-        super().__init__(settings)
+        super().__init__(settings, env_parse_none_str="null")
         self._trees = trees
         self.unclear: list[str] = []
         names = [name for name in os.environ if name.upper().startswith(self.env_prefix)]
         self._variables = {self._key(name): name for name in names}
-        self.env_vars = {key: os.environ[name] for key, name in self._variables.items()}
+        given = {key: os.environ[name] for key, name in self._variables.items()}
+        self.env_vars = {
+            key: EnvNoneType("null") if text in _NULL else text for key, text in given.items()
+        }
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
         """As for ``--set``; what is no YAML stays text, which the check refuses with all else."""
@@ -40,7 +46,9 @@ class Environment(EnvSettingsSource):
     def gave(self, location: Sequence[int | str], value: Any) -> str | None:
         """The variable that gave the setting at ``location`` this ``value``, if one did."""
         key = self._joined(location)
-        return self._variables.get(key) if self.env_vars.get(key) == value else None
+        given = self.env_vars.get(key)
+        given = None if isinstance(given, EnvNoneType) else given
+        return self._variables.get(key) if given == value else None
 
     def _joined(self, words: Sequence[int | str]) -> str:
         return self.env_prefix.lower() + (self.env_nested_delimiter or "").join(map(str, words))

@@ -26,6 +26,21 @@ def test_lists_are_written_as_in_the_file(monkeypatch: pytest.MonkeyPatch) -> No
     assert config.agent.instruction == "Answer: [briefly]"
 
 
+def test_null_is_none_as_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was text: a database of that name, or no integer."""
+    path = write(
+        tmp_path, "training: {max_steps: 5, max_grad_norm: 2.0}\ndatabase_url: sqlite:///x"
+    )
+    monkeypatch.setenv("MEMSHARE_TRAINING__MAX_STEPS", "null")
+    monkeypatch.setenv("memshare_training__max_grad_norm", "~")
+    monkeypatch.setenv("MEMSHARE_DATABASE_URL", "Null")
+    monkeypatch.setenv("MEMSHARE_AGENT__INSTRUCTION", "")
+    config = load_config(path)
+    assert (config.training.max_steps, config.training.max_grad_norm) == (None, None)
+    assert (config.database_url, config.agent.instruction) == (None, "")
+    assert load_config(path, ["training.max_steps=7"]).training.max_steps == 7
+
+
 @pytest.mark.parametrize(
     ("variable", "text", "told"),
     [
@@ -35,6 +50,7 @@ def test_lists_are_written_as_in_the_file(monkeypatch: pytest.MonkeyPatch) -> No
         ("memshare_training__Matryoshka", "64,32", r"training.matryoshka: .*written \[a, b\]"),
         ("MEMSHARE_TRAINING", "lr=1", r"training: .*written \{key: value\}"),
         ("MEMSHARE_TRAINING__LR", "fast", "training.lr: "),
+        ("MEMSHARE_TRAINING__LR", "null", "training.lr: "),
     ],
 )
 def test_a_wrong_value_is_told_with_its_variable_and_all_the_rest(
