@@ -140,6 +140,8 @@ def plan_round(
     plan = Plan(
         number, dict(spans), settings, proposer, dict(left_out), replayed, tuple(shards), held_out
     )
+    for part in folder.glob(f".{PLAN}.*.tmp"):  # of who was killed while planning: one plans
+        part.unlink()
     write_json(path, asdict(plan))
     return plan
 

@@ -35,7 +35,11 @@ def plan(
 
 
 def test_a_round_is_planned_once(store: PoolStore, tmp_path: Path) -> None:
+    part = round_dir(tmp_path / "examples", 1) / ".plan.json.1.tmp"
+    part.parent.mkdir(parents=True)
+    part.touch()  # who planned before was killed while writing
     first = plan(store, tmp_path)
+    assert [path.name for path in part.parent.iterdir()] == ["plan.json"]
     for sets, until, proposer in (
         ((), 11, None),
         ((), 12, 3),
