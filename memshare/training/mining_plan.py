@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from memshare.config import Config
+from memshare.config import Config, MiningConfig, TrainingConfig
 from memshare.files import write_json
 from memshare.pool.store import PoolStore
 from memshare.records import Memory
@@ -107,10 +107,19 @@ def plan_round(
     path = folder / PLAN
     if path.exists():
         plan = read_plan(folder)
-        if (plan.settings, plan.spans, plan.proposer) != (settings, spans, proposer):
+        # What it lacks had its default: the version that wrote it did not know it yet.
+        plain = config.model_copy(update={"mining": MiningConfig(), "training": TrainingConfig()})
+        before = _listed({**_settings(plain), **plan.settings}, plan.spans, plan.proposer)
+        now = _listed(settings, spans, proposer)
+        changed = [
+            f"{key} {before.get(key)!r}, not {now.get(key)!r}"
+            for key in {**before, **now}
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
             raise ExamplesError(
-                f"{path}: round {number} was begun with {dict(plan.settings)} over {plan.spans}, "
-                f"not {settings} over {dict(spans)}; finish it with those, or delete {folder}"
+                f"{path}: round {number} was begun with {', '.join(changed)}; finish it with what "
+                f"it was begun with, or delete {folder}"
             )
         return plan
     shards: list[Shard] = []
@@ -144,6 +153,14 @@ def plan_round(
         part.unlink()
     write_json(path, asdict(plan))
     return plan
+
+
+def _listed(
+    settings: Mapping[str, Any], spans: Mapping[str, Span], proposer: int | str | None
+) -> dict[str, Any]:
+    """What a round is, one value a name."""
+    ends = {f"span of {pool}": f"{span.since} to {span.until}" for pool, span in spans.items()}
+    return {**settings, **ends, "proposer": proposer}
 
 
 def _shards(pool: str, ids: Sequence[str], config: Config) -> list[Shard]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,17 +41,30 @@ def test_a_round_is_planned_once(store: PoolStore, tmp_path: Path) -> None:
     part.touch()  # who planned before was killed while writing
     first = plan(store, tmp_path)
     assert [path.name for path in part.parent.iterdir()] == ["plan.json"]
-    for sets, until, proposer in (
-        ((), 11, None),
-        ((), 12, 3),
-        (("scorer_llm.model=other",), 12, None),
-        (("bm25.k1=0.5",), 12, None),
-        (("mining.candidates=7",), 12, None),
+    for sets, until, proposer, told in (
+        ((), 11, None, "span of main '0 to 12', not '0 to 11'"),
+        ((), 12, 3, "proposer None, not 3"),
+        (("scorer_llm.model=other",), 12, None, "scorer 'pocket', not 'other'"),
+        (("bm25.k1=0.5",), 12, None, "bm25 {.*'k1': 1.5.*}, not {.*'k1': 0.5.*}"),
+        (("mining.candidates=7",), 12, None, "candidates 16, not 7"),
     ):
-        with pytest.raises(ExamplesError, match="begun with"):
+        with pytest.raises(ExamplesError, match=rf"round 1 was begun with {told}; finish"):
             plan(store, tmp_path, *sets, until=until, proposer=proposer)
     # Iterations and what only training looks at change nothing of it.
     assert plan(store, tmp_path, "mining.iterations=2", "training.lr=1e-3") == first
+
+
+def test_a_plan_of_a_version_that_did_not_know_a_setting_yet_is_gone_on_with(
+    store: PoolStore, tmp_path: Path
+) -> None:
+    first = plan(store, tmp_path)
+    path = round_dir(tmp_path / "examples", 1) / "plan.json"
+    row = json.loads(path.read_text())
+    row["settings"] = {k: v for k, v in row["settings"].items() if k != "min_standing"}
+    path.write_text(json.dumps(row))
+    assert plan(store, tmp_path).shards == first.shards
+    with pytest.raises(ExamplesError, match=r"begun with min_standing -0\.4, not -0\.2; finish"):
+        plan(store, tmp_path, "mining.min_standing=-0.2")
 
 
 def test_memories_on_hold_have_their_fates(store: PoolStore, tmp_path: Path) -> None:
