@@ -135,7 +135,8 @@ async def run(
 
         # 3. BM25 and the serving retriever propose, the labeller measures, and each shard is
         # written when it is complete.
-        opening = open_proposer(config, begun.proposer if begun else args.proposer)
+        named = begun.proposer if begun else args.proposer
+        opening = open_proposer(config, named, args.proposer)
         proposing = opened.enter_context(opening)
         by = None if proposing is None else proposing.name
         plan = plan_round(store, config, number, spans, fates, folder, by)

@@ -22,6 +22,7 @@ from memshare.progress import log
 from memshare.records import Memory, normalise
 from memshare.retrieval.bm25 import BM25
 from memshare.retrieval.text import memory_text
+from memshare.training.rounds import may_be_there
 from memshare.training.split import Fate
 
 if TYPE_CHECKING:  # elsewhere where they are used: they load torch, and BM25 alone needs none
@@ -62,13 +63,16 @@ def disliked(store: PoolStore, config: Config, pool: str) -> frozenset[str]:
 
 
 @contextmanager
-def open_proposer(config: Config, name: int | str | None) -> Iterator[Proposer | None]:
+def open_proposer(
+    config: Config, name: int | str | None, moved: str | None = None
+) -> Iterator[Proposer | None]:
     """The proposer of this `Proposer.name` (None: what serves); None where vectors propose nothing.
 
     That is so without ``mining.dense_candidates``, and with ``labels: none``: nothing would tell
     whether the nearest memories are useful, and most of them are. In place of a generation that is
     gone what serves proposes, by that name, so that the round which began with it can go on: who
-    publishes by hand meanwhile deletes old ones. Raises `GenerationError`.
+    publishes by hand meanwhile deletes old ones. In place of a folder that is gone ``moved`` does,
+    where it is by now: a run folder may be moved. Raises `GenerationError`.
     """
     mining = config.mining
     if mining.dense_candidates == 0 or mining.labels == "none":
@@ -80,7 +84,8 @@ def open_proposer(config: Config, name: int | str | None) -> Iterator[Proposer |
     from memshare.retrieval.serving import FROZEN
 
     if isinstance(name, str):
-        yield Proposer(Encoder.load(config.encoder.model_copy(update={"model": name})), None, name)
+        model = name if moved is None or may_be_there(name) else moved
+        yield Proposer(Encoder.load(config.encoder.model_copy(update={"model": model})), None, name)
         return
     home, device = config.retriever_dir, config.encoder.device
     generation = None

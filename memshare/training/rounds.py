@@ -144,7 +144,7 @@ def with_encoder(config: Config, journal: Journal) -> Journal:
     round trains what serves now instead; it would fail at every start.
     """
     now = journal.open_round
-    if now is None or now.step == "index" or _may_be_there(now.encoder):
+    if now is None or now.step == "index" or may_be_there(now.encoder):
         return journal
     encoder, warm = _beginning(config, journal)
     if encoder != now.encoder:
@@ -181,7 +181,7 @@ def _beginning(config: Config, journal: Journal) -> tuple[str, str | None]:
     return encoder, warm
 
 
-def _may_be_there(name: str) -> bool:
+def may_be_there(name: str) -> bool:
     """Whether an encoder is a folder that is there, or may be one of the hub's (``org/model``)."""
     path = Path(name).expanduser()
     return path.is_dir() or not (path.is_absolute() or len(path.parts) > 2)

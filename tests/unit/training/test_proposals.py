@@ -128,6 +128,11 @@ def test_a_generation_proposes_with_its_own_vectors(
         assert (
             PoolProposals(store, config, "main", until, TRAIN, proposer).propose(found) == encoded
         )
+    gone = str(tmp_path / "moved" / "two")  # with its run folder: the round goes on as it began
+    with open_proposer(config, gone, str(tmp_path / "two")) as proposer:
+        assert proposer is not None and proposer.name == gone
+    with open_proposer(config, str(tmp_path / "two"), gone) as proposer:  # it is still there
+        assert proposer is not None and proposer.name == str(tmp_path / "two")
     with open_proposer(config, 0) as proposer:  # a round that was begun before the generation
         assert proposer is not None and proposer.generation is None
         frozen = PoolProposals(store, config, "main", until, TRAIN, proposer).propose(found)
