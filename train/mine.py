@@ -31,7 +31,7 @@ from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.manifest import GenerationError
 from memshare.training.erasing import erase_deleted
 from memshare.training.examples import is_whole, read_marker, round_dir
-from memshare.training.journal import Span
+from memshare.training.journal import Span, read_spans
 from memshare.training.labels import Share, check_labels, merge_caches, open_labeller
 from memshare.training.mining import mine
 from memshare.training.mining_plan import (
@@ -121,6 +121,9 @@ async def run(
         if begun:
             planning.close()  # nobody waits for what each does by itself
         spans = dict(begun.spans) if begun else open_spans(store, done, pools)
+        if not begun and args.iteration > 1:  # the round's own, which the first one has mined
+            mined = read_spans(read_marker(round_dir(examples, number))["spans"])
+            spans = {pool: span for pool, span in mined.items() if pool in pools}
         spans = {  # never beyond a log's end: later rounds would pass over what comes there
             pool: Span(since.get(pool, span.since), min(until.get(pool, span.until), span.until))
             for pool, span in spans.items()

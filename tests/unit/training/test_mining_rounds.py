@@ -179,7 +179,9 @@ def test_disliked_memories_teach_nothing(tmp_path: Path) -> None:
     assert doubted in {candidate.id for example in after for candidate in example.candidates}
 
 
-def test_a_round_ends_with_the_log_at_most(tmp_path: Path) -> None:
+def test_a_round_ends_with_the_log_at_most(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Later rounds begin where it ends, and would pass over what comes until then."""
     program = load_program(ROOT / "train" / "mine.py")
     config = make_config(tmp_path, labels="none")
@@ -191,3 +193,9 @@ def test_a_round_ends_with_the_log_at_most(tmp_path: Path) -> None:
         marker = read_marker(round_dir(config.examples_dir, number))
         assert marker["spans"] == {"main": {"since": number - 1, "until": number}}
         assert marker["examples"] == 1
+    again = [*words, "--iteration", "2", "--proposer", "unused", "--round"]
+    assert program.main([*again, "3"]) == 1  # which has no first one yet
+    assert "no finished round" in capsys.readouterr().err
+    assert program.main([*again, "1"]) == 0  # of what the first one mined, not of what is new
+    marker = read_marker(round_dir(config.examples_dir, 1, 2))
+    assert (marker["spans"], marker["examples"]) == ({"main": {"since": 0, "until": 1}}, 1)
