@@ -92,7 +92,7 @@ async def mine(
     write_marker(folder, marker)
     if marker["unmeasured"]:
         told = f"{marker['unmeasured']} of {marker['candidates']} candidates have no score"
-        log(f"round {plan.round}: {told}: too long, refused, or without a grade")
+        log(f"round {plan.round}: {told}: too long, refused, cut off or not graded")
     return marker
 
 
