@@ -124,7 +124,8 @@ def read_manifest(folder: Path) -> Manifest:
         if manifest.metric != METRIC:
             raise ValueError(f"unknown metric {manifest.metric!r}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedGeneration(f"{folder}: {MANIFEST} is damaged: {error}") from error
+        told = "damaged, or of another version of memshare"  # which may have other fields
+        raise DamagedGeneration(f"{folder}: {MANIFEST} is {told}: {error}") from error
     return manifest
 
 

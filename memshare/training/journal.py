@@ -126,8 +126,9 @@ class Journal:
             return cls()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise JournalError(
-                f"{path}: the journal is damaged ({error!r}); restore it from a backup, or delete "
-                "it: the next round begins where the last one that was mined has ended"
+                f"{path}: the journal is damaged, or of another version of memshare ({error!r}); "
+                "go on with that version, restore the journal from a backup, or delete it: the "
+                "next round begins where the last one that was mined has ended"
             ) from error
         return cls(rounds)
 

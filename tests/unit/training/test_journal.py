@@ -67,9 +67,14 @@ def test_a_journal_of_before_there_were_iterations_is_read(tmp_path: Path) -> No
     assert now is not None and (now.name, now.iterations, now.warm) == ("train", 1, None)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"rounds": [{"step": "mine"}]}', '{"rounds": 3}'])
+LATER = '{"rounds": [{"number": 1, "spans": {}, "encoder": "e", "what_later_ones_have": 1}]}'
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"rounds": [{"step": "mine"}]}', '{"rounds": 3}', LATER]
+)
 def test_a_damaged_journal_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "continual.json"
     path.write_text(text)
-    with pytest.raises(JournalError, match=r"continual\.json"):
+    with pytest.raises(JournalError, match=r"continual\.json: .*damaged, or of another version"):
         Journal.load(path)
