@@ -108,7 +108,11 @@ def plan_round(
     if path.exists():
         plan = read_plan(folder)
         # What it lacks had its default: the version that wrote it did not know it yet.
-        plain = config.model_copy(update={"mining": MiningConfig(), "training": TrainingConfig()})
+        defaults = {
+            "mining": MiningConfig(labels=config.mining.labels),
+            "training": TrainingConfig(),
+        }
+        plain = config.model_copy(update=defaults)
         before = _listed({**_settings(plain), **plan.settings}, plan.spans, plan.proposer)
         now = _listed(settings, spans, proposer)
         changed = [
@@ -224,9 +228,17 @@ def read_plan(folder: Path) -> Plan:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """What must not change within a round."""
+    """What must not change within a round: what would be labelled otherwise, by others."""
     mining = config.mining.model_dump(mode="json", exclude={"iterations"})
     if config.training.eval_every is None:
         mining["held_out_queries"] = 0
-    llm = None if config.mining.labels in ("none", "given") else config.scorer_llm.model
-    return {**mining, "bm25": config.bm25.model_dump(mode="json"), "scorer": llm}
+    labels = config.mining.labels
+    llm = None if labels in ("none", "given") else config.scorer_llm.model
+    settings = {**mining, "bm25": config.bm25.model_dump(mode="json"), "scorer": llm}
+    if labels == "likelihood":
+        settings["instruction"] = config.agent.instruction
+    if labels == "reward":
+        settings["agent"] = config.agent_llm.model
+        settings["answers"] = config.agent.model_dump(mode="json", exclude={"shots"})
+        settings["grades"] = config.scorer.model_dump(mode="json")
+    return settings

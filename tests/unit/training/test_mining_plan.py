@@ -47,11 +47,22 @@ def test_a_round_is_planned_once(store: PoolStore, tmp_path: Path) -> None:
         (("scorer_llm.model=other",), 12, None, "scorer 'pocket', not 'other'"),
         (("bm25.k1=0.5",), 12, None, "bm25 {.*'k1': 1.5.*}, not {.*'k1': 0.5.*}"),
         (("mining.candidates=7",), 12, None, "candidates 16, not 7"),
+        (("agent.instruction=Be brief.",), 12, None, "instruction '', not 'Be brief.'"),
     ):
         with pytest.raises(ExamplesError, match=rf"round 1 was begun with {told}; finish"):
             plan(store, tmp_path, *sets, until=until, proposer=proposer)
     # Iterations and what only training looks at change nothing of it.
     assert plan(store, tmp_path, "mining.iterations=2", "training.lr=1e-3") == first
+
+
+def test_rewards_of_a_round_are_of_one_agent_and_one_scorer(
+    store: PoolStore, tmp_path: Path
+) -> None:
+    first = plan(store, tmp_path, "mining.labels=reward")
+    for other in ("agent.max_tokens=9", "agent_llm.model=other", "scorer.kind=likelihood"):
+        with pytest.raises(ExamplesError, match=r"was begun with (answers|agent|grades) "):
+            plan(store, tmp_path, "mining.labels=reward", other)
+    assert plan(store, tmp_path, "mining.labels=reward", "agent.shots=1") == first
 
 
 def test_a_plan_of_a_version_that_did_not_know_a_setting_yet_is_gone_on_with(
@@ -60,7 +71,7 @@ def test_a_plan_of_a_version_that_did_not_know_a_setting_yet_is_gone_on_with(
     first = plan(store, tmp_path)
     path = round_dir(tmp_path / "examples", 1) / "plan.json"
     row = json.loads(path.read_text())
-    row["settings"] = {k: v for k, v in row["settings"].items() if k != "min_standing"}
+    del row["settings"]["min_standing"], row["settings"]["instruction"]
     path.write_text(json.dumps(row))
     assert plan(store, tmp_path).shards == first.shards
     with pytest.raises(ExamplesError, match=r"begun with min_standing -0\.4, not -0\.2; finish"):
