@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 import numpy as np
 
 from memshare.arrays import Floats, Ints
+from memshare.progress import log
 from memshare.pruning.evidence import Entry, Evidence
 from memshare.pruning.leave_one_out import by_leave_one_out
 from memshare.pruning.prune import PruneError
@@ -55,6 +56,11 @@ def by_usefulness(evidence: Evidence) -> list[str]:
     The mean gain in likelihood when it was shown, with one measurement of zero added: few
     measurements say little, and a memory without any goes after the harmful ones.
     """
+    if not evidence.gains:
+        log(
+            f"{evidence.pool}: no memory's gain was ever measured, as mining.labels: likelihood "
+            "and reward do with mining.baseline; the oldest go first"
+        )
 
     def gain(entry: Entry) -> float:
         total, number = evidence.gains.get(entry.id, (0.0, 0))

@@ -106,7 +106,9 @@ def example(query: str, baseline: float | None, **logliks: float | None) -> Exam
     )
 
 
-def test_usefulness_takes_what_helped_least_when_shown(store: PoolStore, config: Config) -> None:
+def test_usefulness_takes_what_helped_least_when_shown(
+    store: PoolStore, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = ["unknown", "harmful", "once", "always", "unmeasured"]
     for name in names:
         add(store, name, id=name)
@@ -122,6 +124,10 @@ def test_usefulness_takes_what_helped_least_when_shown(store: PoolStore, config:
         write_marker(home, {"shards": 1})
     report = prune(store, config, "p", "usefulness", 0, dry_run=True)
     assert report.ids == ("harmful", "unknown", "unmeasured", "once", "always")
+    assert "the oldest go first" not in capsys.readouterr().err
+    unjudged = config.model_copy(update={"run": config.run.model_copy(update={"dir": Path("no")})})
+    prune(store, unjudged, "p", "usefulness", 0, dry_run=True)
+    assert "p: no memory's gain was ever measured" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("published", [False, True])
