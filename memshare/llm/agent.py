@@ -25,8 +25,8 @@ class AgentAnswer:
 
     @property
     def cut_off(self) -> bool:
-        """Whether the length limit ended it; such an answer is never stored."""
-        return self.completion.finish_reason == "length"
+        """Whether it did not end by itself: at its length limit, by a filter. Never stored."""
+        return self.completion.finish_reason != "stop"
 
 
 class Agent:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,8 @@ def test_agent_names_the_memories_it_showed(backend: TransformersBackend) -> Non
     memories = [_memory(1, "short"), _memory(2, "long " * 2000), _memory(3, "short")]
     answer = asyncio.run(agent.answer("why?", memories, seed=1))
     assert answer.used == ["m1"]
-    assert answer.cut_off == (answer.completion.finish_reason == "length")
+    for reason in ("stop", "length", "content_filter"):
+        ended = replace(answer, completion=replace(answer.completion, finish_reason=reason))
+        assert ended.cut_off == (reason != "stop")
     assert asyncio.run(agent.answer("why?", memories[:1])).used == ["m1"]
     assert asyncio.run(agent.answer("why?", [])).used == []
