@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import httpx
 
 from memshare.client import calls
-from memshare.client.base import CUT, DONE, Connected, broken, chunk_of, read, refusal_of
+from memshare.client.base import Connected, Events, broken, read, refusal_of
 from memshare.client.calls import Call, Messages, Opinion
-from memshare.client.errors import ConnectionFailed, GatewayError
+from memshare.client.errors import GatewayError
 from memshare.client.replies import (
     AddResult,
     ChatChunk,
@@ -94,12 +94,15 @@ class AsyncClient(Connected[httpx.AsyncClient]):
             try:
                 async with self._http.stream(call.method, call.path, json=call.json) as reply:
                     if reply.is_success:
-                        async for line in reply.aiter_lines():
-                            if line == DONE:
-                                return
-                            if chunk := chunk_of(line):
+                        events = Events()
+                        async for data in reply.aiter_bytes():
+                            for chunk in events.read(data):
                                 yield chunk
-                        raise ConnectionFailed(CUT)
+                            if events.done:
+                                return
+                        for chunk in events.end():
+                            yield chunk
+                        return
                     await reply.aread()
                     refusal = refusal_of(reply)
             except httpx.HTTPError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 import httpx
@@ -24,8 +24,7 @@ H = TypeVar("H")
 T = TypeVar("T")
 DEFAULT_URL = "http://127.0.0.1:8000"
 _LONGEST_WAIT = 30.0
-DONE = "data: [DONE]"
-CUT = "the stream ended before it was complete"
+_DONE = "data: [DONE]"
 _NOT_MADE = (httpx.ConnectError, httpx.ConnectTimeout)
 # How what isn't in a reply, or is of another form there, shows when it is read.
 _ODD = (ValueError, LookupError, TypeError, AttributeError, StopIteration)
@@ -95,10 +94,10 @@ def refusal_of(reply: httpx.Response) -> GatewayError:
     return error_of(reply.status_code, reply.content, reply.headers)
 
 
-def chunk_of(line: str) -> ChatChunk | None:
+def _chunk_of(line: str) -> ChatChunk | None:
     """The chunk on a line of a stream, None if it has none. Raises `GatewayError` for an error."""
     said = f"the stream has {line[:200]!r}"
-    if not line.startswith("data: ") or line == DONE:
+    if not line.startswith("data: "):
         if line and not line.startswith(_FIELDS):
             raise _strange(said)
         return None
@@ -110,6 +109,32 @@ def chunk_of(line: str) -> ChatChunk | None:
     except _ODD as error:
         raise _strange(said) from error
     raise failure
+
+
+class Events:
+    """The chunks of a stream, read as its bytes come in. ``done``: the stream has ended whole.
+
+    httpx would end lines at U+2028 and its like, too, which JSON may hold as they are.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self._begun = b""
+
+    def read(self, data: bytes) -> Iterator[ChatChunk]:
+        """The chunks that ``data`` completes. Raises `GatewayError` for an error."""
+        *lines, self._begun = (self._begun + data).split(b"\n")
+        for line in lines:
+            text = line.decode(errors="replace").rstrip("\r")
+            self.done = self.done or text == _DONE
+            if not self.done and (chunk := _chunk_of(text)):
+                yield chunk
+
+    def end(self) -> Iterator[ChatChunk]:
+        """What stands on a last line that has no end; then raises unless the stream is whole."""
+        yield from self.read(b"\n")
+        if not self.done:
+            raise ConnectionFailed("the stream ended before it was complete")
 
 
 def _strange(what: str, status: int | None = None, cause: Exception | None = None) -> GatewayError:

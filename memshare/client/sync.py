@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import httpx
 
 from memshare.client import calls
-from memshare.client.base import CUT, DONE, Connected, broken, chunk_of, read, refusal_of
+from memshare.client.base import Connected, Events, broken, read, refusal_of
 from memshare.client.calls import Call, Messages, Opinion
-from memshare.client.errors import ConnectionFailed, GatewayError
+from memshare.client.errors import GatewayError
 from memshare.client.replies import (
     AddResult,
     ChatChunk,
@@ -96,12 +96,13 @@ class Client(Connected[httpx.Client]):
             try:
                 with self._http.stream(call.method, call.path, json=call.json) as reply:
                     if reply.is_success:
-                        for line in reply.iter_lines():
-                            if line == DONE:
+                        events = Events()
+                        for data in reply.iter_bytes():
+                            yield from events.read(data)
+                            if events.done:
                                 return
-                            if chunk := chunk_of(line):
-                                yield chunk
-                        raise ConnectionFailed(CUT)
+                        yield from events.end()
+                        return
                     reply.read()
                     refusal = refusal_of(reply)
             except httpx.HTTPError as error:

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -216,6 +216,28 @@ def test_a_stream_that_breaks_off_raises() -> None:
     with pytest.raises(GatewayError, match="gone") as caught:
         list(connected(lambda _: stream(delta, error)).stream("q"))
     assert caught.value.code == "llm_unavailable"
+
+
+def test_a_stream_has_any_text() -> None:
+    said = "one\u2028two\u2029three\x85four\x1c\u00e9"
+    event = {"choices": [{"index": 0, "delta": {"content": said}}]}
+    body = f"data: {json.dumps(event, ensure_ascii=False)}\r\n\r\ndata: [DONE]".encode()
+    pieces = [body[at : at + 3] for at in range(0, len(body), 3)]  # within characters, too
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+
+    client = connected(lambda _: httpx.Response(200, content=iter(pieces)))
+    assert [chunk.text for chunk in client.stream("q")] == [said]
+
+    async def body_of() -> list[str]:
+        handler = _mock(lambda _: httpx.Response(200, content=chunks()))
+        async with AsyncClient("http://gateway") as client:
+            client._http = httpx.AsyncClient(base_url="http://gateway", transport=handler)
+            return [chunk.text async for chunk in client.stream("q")]
+
+    assert asyncio.run(body_of()) == [said]
 
 
 def test_an_answer_in_parts_is_read_as_its_text() -> None:
