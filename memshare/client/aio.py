@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import httpx
 
 from memshare.client import calls
-from memshare.client.base import Connected, Events, broken, read, refusal_of
+from memshare.client.base import FAILURES, Connected, Events, broken, read, refusal_of
 from memshare.client.calls import Call, Messages, Opinion
 from memshare.client.errors import GatewayError
 from memshare.client.replies import (
@@ -57,7 +57,7 @@ class AsyncClient(Connected[httpx.AsyncClient]):
                     call.method, call.path, json=call.json, params=call.params
                 )
                 result = read(call, reply)
-            except httpx.HTTPError as error:
+            except FAILURES as error:
                 result = broken(error)
             if not isinstance(result, GatewayError):
                 return result
@@ -105,7 +105,7 @@ class AsyncClient(Connected[httpx.AsyncClient]):
                         return
                     await reply.aread()
                     refusal = refusal_of(reply)
-            except httpx.HTTPError as error:
+            except FAILURES as error:
                 refusal = broken(error)
             await asyncio.sleep(self._pause(refusal, attempt))
             attempt += 1

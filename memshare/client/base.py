@@ -14,6 +14,7 @@ from memshare.client.calls import Call
 from memshare.client.errors import (
     ConnectionFailed,
     GatewayError,
+    InvalidRequest,
     Overloaded,
     Unavailable,
     error_of,
@@ -25,6 +26,7 @@ T = TypeVar("T")
 DEFAULT_URL = "http://127.0.0.1:8000"
 _LONGEST_WAIT = 30.0
 _DONE = "data: [DONE]"
+FAILURES = (httpx.HTTPError, httpx.InvalidURL, UnicodeError)  # of sending a request
 _NOT_MADE = (httpx.ConnectError, httpx.ConnectTimeout)
 # How what isn't in a reply, or is of another form there, shows when it is read.
 _ODD = (ValueError, LookupError, TypeError, AttributeError, StopIteration)
@@ -49,11 +51,15 @@ class Connected(Generic[H]):
         What the gateway refuses for the moment (429, 503), and a connection that can't be made, is
         tried again ``retries`` times. Nothing was done then, but for a write that was stored and is
         not searchable yet (503), whose items come back as duplicates; so nothing is done twice.
+
+        Raises ValueError for an ``url`` or a ``key`` that can't be one.
         """
-        key = key or os.environ.get("MEMSHARE_KEY")
+        key = (key or os.environ.get("MEMSHARE_KEY") or "").strip()  # files end with a newline
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("the key (MEMSHARE_KEY) has characters that no key has")
         self._retries = retries
         self._http = self._connect(
-            base_url=(url or os.environ.get("MEMSHARE_URL") or DEFAULT_URL).rstrip("/"),
+            base_url=_checked(url or os.environ.get("MEMSHARE_URL") or DEFAULT_URL),
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=timeout_seconds,
         )
@@ -69,9 +75,25 @@ class Connected(Generic[H]):
         return wait
 
 
-def broken(error: httpx.HTTPError) -> ConnectionFailed:
-    """No reply came, or not all of it."""
-    failure = ConnectionFailed(f"the gateway can't be reached: {type(error).__name__}: {error}")
+def _checked(url: str) -> str:
+    """``url`` without slashes at its end; raises ValueError if it can't be a gateway's."""
+    try:
+        parts = httpx.URL(url)
+        usable = parts.scheme in ("http", "https") and parts.host and (parts.port or 0) < 65536
+    except (httpx.InvalidURL, UnicodeError):
+        usable = False
+    if not usable:
+        raise ValueError(f"{url!r} is no URL of a gateway (MEMSHARE_URL): http://HOST:PORT")
+    return url.rstrip("/")
+
+
+def broken(error: Exception) -> GatewayError:
+    """What one of `FAILURES` stands for: no reply came, or not all of it, or nothing was sent."""
+    failure: GatewayError
+    if isinstance(error, httpx.HTTPError):
+        failure = ConnectionFailed(f"the gateway can't be reached: {type(error).__name__}: {error}")
+    else:  # half a surrogate pair, an id of megabytes
+        failure = InvalidRequest(f"the request can't be sent: {error}")
     failure.__cause__ = error
     return failure
 

@@ -103,12 +103,12 @@ def generations(retriever: str) -> Call[Generations]:
         rows = tuple(_take(Generation, row) for row in reply["generations"])
         return _take(Generations, {**reply, "generations": rows})
 
-    return Call("GET", f"/v1/retrievers/{quote(retriever, safe='')}/generations", read)
+    return Call("GET", f"/v1/retrievers/{_quoted(retriever)}/generations", read)
 
 
 def activate(retriever: str, number: int) -> Call[None]:
     """Roll a retriever back or forward."""
-    path = f"/v1/retrievers/{quote(retriever, safe='')}/generations/{number}/activate"
+    path = f"/v1/retrievers/{_quoted(retriever)}/generations/{number}/activate"
     return Call("POST", path, lambda reply: None)
 
 
@@ -162,4 +162,9 @@ def _text(content: Any) -> str:
 
 
 def _memory(id: str) -> str:
-    return f"/v1/memories/{quote(id, safe='')}"
+    return f"/v1/memories/{_quoted(id)}"
+
+
+def _quoted(name: str) -> str:
+    """``name`` as one part of a path; what isn't text can't name anything, and becomes "?"."""
+    return quote(name, safe="", errors="replace")

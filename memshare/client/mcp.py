@@ -7,6 +7,7 @@ agent may do there its key decides.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -39,13 +40,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--url", help="the gateway (default: MEMSHARE_URL, or port 8000 here)")
     parser.add_argument("--pool", required=True, help="the pool to join")
-    parser.add_argument("--http", type=int, metavar="PORT",
+    parser.add_argument("--http", type=port, metavar="PORT",
                         help="streamable HTTP on this port of 127.0.0.1 instead")  # fmt: skip
     parser.set_defaults(func=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    server = make_server(args.pool, args.url)
+    try:
+        client = AsyncClient(args.url)
+    except ValueError as error:
+        print(f"memshare: {error}", file=sys.stderr)
+        return 2
+    server = make_server(args.pool, client)
     if args.http is None:
         server.run()
     else:
@@ -53,17 +59,22 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_server(pool: str, url: str | None) -> MCPServer[Any]:
-    """The server for ``pool``; ``url`` as `AsyncClient` takes it."""
+def port(text: str) -> int:
+    """``text`` as a port that can be asked for, for a parser's ``type``."""
+    value = int(text)
+    if not 0 < value < 65536:
+        raise argparse.ArgumentTypeError(f"{value} is no port: 1 to 65535")
+    return value
+
+
+def make_server(pool: str, client: AsyncClient) -> MCPServer[Any]:
+    """The server for ``pool`` of ``client``'s gateway; it closes the client when it ends."""
     # Only now: the SDK is slow to import, and `memshare --help` does without.
     from mcp.server import MCPServer
 
-    clients: list[AsyncClient] = []  # one, while the server runs
-
     @asynccontextmanager
     async def lifespan(_: MCPServer[Any]) -> AsyncIterator[None]:
-        async with AsyncClient(url) as client:
-            clients[:] = [client]
+        async with client:
             yield
 
     server: MCPServer[Any] = MCPServer(
@@ -81,7 +92,7 @@ def make_server(pool: str, url: str | None) -> MCPServer[Any]:
     ) -> Found:
         """Find the memories that are most useful for a question, best first."""
         with _told():
-            return await clients[0].search(pool, query, k)
+            return await client.search(pool, query, k)
 
     @server.tool()
     async def add_memory(
@@ -90,7 +101,7 @@ def make_server(pool: str, url: str | None) -> MCPServer[Any]:
     ) -> AddResult:
         """Share a question and its answer with every agent of the pool."""
         with _told():
-            return await clients[0].add(pool, prompt, answer)
+            return await client.add(pool, prompt, answer)
 
     @server.tool()
     async def give_feedback(
@@ -100,7 +111,7 @@ def make_server(pool: str, url: str | None) -> MCPServer[Any]:
     ) -> Standing:
         """Say whether a memory helped. A later opinion replaces an earlier one."""
         with _told():
-            return await clients[0].feedback(id, value, comment)
+            return await client.feedback(id, value, comment)
 
     return server
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import httpx
 
 from memshare.client import calls
-from memshare.client.base import Connected, Events, broken, read, refusal_of
+from memshare.client.base import FAILURES, Connected, Events, broken, read, refusal_of
 from memshare.client.calls import Call, Messages, Opinion
 from memshare.client.errors import GatewayError
 from memshare.client.replies import (
@@ -57,7 +57,7 @@ class Client(Connected[httpx.Client]):
                     call.method, call.path, json=call.json, params=call.params
                 )
                 result = read(call, reply)
-            except httpx.HTTPError as error:
+            except FAILURES as error:
                 result = broken(error)
             if not isinstance(result, GatewayError):
                 return result
@@ -105,7 +105,7 @@ class Client(Connected[httpx.Client]):
                         return
                     reply.read()
                     refusal = refusal_of(reply)
-            except httpx.HTTPError as error:
+            except FAILURES as error:
                 refusal = broken(error)
             time.sleep(self._pause(refusal, attempt))
             attempt += 1

@@ -112,6 +112,20 @@ def test_what_the_file_system_refuses_is_told_in_a_line(
     assert capsys.readouterr().err.endswith(f"memshare: [Errno 17] File exists: '{taken}'\n")
 
 
+def test_mcp_refuses_where_it_could_never_serve(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["mcp", "--pool", "p", "--url", "gateway:8000"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("memshare: 'gateway:8000' is no URL") and told.count("\n") == 1
+    monkeypatch.setenv("MEMSHARE_KEY", "ms-\u2026")
+    assert main(["mcp", "--pool", "p"]) == 2 and "MEMSHARE_KEY" in capsys.readouterr().err
+    for port in ("0", "65536", "x"):
+        with pytest.raises(SystemExit):
+            main(["mcp", "--pool", "p", "--http", port])
+        assert "port" in capsys.readouterr().err
+
+
 def test_every_experiment_is_a_command() -> None:
     from memshare.evaluation import cli
     from memshare.evaluation.experiment import EXPERIMENTS, load_experiment

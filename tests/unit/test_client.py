@@ -185,6 +185,42 @@ def test_key_and_url_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
         assert client._http.headers["authorization"] == "Bearer ms-mine"
 
 
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_key_or_url_that_can_be_none_is_refused_at_once(kind: type[Client]) -> None:
+    assert kind("http://g", "ms-secret\n")._http.headers["authorization"] == "Bearer ms-secret"
+    for key in ("ms-secret\u2026", "ms-sec\nret", "ms-sec\udc80ret"):
+        with pytest.raises(ValueError, match="MEMSHARE_KEY") as caught:
+            kind("http://g", key)
+        assert "ms-sec" not in str(caught.value)  # it is no longer secret once an agent reads it
+    for url in ("localhost:8000", "gateway", "http://", "http://host:port", "http://[::1", "ftp://g",
+                "http://\udc80", "http://host:65536"):  # fmt: skip
+        with pytest.raises(ValueError, match="MEMSHARE_URL"):
+            kind(url)
+
+
+def test_what_can_not_be_sent_is_a_wrong_request() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        return refusal(404, "unknown_memory")
+
+    half, client = "half a pair: \ud83d", connected(handler)
+    for ask in (
+        lambda: client.add("p", half, "a"), lambda: client.search("p", half),
+        lambda: client.chat(half), lambda: list(client.stream(half)), lambda: client.list(half),
+        lambda: client.get("x" * 100_000), lambda: client.feedback("x", "up", half),
+    ):  # fmt: skip
+        with pytest.raises(InvalidRequest, match="can't be sent"):
+            ask()
+    with pytest.raises(NotFound):
+        client.get(half)
+
+    async def body() -> None:
+        async with AsyncClient("http://gateway") as client:
+            with pytest.raises(InvalidRequest, match="can't be sent"):
+                await client.add("p", half, "a")
+
+    asyncio.run(body())
+
+
 def test_ids_can_not_leave_their_place_in_the_path() -> None:
     seen: list[str] = []
 
