@@ -7,6 +7,7 @@ agent may do there its key decides.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, contextmanager
@@ -53,6 +54,8 @@ def _run(args: argparse.Namespace) -> int:
         return 2
     server = make_server(args.pool, client)
     if args.http is None:
+        # The SDK would wait for the thread that reads standard input, and so for a line there.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         server.run()
     else:
         server.run("streamable-http", host="127.0.0.1", port=args.http)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -162,6 +164,28 @@ def test_mcp_without_a_valid_key_tells_the_agent_why(keyed: tuple[str, str, str]
             assert refused.is_error and "a key is needed" in refused.content[0].text  # type: ignore[union-attr]
 
     asyncio.run(body())
+
+
+def test_mcp_stops_at_once() -> None:
+    command = [sys.executable, "-m", "memshare.cli", "mcp", "--pool", "keep"]
+    hello = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+    for name in ("SIGINT", "SIGTERM", "no input"):
+        with subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdin and process.stdout and process.stderr
+            try:
+                process.stdin.write(json.dumps(hello).encode() + b"\n")
+                process.stdin.flush()
+                assert json.loads(process.stdout.readline())["id"] == 1
+                if name == "no input":
+                    process.stdin.close()
+                else:
+                    process.send_signal(signal.Signals[name])
+                process.wait(10)
+            finally:
+                process.kill()
+            assert not process.stdout.read() and b"Traceback" not in process.stderr.read()
 
 
 def test_mcp_over_http(keyed: tuple[str, str, str]) -> None:
