@@ -104,7 +104,6 @@ class Admission:
         if self._active[chat] >= self._limits[chat]:
             self._shed.labels("busy").inc()
             error = ApiError(429, "the gateway is busy; try again", code="overloaded")
-            error.headers["Connection"] = "close"  # type: ignore[index]  # its body stays unread
             await respond(error)(scope, receive, send)
             return
         self._active[chat] += 1

@@ -93,13 +93,9 @@ class StrictRequest(Request):
                         break
                     chunks.append(chunk)
             if size > limit:
-                # Connection: close, so that the server need not read what is left of the body.
-                raise ApiError(
-                    413,
-                    f"body is larger than {limit} bytes",
-                    code="body_too_large",
-                    headers={"Connection": "close"},
-                )
+                # The server reads what is left and forgets it. If it closed the connection instead,
+                # many a client that still sends would see that alone.
+                raise ApiError(413, f"body is larger than {limit} bytes", code="body_too_large")
             self._body = b"".join(chunks)
         return self._body
 

@@ -103,6 +103,9 @@ def test_the_async_client_does_the_same_at_once(keyed: tuple[str, str, str]) -> 
             with pytest.raises(PermissionDenied):
                 async for _ in client.stream("x", pool="strict"):
                     pass
+            for size in (2_000_000, 20_000_000):
+                with pytest.raises(InvalidRequest, match="larger than 1000000 bytes"):
+                    await client.add("keep", "long", "x" * size)
 
     asyncio.run(body())
 
