@@ -45,6 +45,7 @@ from memshare.retrieval.shelf import (
 )
 
 _SLACK = 1 << 20  # tokenizer, configuration and manifest, in bytes
+_UNSAFE = "a crash of this machine may undo that"
 
 
 class PublishError(GenerationError):
@@ -150,7 +151,7 @@ def activate(home: Path, number: int) -> None:
     """Roll back or forward: move CURRENT to ``number`` and pin it there.
 
     Every byte is verified first; raises `NoGeneration` or `DamagedGeneration` and changes nothing,
-    and `PublishError` where CURRENT can't be written.
+    and `PublishError` where CURRENT can't be written, or not durably, as it says.
     """
     verify_generation(home, number)
     with locked(home):
@@ -162,7 +163,7 @@ def unpin(home: Path) -> int | None:
     """Let publishers move CURRENT again; it stays where it is until the next publish.
 
     Returns the number that was pinned, None where nothing was. Raises `PublishError` where CURRENT
-    can't be written.
+    can't be written, or not durably, as it says.
     """
     with locked(home):
         number, pinned = read_current(home)
@@ -179,6 +180,11 @@ def _move(home: Path, number: int, *, pinned: bool) -> None:
         write_current(home, stage_current(home, number, pinned=pinned))
     except OSError as error:
         raise PublishError(f"{home}: CURRENT can't be moved to {number}: {error}") from error
+    try:
+        fsync_dir(home)
+    except OSError as error:
+        said = f"CURRENT is {number}, {'pinned' if pinned else 'not pinned'}"
+        raise PublishError(f"{home}: {said}, but {_UNSAFE}: {error}") from error
 
 
 def _check(
@@ -212,11 +218,11 @@ def _rename(home: Path, folder: Path, number: int, staged: Path | None) -> None:
         fsync_dir(home)
         if staged is not None:
             write_current(home, staged)
+            fsync_dir(home)
     except OSError as error:
         if read_current(home)[0] == number:  # readers may have it: CURRENT must not name nothing
             raise PublishError(
-                f"{home}: generation {number} is CURRENT, but a crash of this machine may undo "
-                f"that: {error}"
+                f"{home}: generation {number} is CURRENT, but {_UNSAFE}: {error}"
             ) from error
         discard(home, number)  # all or nothing: a failed publish leaves no generation behind
         raise

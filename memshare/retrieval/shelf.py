@@ -100,9 +100,8 @@ def stage_current(home: Path, number: int, *, pinned: bool) -> Path:
 
 
 def write_current(home: Path, staged: Path) -> None:
-    """Move CURRENT to what was staged, atomically and durably; the caller holds the lock."""
+    """Move CURRENT to what was staged, atomically; the caller holds the lock, and syncs."""
     staged.replace(home / "CURRENT")
-    fsync_dir(home)
 
 
 @contextmanager

@@ -94,6 +94,6 @@ async def activate_generation(
         raise ApiError(404, str(error), param="number", code="unknown_generation") from error
     except DamagedGeneration as error:
         raise ApiError(409, str(error), param="number", code="damaged_generation") from error
-    except PublishError as error:  # such as a full disk
+    except (PublishError, OSError) as error:  # such as a full disk, or a read-only one
         raise ApiError(503, str(error), param="number", code="current_not_written") from error
     return JSONResponse({"retriever": name, "current": number})

@@ -163,9 +163,12 @@ def test_a_roll_back_that_the_disk_does_not_take_is_no_bug(
         app: Any = client.app
         shared = app.state.gateway.shared
         publish_now(shared.store, shared.config, Encoder.load(shared.config.encoder))
-        with monkeypatch.context() as patch:
-            patch.setattr("os.fsync", full)
-            reply = client.post("/v1/retrievers/main/generations/1/activate")
-        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "current_not_written")
-        assert "No space" in reply.json()["error"]["message"]
+        # Full, or read-only, in which case not even the lock is to be had.
+        for call in ("os.fsync", "memshare.retrieval.shelf.fcntl.flock"):
+            with monkeypatch.context() as patch:
+                patch.setattr(call, full)
+                reply = client.post("/v1/retrievers/main/generations/1/activate")
+            error = reply.json()["error"]
+            assert (reply.status_code, error["code"]) == (503, "current_not_written")
+            assert "No space" in error["message"]
         assert client.post("/v1/retrievers/main/generations/1/activate").status_code == 200

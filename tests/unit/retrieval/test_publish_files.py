@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -45,14 +46,28 @@ def test_one_that_readers_have_met_as_current_is_not_taken_back(
     store: PoolStore, config: Config, encoders: list[Encoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CURRENT has moved, and what fails is to make that durable: it must not name nothing."""
+    home, synced = config.retriever_dir, publish_module.fsync_dir
     publish_now(store, config, encoders[0])
+
+    def then_broken(folder: Path) -> None:
+        if shelf.read_current(home) != before:
+            broken()
+        synced(folder)
+
+    before = shelf.read_current(home)
     with monkeypatch.context() as patch:
-        patch.setattr(shelf, "fsync_dir", broken)
-        with pytest.raises(PublishError, match=r"generation 2 is CURRENT, .*I/O"):
+        patch.setattr(publish_module, "fsync_dir", then_broken)
+        with pytest.raises(PublishError, match=r"generation 2 is CURRENT, but a crash .*I/O"):
             publish_now(store, config, encoders[1])
-    load(config.retriever_dir).close()
-    assert numbers(config.retriever_dir) == [1, 2]
-    assert publish_now(store, config, encoders[0]) == 3 == current(config.retriever_dir)
+        before = shelf.read_current(home)
+        with pytest.raises(PublishError, match=r"CURRENT is 1, pinned, but a crash .*I/O"):
+            activate(home, 1)
+        before = shelf.read_current(home)
+        with pytest.raises(PublishError, match=r"CURRENT is 1, not pinned, but a crash .*I/O"):
+            unpin(home)
+    load(home).close()
+    assert numbers(home) == [1, 2]
+    assert publish_now(store, config, encoders[0]) == 3 == current(home)
 
 
 def test_a_disk_that_takes_no_new_current_is_told_of(
