@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from memshare.config import Config, add_config_arguments, load_config
 from memshare.pool.errors import InvalidMemory, PoolError, TransferError
+from memshare.pool.ids import id_of
 from memshare.pool.mapping import parse_mapping
 from memshare.pool.patience import scrub_or_tell
 from memshare.pool.stats import PoolStats
@@ -61,21 +62,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     show_list.add_argument("--json", action="store_true", help="one JSON object a line")
 
     show = _action(actions, "show", _show, "print whole memories", pool=False)
-    show.add_argument("ids", nargs="+", metavar="ID")
+    show.add_argument("ids", nargs="+", type=id_of, metavar="ID")
 
     review = _action(actions, "review", _review, "list the memories on hold, with the reasons")
     review.add_argument("--json", action="store_true", help="one JSON object a line")
 
     hold = _action(actions, "hold", _hold, "take memories out of retrieval and training",
                    pool=False)  # fmt: skip
-    hold.add_argument("ids", nargs="+", metavar="ID")
+    hold.add_argument("ids", nargs="+", type=id_of, metavar="ID")
     hold.add_argument("--reason", help="for who reviews them")
 
     release = _action(actions, "release", _release, "end the hold on memories", pool=False)
-    release.add_argument("ids", nargs="+", metavar="ID")
+    release.add_argument("ids", nargs="+", type=id_of, metavar="ID")
 
     delete = _action(actions, "delete", _delete, "erase memories for good", pool=False)
-    delete.add_argument("ids", nargs="+", metavar="ID")
+    delete.add_argument("ids", nargs="+", type=id_of, metavar="ID")
 
     stats = _action(actions, "stats", _stats, "counts, scores and decisions",
                     pool_help="default: every pool")  # fmt: skip

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import secrets
 import threading
 import time
 
+ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what an id may be: an import brings ids of its own
 _lock = threading.Lock()
 _last = 0
 
@@ -24,3 +27,10 @@ def new_id() -> str:
     high = (ticks >> 12) << 16 | 0x7000 | ticks & 0xFFF
     low = 0b10 << 62 | secrets.randbits(62)
     return f"{high:016x}{low:016x}"
+
+
+def id_of(text: str) -> str:
+    """``text`` if it can be an id, for a parser's ``type``."""
+    if not ID.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no id")
+    return text

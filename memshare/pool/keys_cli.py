@@ -11,6 +11,7 @@ from typing import Any
 
 from memshare.config import add_config_arguments, load_config
 from memshare.pool.errors import InvalidMemory, PoolError
+from memshare.pool.ids import id_of
 from memshare.pool.keys import EVERY_POOL, Key, KeyRing
 from memshare.pool.store import PoolStore
 
@@ -33,7 +34,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     show.add_argument("--json", action="store_true", help="one JSON object a line")
 
     revoke = _action(actions, "revoke", _revoke, "end keys; gateways refuse them within seconds")
-    revoke.add_argument("ids", nargs="+", metavar="ID", help="as `memshare keys list` shows it")
+    revoke.add_argument("ids", nargs="+", type=id_of, metavar="ID",
+                        help="as `memshare keys list` shows it")  # fmt: skip
 
 
 def _action(

@@ -339,6 +339,7 @@ class PoolStore:
         after = 0 if cursor is None else read_cursor(cursor)
         with self._db.read() as connection:
             info = need_pool(connection, pool)
+            limit = min(limit, info.last_seq + 1)  # a database's integers have an end
             page = page_of(connection, pool, after, info.last_seq, limit + 1, held)
         if len(page) <= limit:
             return page, None

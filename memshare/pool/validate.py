@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from memshare.pool.errors import InvalidMemory
+from memshare.pool.ids import ID
 from memshare.records import NewMemory
 
 MAX_TEXT_CHARS = 32_768
@@ -17,7 +18,6 @@ _MAX_NAME_CHARS = 256
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def check_text(field: str, text: object, max_chars: int = MAX_TEXT_CHARS) -> str:
@@ -86,7 +86,7 @@ def check_memory(memory: NewMemory, max_chars: int = MAX_TEXT_CHARS) -> NewMemor
         check_text("agent", memory.agent, _MAX_NAME_CHARS)
     if memory.model is not None:
         check_text("model", memory.model, _MAX_NAME_CHARS)
-    if memory.id is not None and not (isinstance(memory.id, str) and _ID.fullmatch(memory.id)):
+    if memory.id is not None and not (isinstance(memory.id, str) and ID.fullmatch(memory.id)):
         raise InvalidMemory("id", "1 to 64 letters, digits, '-' or '_' expected")
     if memory.metadata:
         check_metadata(memory.metadata, max_chars)

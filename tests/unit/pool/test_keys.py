@@ -104,5 +104,8 @@ def test_the_command_creates_lists_and_revokes(
     assert out == f"{shown['id']} revoked\n" and "no living key none" in err
     assert main(["keys", "list", "--url", url]) == 0
     assert "revoked" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["keys", "revoke", "caf\udce9", "--url", url])
+    assert "is no id" in capsys.readouterr().err
     for bad in (["--right", "a"], ["--right", "a=own"], []):
         assert main(["keys", "create", "ann", "--url", url, *bad]) == 2

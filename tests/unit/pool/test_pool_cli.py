@@ -78,6 +78,8 @@ def test_list_continues_at_the_cursor_that_it_printed(run: Run) -> None:
     assert seen == ids
     assert run("list", "--pool", "main", "--cursor", "x")[0] == 2
     assert run("list", "--pool", "main", "--limit", "0")[0] == 2
+    code, out, err = run("list", "--pool", "main", "--limit", str(10**30))
+    assert (code, len(out.splitlines()), err) == (0, 5, "")
 
 
 def test_import_names_every_bad_row_and_says_so_by_its_exit_code(run: Run) -> None:
@@ -130,6 +132,16 @@ def test_refusals_are_one_message_and_exit_code_2(
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("action", ["show", "delete", "hold", "release"])
+def test_what_can_be_no_id_is_told_so(
+    run: Run, action: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("create", "--pool", "main")
+    with pytest.raises(SystemExit) as ended:  # bytes that are no UTF-8 come in as surrogates
+        run(action, "caf\udce9")
+    assert ended.value.code == 2 and "is no id" in capsys.readouterr().err
 
 
 def test_an_export_is_utf_8_wherever_it_goes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
