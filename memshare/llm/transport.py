@@ -3,7 +3,8 @@
 Retried: no connection, timeouts, 408, 429 and 5xx, on another replica where there is one, else with
 backoff; ``Retry-After`` is obeyed. Refused at once, with the server's own message: any other 4xx.
 Those that are about key, url or model and not about the text, and redirects, count as a server that
-is away.
+is away. Routers tell of a failure behind them with status 200 and an ``error`` whose ``code`` is a
+status: that one counts.
 A replica that can't be reached is left out for a while (`memshare.llm.replicas`).
 """
 
@@ -119,6 +120,8 @@ class Transport:
                         first = await anext(data, "")
                     except LOST as error:
                         raise self._lost(url, error) from error
+                    if first not in ("", "[DONE]"):
+                        self._event(first)
                     stack.push_async_exit(attempt.pop_all())
                     return first, data
 
@@ -134,6 +137,8 @@ class Transport:
                     return
             except LOST as error:
                 raise self._unavailable(f"the stream broke: {reason_of(error)}") from error
+            except _Passing as error:
+                raise self._unavailable(f"the stream broke: {error}") from error
         raise self._unavailable("the stream ended before it was complete")
 
     async def aclose(self) -> None:
@@ -210,6 +215,7 @@ class Transport:
                 f"{without_secrets(url + path)} (model {self.name}) sent no JSON object: "
                 f"{text[:200]!r}; correct the url in the configuration"
             )
+        self._check(value, url + path)
         return value
 
     @asynccontextmanager
@@ -242,27 +248,37 @@ class Transport:
                     text = (await response.read()).decode(errors="replace")
                 except LOST as error:
                     raise self._lost(url, error) from error
-                self._refuse(response, url + path, text)
+                wait = retry_after(response.headers.get("retry-after"))
+                self._refuse(response.status, url + path, error_message(text), wait)
             self._allowed = self._allowed or method == "POST"
             yield response
 
-    def _refuse(self, response: aiohttp.ClientResponse, where: str, text: str) -> NoReturn:
-        reason = f"status {response.status}: {error_message(text)}"
-        if response.status in (408, 429) or response.status >= 500:
-            raise _Passing(reason, retry_after(response.headers.get("retry-after")))
+    def _refuse(self, status: int, where: str, message: str, wait: float | None = None) -> NoReturn:
+        reason = f"status {status}: {message}"
+        if status in (408, 429) or status >= 500:
+            raise _Passing(reason, wait)
         refusal = f"{without_secrets(where)} refused the request (model {self.name}): {reason}"
-        locked = response.status < 400 or response.status in _LOCKED_OUT
-        if locked or (response.status == _FORBIDDEN and not self._allowed):
+        locked = status < 400 or status in _LOCKED_OUT
+        if locked or (status == _FORBIDDEN and not self._allowed):
             raise LLMUnavailable(f"{refusal}; correct key, url or model in the configuration")
         raise LLMError(refusal)
+
+    def _check(self, value: Mapping[str, Any], where: str) -> None:
+        """Raise if an accepted reply is an error all the same."""
+        error = value.get("error")
+        if error is None:  # some servers say that there is none
+            return
+        code = error.get("code") if isinstance(error, dict) else None
+        message = error_message(json.dumps(value))
+        if isinstance(code, int) and 400 <= code < 600:
+            self._refuse(code, where, message)
+        raise LLMError(f"{without_secrets(where)} (model {self.name}): {message}")
 
     def _event(self, data: str) -> dict[str, Any]:
         value = json_object(data)
         if value is None:
             raise LLMError(f"{self.url} ({self.name}) streamed no JSON object: {data[:200]}")
-        # vLLM reports a failure inside a stream as an event; some servers, that there is none.
-        if value.get("error") is not None:
-            raise LLMError(f"{self.url} (model {self.name}): {error_message(data)}")
+        self._check(value, self.url)  # vLLM reports a failure inside a stream as an event, too
         return value
 
     def _unavailable(self, reason: str) -> LLMUnavailable:

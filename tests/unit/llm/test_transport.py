@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -218,6 +219,43 @@ def test_a_torn_stream_is_no_whole_answer(flaky: Flaky) -> None:
     flaky.behave = lambda h, n: _sse(h, '{"error": {"message": "engine died"}}')
     with pytest.raises(LLMError, match="engine died"):
         asyncio.run(_read(_transport(flaky.url)))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_error_with_status_200_counts_as_the_status_that_it_names(
+    flaky: Flaky, streamed: bool
+) -> None:
+    """As routers do (OpenRouter) when the model behind them fails."""
+
+    def ask(*bodies: dict[str, Any]) -> Any:
+        send = (lambda h, body: _sse(h, json.dumps(body), "[DONE]")) if streamed else (
+            lambda h, body: reply(h, 200, body)
+        )  # fmt: skip
+        flaky.times.clear()
+        flaky.behave = lambda h, n: send(h, bodies[min(n, len(bodies)) - 1])
+        transport = _transport(flaky.url)
+        return asyncio.run(_read(transport) if streamed else transport.post("/x", {}))
+
+    def failure(code: object) -> dict[str, Any]:
+        return {"error": {"message": "no luck", "code": code}}
+
+    fine = {"choices": [], "error": None}
+    assert ask(failure(429), failure(502), fine) == ([fine] if streamed else fine)
+    with pytest.raises(LLMUnavailable, match=r"502: no luck, after 4 attempt"):
+        ask(failure(502))
+    with pytest.raises(LLMUnavailable, match=r"402: no luck; correct key"):
+        ask(failure(402))
+    for final in (failure(400), failure("content_filter"), {"error": "no luck"}):
+        with pytest.raises(LLMError, match="no luck") as caught:
+            ask(final)
+        assert not isinstance(caught.value, LLMUnavailable) and len(flaky.times) == 1
+
+
+def test_a_failure_within_a_stream_is_passing_where_its_code_says_so(flaky: Flaky) -> None:
+    flaky.behave = lambda h, n: _sse(h, '{"a": 1}', '{"error": {"message": "gone", "code": 502}}')
+    with pytest.raises(LLMUnavailable, match="the stream broke: status 502: gone"):
+        asyncio.run(_read(_transport(flaky.url)))
+    assert len(flaky.times) == 1  # what was said can't be taken back
 
 
 def test_a_stream_left_early_frees_its_place(flaky: Flaky) -> None:
