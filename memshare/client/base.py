@@ -91,7 +91,9 @@ def broken(error: Exception) -> GatewayError:
     """What one of `FAILURES` stands for: no reply came, or not all of it, or nothing was sent."""
     failure: GatewayError
     if isinstance(error, httpx.HTTPError):
-        failure = ConnectionFailed(f"the gateway can't be reached: {type(error).__name__}: {error}")
+        made = not isinstance(error, _NOT_MADE)  # then it may have done what was asked
+        what = "the gateway gave no whole answer" if made else "the gateway can't be reached"
+        failure = ConnectionFailed(f"{what}: {type(error).__name__}: {error}")
     else:  # half a surrogate pair, an id of megabytes
         failure = InvalidRequest(f"the request can't be sent: {error}")
     failure.__cause__ = error

@@ -169,8 +169,9 @@ def test_only_a_connection_that_was_never_made_is_tried_again(slept: list[float]
         return handler
 
     for kind in (httpx.ConnectError, httpx.ConnectTimeout, httpx.ReadError, httpx.ReadTimeout):
-        with pytest.raises(ConnectionFailed, match="gone"):
+        with pytest.raises(ConnectionFailed, match="gone") as caught:
             connected(broken(kind)).add("p", "q", "a")
+        assert ("can't be reached" in str(caught.value)) == (kind.__name__.startswith("Connect"))
     made = ["ReadError", "ReadTimeout"]
     assert tried == ["ConnectError"] * 3 + ["ConnectTimeout"] * 3 + made
 
