@@ -20,10 +20,10 @@ from memshare.retrieval.index import FlatIndex, IndexFault
 
 def write_indexes(path: Path, indexes: Sequence[FlatIndex]) -> None:
     """Write the CPU forms; atomicity is the publisher's business."""
-    writer = faiss.FileIOWriter(str(path))
-    for index in indexes:
-        faiss.write_index(index.cpu, writer)
-    del writer  # closes the file
+    with path.open("wb") as file:  # FAISS's own writer says nothing of an error in closing it
+        writer = faiss.PyCallbackIOWriter(file.write)  # type: ignore[attr-defined]
+        for index in indexes:
+            faiss.write_index(index.cpu, writer)
 
 
 def read_indexes(path: Path, rows: Sequence[int]) -> list[FlatIndex]:

@@ -39,3 +39,9 @@ def test_a_generation_of_an_earlier_version_is_split(tmp_path: Path) -> None:
     found = read_indexes(tmp_path / "index.faiss", [4, 0, 6])
     for index, part in zip(found, (vectors[:4], vectors[4:4], vectors[4:]), strict=True):
         np.testing.assert_array_equal(index.reconstruct(np.arange(len(index))), part)
+
+
+def test_a_disk_that_is_full_at_the_very_end_is_noticed() -> None:
+    """What fits into a buffer is written when the file is closed, which is when it fails."""
+    with pytest.raises(OSError, match="No space"):
+        write_indexes(Path("/dev/full"), [FlatIndex.build(unit(3, 0))])
