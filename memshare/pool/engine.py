@@ -22,6 +22,7 @@ from memshare.pool.schema import HEAD
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 _PASSING = (InterfaceError, OperationalError, NoConnection)  # of the server, not of the statement
+_STANDBY = "0A000"  # what PostgreSQL says to a writer while it is another server's copy
 POOLS_LOCK, IDS_LOCK, USES_LOCK = 2, 3, 4  # see `Backend.lock`
 
 
@@ -103,7 +104,10 @@ class Database:
             yield
         except SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
-            passing = isinstance(error, _PASSING)
+            # A paused process may find its connection ended, which psycopg calls internal.
+            ended = getattr(error, "connection_invalidated", False)
+            standby = getattr(cause, "sqlstate", None) == _STANDBY
+            passing = isinstance(error, _PASSING) or ended or standby
             kind = PoolUnavailable if passing else PoolError
             raise kind(f"{self.name}: {cause}") from error
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
+import sqlalchemy as sa
 
 from memshare.pool import decisions
 from memshare.pool import postgres as room
-from memshare.pool.errors import PoolError
+from memshare.pool.errors import PoolError, PoolUnavailable
 from memshare.pool.rows import need_pool
 from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
@@ -82,6 +83,18 @@ def test_a_vanished_writer_frees_its_pool(
         store.append([NewMemory("main", "p", "a")])
         assert 0.1 < time.monotonic() - began < room.LOCK_SECONDS
         connection.invalidate()
+        with pytest.raises(PoolUnavailable), vanished.database.write() as late:  # it was paused
+            need_pool(late, "main", lock=True)
+            time.sleep(0.5)
+            need_pool(late, "main")
+
+
+def test_a_server_that_is_a_copy_just_now_may_take_over(store: PoolStore) -> None:
+    refusal = psycopg.errors.FeatureNotSupported(
+        "cannot set transaction read-write mode during recovery"
+    )
+    with pytest.raises(PoolUnavailable, match="recovery"), store.database.write():
+        raise sa.exc.NotSupportedError("BEGIN READ WRITE", {}, refusal)
 
 
 def test_a_server_that_does_not_answer_is_given_up(
