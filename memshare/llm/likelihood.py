@@ -66,6 +66,7 @@ class LikelihoodCache:
         """Take over what the cache file ``other`` knows; nothing where there is no such file."""
         if not other.exists():
             return
+        LikelihoodCache(other).close()  # one whose owner was killed first of all has no table yet
         with self._lock:
             self._db.execute("ATTACH DATABASE ? AS other", (str(other),))
             try:

@@ -172,6 +172,17 @@ def test_another_file_may_grow_meanwhile(tmp_path: Path) -> None:
             assert cache.get(known[at]) in (None, LogLikelihood(-float(at), 1))
 
 
+def test_what_a_killed_share_has_left_is_taken_over(tmp_path: Path) -> None:
+    begun, whole = tmp_path / "begun.db", tmp_path / "whole.db"
+    begun.touch()  # killed before it made its table
+    with closing(LikelihoodCache(whole)) as cache:
+        cache.put(b"k", LogLikelihood(-1.0, 2))
+    with closing(LikelihoodCache(tmp_path / "all.db")) as cache:
+        for path in (begun, whole, tmp_path / "none.db"):
+            cache.absorb(path)
+        assert len(cache) == 1 and cache.get(b"k") == LogLikelihood(-1.0, 2)
+
+
 def test_prompted_reads_a_probability(backend: TransformersBackend) -> None:
     value = asyncio.run(Prompted(backend).score("why", "because", [("q", "a")]))
     assert 0.0 <= value <= 1.0
