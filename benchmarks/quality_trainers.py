@@ -4,7 +4,7 @@ Theirs is ``MultipleNegativesRankingLoss`` as its documentation advises: one row
 query and a positive, with as many hard negatives as ours has, and ``BatchSamplers.NO_DUPLICATES``.
 Rows need equally many, so a query with fewer repeats its own. That sampler leaves out rows that
 share a text with the batch, so that with several hard negatives from a small pool its batches are
-smaller than asked for. Ours is the trainer as configured, and its batches are always whole.
+smaller than asked for. Ours is the trainer as configured; it encodes a shared text once.
 Batch size, steps, learning rate and schedule, weight decay, clipping, temperature and seed are the
 same; dropout is off on both sides.
 """

@@ -112,7 +112,7 @@ class Transport:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(semaphore)
 
-            async def opened(url: str) -> tuple[str, AsyncIterator[str]]:
+            async def opened(url: str) -> tuple[dict[str, Any] | None, bool, AsyncIterator[str]]:
                 async with AsyncExitStack() as attempt:
                     asked = self._request("POST", url, path, body)
                     data = event_data(await attempt.enter_async_context(asked))
@@ -120,20 +120,19 @@ class Transport:
                         first = await anext(data, "")
                     except LOST as error:
                         raise self._lost(url, error) from error
-                    if first not in ("", "[DONE]"):
-                        self._event(first)
+                    event = None if first in ("", "[DONE]") else self._event(first)
                     stack.push_async_exit(attempt.pop_all())
-                    return first, data
+                    return event, first == "[DONE]", data
 
-            first, rest = await self._retried(opened, bounded=False)
+            event, done, rest = await self._retried(opened, bounded=False)
             try:
-                if first and first != "[DONE]":
-                    yield self._event(first)
+                if event is not None:
+                    yield event
                 async for data in rest:
                     if data == "[DONE]":
                         return
                     yield self._event(data)
-                if first == "[DONE]":
+                if done:
                     return
             except LOST as error:
                 raise self._unavailable(f"the stream broke: {reason_of(error)}") from error
