@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from pipeline import Work
-from quality_trainers import TRAINED, train_both
+from quality_trainers import TRAINED, train_all
 
 from memshare.config import TrainingConfig
 from memshare.evaluation.data import Domain, Pair, by_characters, load_nine
@@ -140,7 +140,7 @@ def measure_domain(
             ranks[f"{trainer} {seed}"] = []
         for number, part in enumerate(parts):
             home = work.folder / f"seed-{seed}-{number}"
-            encoders, took = train_both(work.config, part.items, seed, home)
+            encoders, took = train_all(work.config, part.items, seed, home)
             seconds.append(took)
             for trainer, encoder in encoders.items():
                 found = dense_ranker(memories, encoder)([q.prompt for q in part.questions], 10)

@@ -1,10 +1,12 @@
 """Our trainer and sentence-transformers' on the same examples, for as many steps.
 
-Theirs is ``MultipleNegativesRankingLoss`` as its documentation advises: one row for each pair of a
-query and a positive, with as many hard negatives as ours has, and ``BatchSamplers.NO_DUPLICATES``.
-Rows need equally many, so a query with fewer repeats its own. That sampler leaves out rows that
-share a text with the batch, so that with several hard negatives from a small pool its batches are
-smaller than asked for. Ours is the trainer as configured; it encodes a shared text once.
+Theirs is ``MultipleNegativesRankingLoss`` with one row for each pair of a query and a positive, and
+as many hard negatives as ours has. Rows need equally many, so a query with fewer repeats its own.
+It is trained twice: by ``BatchSamplers.NO_DUPLICATES``, as its documentation advises, and by the
+trainer's default. The first leaves out rows that share a text with the batch, so that with several
+hard negatives from a small pool its batches are smaller than asked for; the second's are whole, and
+a text that two rows share is a negative of its own query in one of them. Ours is the trainer as
+configured; it encodes a shared text once.
 Batch size, steps, learning rate and schedule, weight decay, clipping, temperature and seed are the
 same; dropout is off on both sides.
 """
@@ -33,7 +35,11 @@ from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.encoder_folder import resolve_encoder
 from memshare.training.select import Selected
 
-TRAINED = ("ours", "sentence_transformers")
+PEERS = {
+    "sentence_transformers": BatchSamplers.NO_DUPLICATES,
+    "sentence_transformers_default": BatchSamplers.BATCH_SAMPLER,
+}
+TRAINED = ("ours", *PEERS)
 
 
 def budget(config: Config, items: Sequence[Selected], seed: int) -> Config:
@@ -49,7 +55,9 @@ def budget(config: Config, items: Sequence[Selected], seed: int) -> Config:
     )
 
 
-def theirs(config: Config, items: Sequence[Selected], folder: Path) -> Encoder:
+def theirs(
+    config: Config, items: Sequence[Selected], sampler: BatchSamplers, folder: Path
+) -> Encoder:
     """What sentence-transformers' trainer makes of the same examples, loaded as our encoder."""
     training = config.training
     count = max(len(item.negatives) for item in items)
@@ -69,7 +77,7 @@ def theirs(config: Config, items: Sequence[Selected], folder: Path) -> Encoder:
         max_steps=training.max_steps, learning_rate=training.lr, use_cpu=True,
         lr_scheduler_type=training.schedule, warmup_steps=training.warmup_ratio,
         weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm,
-        batch_sampler=BatchSamplers.NO_DUPLICATES, seed=config.run.seed, report_to="none",
+        batch_sampler=sampler, seed=config.run.seed, report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     SentenceTransformerTrainer(
@@ -83,16 +91,19 @@ def theirs(config: Config, items: Sequence[Selected], folder: Path) -> Encoder:
     return Encoder.load(config.encoder.model_copy(update=where))
 
 
-def train_both(
+def train_all(
     config: Config, items: Sequence[Selected], seed: int, folder: Path
 ) -> tuple[dict[str, Encoder], dict[str, float]]:
-    """Both trainers' encoders for a seed, and their seconds."""
-    config, seconds = budget(config, items, seed), {}
-    began = time.perf_counter()
-    encoders = {"ours": train_encoder(config, items)[0]}
-    seconds["ours"] = time.perf_counter() - began
-    began = time.perf_counter()
-    encoders["sentence_transformers"] = theirs(config, items, folder)
-    seconds["sentence_transformers"] = time.perf_counter() - began
+    """Every trainer's encoder for a seed, and their seconds."""
+    config = budget(config, items, seed)
+    encoders, seconds = {}, {}
+    for name in TRAINED:
+        began = time.perf_counter()
+        encoders[name] = (
+            theirs(config, items, PEERS[name], folder / name)
+            if name in PEERS
+            else train_encoder(config, items)[0]
+        )
+        seconds[name] = time.perf_counter() - began
     log(f"{folder.name}: " + ", ".join(f"{name} {took:.0f} s" for name, took in seconds.items()))
     return encoders, seconds
