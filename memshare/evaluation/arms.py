@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memshare.config import Config
 from memshare.evaluation.data import Pair
 from memshare.evaluation.rankers import Ranker
 from memshare.llm.agent import Agent
@@ -58,14 +59,25 @@ class Arm:
         }
 
 
+def sampling_seed(config: Config) -> int | None:
+    """What samples of answers are drawn by, so that none is asked for twice.
+
+    None where nothing is sampled: not every endpoint knows a seed.
+    """
+    return config.run.seed if config.agent.temperature > 0 else None
+
+
 async def answer_all(
-    agent: Agent, tests: Sequence[Pair], shots: Sequence[Sequence[Memory]]
+    agent: Agent,
+    tests: Sequence[Pair],
+    shots: Sequence[Sequence[Memory]],
+    seed: int | None = None,
 ) -> list[Completion | None]:
     """Each test answered with its own shots (best first); None where the LLM failed."""
 
     async def one(test: Pair, memories: Sequence[Memory]) -> Completion | None:
         try:
-            return (await agent.answer(test.prompt, memories)).completion
+            return (await agent.answer(test.prompt, memories, seed)).completion
         except LLMError:
             return None  # counted and shown, never dropped
 

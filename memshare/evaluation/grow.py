@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from memshare.evaluation.arms import answer_all, ranked_memories
+from memshare.evaluation.arms import answer_all, ranked_memories, sampling_seed
 from memshare.evaluation.data import Domain, Pair
 from memshare.evaluation.lab import Lab
 from memshare.evaluation.material import as_memories
@@ -29,8 +29,8 @@ FAILED = "failed"  # the LLM gave no answer
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One problem with an agent's own answer (None: it failed) and the scorer's grade.
+class Answered:
+    """One problem with an agent's own answer (None: it failed).
 
     ``agent``: which of the agents, by its place among them.
     """
@@ -38,12 +38,18 @@ class Attempt:
     problem: Pair
     agent: int
     completion: Completion | None
-    grade: Grade
 
     @property
     def pair(self) -> Pair:
         """The problem with what the agent answered."""
         return Pair(self.problem.prompt, self.completion.text.strip() if self.completion else "")
+
+
+@dataclass(frozen=True)
+class Attempt(Answered):
+    """An answer with the scorer's grade."""
+
+    grade: Grade
 
 
 @dataclass
@@ -65,30 +71,37 @@ def pool_settings(lab: Lab, pool: str) -> tuple[str, float]:
     return load_rubric(settings.rubric), settings.threshold
 
 
-async def attempt(
-    lab: Lab, agents: Sequence[Agent], scorer: Scorer, pool: str, problems: Sequence[Pair],
-    memories: Sequence[Memory],
-) -> list[Attempt]:  # fmt: skip
-    """Every problem answered from ``memories`` (the agents take turns), and graded."""
+async def answered(
+    lab: Lab, agents: Sequence[Agent], problems: Sequence[Pair], memories: Sequence[Memory]
+) -> list[Answered]:
+    """Every problem answered from ``memories``; the agents take turns."""
     shots = await _shots(lab, problems, memories)
-    rubric, _ = pool_settings(lab, pool)
     turns = [place % len(agents) for place in range(len(problems))]
     completions: list[Completion | None] = [None] * len(problems)
     for number, agent in enumerate(agents):
         at = [place for place, turn in enumerate(turns) if turn == number]
-        found = await answer_all(agent, [problems[i] for i in at], [shots[i] for i in at])
+        found = await answer_all(
+            agent, [problems[i] for i in at], [shots[i] for i in at], sampling_seed(lab.config)
+        )
         for i, completion in zip(at, found, strict=True):
             completions[i] = completion
+    return [Answered(*row) for row in zip(problems, turns, completions, strict=True)]
 
-    async def graded(problem: Pair, completion: Completion | None) -> Grade:
-        if completion is None:
-            return Grade(None, FAILED)
-        if completion.finish_reason == "length":
-            return Grade(None, ends.CUT_OFF)
-        return await grade(scorer, problem.prompt, completion.text.strip(), rubric)
 
-    grades = await asyncio.gather(*map(graded, problems, completions))
-    return [Attempt(*row) for row in zip(problems, turns, completions, grades, strict=True)]
+async def graded(lab: Lab, scorer: Scorer, pool: str, answers: Sequence[Answered]) -> list[Attempt]:
+    """The answers with their grades, by the pool's rubric."""
+    rubric, _ = pool_settings(lab, pool)
+
+    async def one(item: Answered) -> Attempt:
+        if item.completion is None:
+            found = Grade(None, FAILED)
+        elif item.completion.finish_reason == "length":
+            found = Grade(None, ends.CUT_OFF)
+        else:
+            found = await grade(scorer, *item.pair, rubric)
+        return Attempt(item.problem, item.agent, item.completion, found)
+
+    return await asyncio.gather(*map(one, answers))
 
 
 async def grade(scorer: Scorer, prompt: str, answer: str, rubric: str) -> Grade:
@@ -125,7 +138,8 @@ async def grow(
     grown = Grown(as_memories(domain.name, domain.pool))
     for start in range(0, len(problems), BATCH):
         batch = problems[start : start + BATCH]
-        tried = await attempt(lab, agents, scorer, domain.name, batch, grown.memories)
+        answers = await answered(lab, agents, batch, grown.memories)
+        tried = await graded(lab, scorer, domain.name, answers)
         for item in tried:
             reason = _end(item, threshold)
             grown.ends[reason] += 1

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from memshare.config import Config, ConfigError, EncoderConfig, LLMConfig
-from memshare.evaluation.arms import answer_all, ranked_memories
+from memshare.evaluation.arms import answer_all, ranked_memories, sampling_seed
 from memshare.evaluation.cache import CachedLLM, ResultCache
 from memshare.evaluation.data import Domain, Pair
 from memshare.evaluation.decontaminate import decontaminate
@@ -211,8 +211,9 @@ class Lab:
                     (Key(arm, at, dataset, "", name, split), tests, best)
                     for name in agents or self.agents
                 ]
+        seed = sampling_seed(self.config)
         answered = await asyncio.gather(
-            *(answer_all(self.team[key.model], tests, best) for key, tests, best in asked)
+            *(answer_all(self.team[key.model], tests, best, seed) for key, tests, best in asked)
         )
         texts = [[answer.text if answer else "" for answer in answers] for answers in answered]
         scores = await self.measures.datasets(

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from memshare.evaluation.arms import answer_all, ranked_memories
+from memshare.evaluation.arms import answer_all, ranked_memories, sampling_seed
 from memshare.evaluation.cache import AroundLLM, CachedLLM, ResultCache
 from memshare.evaluation.experiment import Experiment
 from memshare.evaluation.grow import SHOTS, pool_settings
@@ -137,7 +137,7 @@ async def turn(lab: Lab, label: str, name: str) -> tuple[list[Stage], int, int]:
     stages.append(Stage("retrieve", time.perf_counter() - began))
 
     began = time.perf_counter()
-    completions = await answer_all(agent, problems, shots)
+    completions = await answer_all(agent, problems, shots, sampling_seed(lab.config))
     answers = [(p, c) for p, c in zip(problems, completions, strict=True) if c is not None]
     stages.append(Stage("answer", time.perf_counter() - began, sum(tokens(c) for _, c in answers)))
 

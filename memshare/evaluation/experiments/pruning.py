@@ -10,7 +10,7 @@ from dataclasses import replace
 from memshare.evaluation.data import Domain
 from memshare.evaluation.experiment import Experiment, View
 from memshare.evaluation.experiments.retriever import found
-from memshare.evaluation.grow import BATCH, SHOTS, attempt, grade, pool_settings
+from memshare.evaluation.grow import BATCH, SHOTS, answered, grade, pool_settings
 from memshare.evaluation.lab import Lab
 from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
@@ -82,8 +82,8 @@ async def arrivals(lab: Lab, domain: Domain) -> tuple[int, list[Memory]]:
     """The stream's graded memories; the first so many are the seed memories."""
     scorer, agents = lab.scorer(), list(lab.agents.values())
     seeds = as_memories(domain.name, domain.pool)
-    tried = await attempt(lab, agents, scorer, domain.name, domain.problems[1::2], seeds)
-    own = {item.problem: item.pair for item in tried}
+    answers = await answered(lab, agents, domain.problems[1::2], seeds)
+    own = {item.problem: item.pair for item in answers}
     pairs = [*domain.pool, *(own.get(problem, problem) for problem in domain.problems)]
     memories = as_memories(domain.name, pairs)
     rubric, _ = pool_settings(lab, domain.name)

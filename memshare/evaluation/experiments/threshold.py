@@ -7,7 +7,7 @@ from itertools import combinations
 
 from memshare.evaluation.data import Domain
 from memshare.evaluation.experiment import Experiment, View
-from memshare.evaluation.grow import Attempt, attempt
+from memshare.evaluation.grow import Answered, Attempt, answered, graded
 from memshare.evaluation.lab import Lab, ScorerKind
 from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
@@ -36,27 +36,23 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
     for name, domain in lab.sampled().items():
         seeds = as_memories(name, domain.pool)
         problems = domain.problems[: lab.config.evaluation.problems]
-        graded = {
-            kind: await attempt(
-                lab, list(lab.agents.values()), lab.scorer(kind), name, problems, seeds
-            )
-            for kind in KINDS
-        }
-        truth = await quality(lab, graded[KINDS[0]])
+        answers = await answered(lab, list(lab.agents.values()), problems, seeds)
+        grades = {kind: await graded(lab, lab.scorer(kind), name, answers) for kind in KINDS}
+        truth = await quality(lab, answers)
         for left, right in combinations(KINDS, 2):
             both = [
                 (a.grade.value, b.grade.value)
-                for a, b in zip(graded[left], graded[right], strict=True)
+                for a, b in zip(grades[left], grades[right], strict=True)
                 if a.grade.value is not None and b.grade.value is not None
             ]
             if len(both) > 2:
                 key = Key(f"{left} and {right}", "", name, AGREEMENT, names, "decontaminated")
                 yield count_row(key, spearman(*zip(*both, strict=True)), len(both), lab.seed)
-        for kind, attempts in graded.items():
+        for kind, attempts in grades.items():
             for threshold in THRESHOLDS:
                 async for row in at_threshold(lab, kind, threshold, domain, attempts, truth):
                     yield row
-        readable = [a.pair for a in graded[KINDS[0]] if a.grade.value is not None]
+        readable = [a.pair for a in grades[KINDS[0]] if a.grade.value is not None]
         everything = as_memories(name, [*domain.pool, *readable])
         for threshold in THRESHOLDS:
             control = {RANDOM: lab.random(everything)}
@@ -64,11 +60,11 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
                 yield row
 
 
-async def quality(lab: Lab, attempts: Sequence[Attempt]) -> Mapping[str, float]:
+async def quality(lab: Lab, answers: Sequence[Answered]) -> Mapping[str, float]:
     """The BERTScore F1 (for text that an English model can't read, chrF) of each answer."""
     # One by one, since a domain's problems may be in several languages.
-    scores = await lab.measures.datasets([([a.problem], [a.pair.answer]) for a in attempts])
-    names = question_keys(item.problem.prompt for item in attempts)
+    scores = await lab.measures.datasets([([a.problem], [a.pair.answer]) for a in answers])
+    names = question_keys(item.problem.prompt for item in answers)
     return {
         name: row.get(F1, row.get(CHRF, 0.0)) for name, (row,) in zip(names, scores, strict=True)
     }

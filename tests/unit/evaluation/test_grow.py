@@ -4,7 +4,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from memshare.config import Config
+from memshare.config import Config, load_config
 from memshare.evaluation.data import Domain, Pair
 from memshare.evaluation.grow import grow
 from memshare.llm.base import Completion
@@ -12,12 +12,14 @@ from memshare.records import Grade
 
 
 class Says:
-    """An agent that answers with its name."""
+    """An agent that answers with its name; ``seeds``: what it was told to draw by."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.seeds: list[int | None] = []
 
-    async def answer(self, prompt: str, memories: Any) -> Any:
+    async def answer(self, prompt: str, memories: Any, seed: int | None) -> Any:
+        self.seeds.append(seed)
         return SimpleNamespace(completion=Completion(f"{self.name} on {prompt}", "stop", 1, 1))
 
 
@@ -39,3 +41,14 @@ def test_what_is_stored_names_the_agent_that_wrote_it() -> None:
     ]
     assert [item.agent for item in grown.stored] == [0, 1, 1, 0]
     assert len(grown.memories) == 4
+
+
+def test_samples_are_drawn_by_the_runs_seed() -> None:
+    """Without one each would be a new one, in each run and each experiment."""
+    problems = (Pair("problem", "?"),)
+    for settings, seed in (([], None), (["agent.temperature=0.7"], 7)):
+        agent: Any = Says("one")
+        scorer: Any = RefusesThree()
+        lab: Any = SimpleNamespace(config=load_config(None, ["run.seed=7", *settings]))
+        asyncio.run(grow(lab, [agent], Domain("pool", (), problems, {}), scorer))
+        assert agent.seeds == [seed]
