@@ -44,6 +44,17 @@ class Answered:
         """The problem with what the agent answered."""
         return Pair(self.problem.prompt, self.completion.text.strip() if self.completion else "")
 
+    @property
+    def unusable(self) -> str | None:
+        """Why it is not graded, as none of the loop's are then (`Writer.hopeless`); None: it is."""
+        if self.completion is None:
+            return FAILED
+        if not self.pair.answer:
+            return ends.EMPTY
+        if self.completion.finish_reason == "length":
+            return ends.CUT_OFF
+        return None if self.completion.finish_reason == "stop" else ends.UNFINISHED
+
 
 @dataclass(frozen=True)
 class Attempt(Answered):
@@ -93,10 +104,8 @@ async def graded(lab: Lab, scorer: Scorer, pool: str, answers: Sequence[Answered
     rubric, _ = pool_settings(lab, pool)
 
     async def one(item: Answered) -> Attempt:
-        if item.completion is None:
-            found = Grade(None, FAILED)
-        elif item.completion.finish_reason == "length":
-            found = Grade(None, ends.CUT_OFF)
+        if item.unusable:
+            found = Grade(None, item.unusable)
         else:
             found = await grade(scorer, *item.pair, rubric)
         return Attempt(item.problem, item.agent, item.completion, found)
@@ -152,7 +161,8 @@ async def grow(
 
 
 def _end(item: Attempt, threshold: float) -> str:
+    if item.unusable:
+        return item.unusable
     if item.grade.value is None:
-        known = (FAILED, ends.CUT_OFF, ends.REFUSED)
-        return item.grade.reason if item.grade.reason in known else ends.UNREADABLE_GRADE
+        return ends.REFUSED if item.grade.reason == ends.REFUSED else ends.UNREADABLE_GRADE
     return ends.STORED if item.grade.value >= threshold else ends.BELOW_THRESHOLD

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from memshare.evaluation.arms import answer_all, ranked_memories, sampling_seed
 from memshare.evaluation.cache import AroundLLM, CachedLLM, ResultCache
 from memshare.evaluation.experiment import Experiment
-from memshare.evaluation.grow import SHOTS, pool_settings
+from memshare.evaluation.grow import SHOTS, Answered, graded, pool_settings
 from memshare.evaluation.lab import Lab
 from memshare.evaluation.material import as_memories
 from memshare.evaluation.report import machine
@@ -128,7 +127,7 @@ async def turn(lab: Lab, label: str, name: str) -> tuple[list[Stage], int, int]:
     seeds = as_memories(name, domain.pool)
     problems = domain.problems[: lab.config.evaluation.sample]
     ranker = lab.dense(seeds, lab.encoder)
-    rubric, threshold = pool_settings(lab, name)
+    _, threshold = pool_settings(lab, name)
     stages: list[Stage] = []
 
     began = time.perf_counter()
@@ -138,23 +137,22 @@ async def turn(lab: Lab, label: str, name: str) -> tuple[list[Stage], int, int]:
 
     began = time.perf_counter()
     completions = await answer_all(agent, problems, shots, sampling_seed(lab.config))
-    answers = [(p, c) for p, c in zip(problems, completions, strict=True) if c is not None]
-    stages.append(Stage("answer", time.perf_counter() - began, sum(tokens(c) for _, c in answers)))
+    there = [completion for completion in completions if completion is not None]
+    stages.append(Stage("answer", time.perf_counter() - began, sum(map(tokens, there))))
 
     metered = Metered(lab.uncached_scorer)
     with closing(ResultCache()) as cache:
         scorer = make_scorer(lab.config.scorer, CachedLLM(metered, cache))
+        answers = [Answered(p, 0, c) for p, c in zip(problems, completions, strict=True)]
         began = time.perf_counter()
-        grades = await asyncio.gather(
-            *(scorer.grade(problem.prompt, c.text.strip(), rubric) for problem, c in answers)
-        )
+        tried = await graded(lab, scorer, name, answers)
         seconds = time.perf_counter() - began
     stages.append(Stage("grade", seconds, metered.tokens()))
 
     kept = [
-        NewMemory(name, problem.prompt, c.text.strip(), score=grade.value)
-        for (problem, c), grade in zip(answers, grades, strict=True)
-        if grade.value is not None and grade.value >= threshold and c.finish_reason != "length"
+        NewMemory(name, *item.pair, score=item.grade.value)
+        for item in tried
+        if item.grade.value is not None and item.grade.value >= threshold
     ]
     home = lab.work / "cost"
     shutil.rmtree(home, ignore_errors=True)
@@ -165,7 +163,7 @@ async def turn(lab: Lab, label: str, name: str) -> tuple[list[Stage], int, int]:
         began = time.perf_counter()
         store.append(kept)
         stages.append(Stage("store", time.perf_counter() - began))
-    return stages, len(answers), len(kept)
+    return stages, len(there), len(kept)
 
 
 def tokens(completion: Completion) -> int:

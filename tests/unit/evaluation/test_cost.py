@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +14,24 @@ import pytest
 from memshare.config import Config, LLMConfig, load_config
 from memshare.evaluation.data import Domain, Pair
 from memshare.evaluation.experiments.cost import Metered, turn
-from memshare.llm.base import Chat, LogLikelihood, Message
+from memshare.llm.base import Chat, Completion, LogLikelihood, Message
 from memshare.llm.hf import TransformersBackend
 from tests.loop import loop_config_file
 
+CUT = "harbour"
+
 
 class Watched(TransformersBackend):
-    """The real backend; keeps what it measured, and how often tokens were counted."""
+    """The real backend; keeps what it measured, and how often tokens were counted.
+
+    Its random weights find no end: every answer counts as ended but the one about ``CUT``.
+    """
 
     counted = 0
+
+    async def chat(self, chat: Chat) -> Completion:
+        cut = CUT in str(chat.messages[-1]["content"])
+        return replace(await super().chat(chat), finish_reason="length" if cut else "stop")
 
     async def loglikelihood(self, context: Sequence[Message], continuation: str) -> LogLikelihood:
         found = await super().loglikelihood(context, continuation)
@@ -51,19 +61,20 @@ def llm(config: Config) -> Iterator[Watched]:
     asyncio.run(llm.aclose())
 
 
-def test_a_grade_that_two_answers_share_is_paid_once(
+def test_only_what_the_loop_grades_is_graded_and_equal_answers_once(
     tmp_path: Path, config: Config, llm: Watched
 ) -> None:
-    """Equal problems get equal answers, and the scorer is asked about them once."""
-    pair = Pair("what is a teapot for?", "tea")
+    """Equal problems get equal answers, of which the scorer is asked once; of what was cut off
+    it is not asked."""
+    pair, endless = Pair("what is a teapot for?", "tea"), Pair(f"what is a {CUT} for?", "ships")
     lab: Any = SimpleNamespace(
         config=config, uncached={"lm": llm}, uncached_scorer=llm, encoder=None, work=tmp_path,
-        own_pools={"keep": Domain("keep", (pair,), (pair, pair), {})},
+        own_pools={"keep": Domain("keep", (pair,), (pair, pair, endless), {})},
         dense=lambda memories, encoder: lambda questions, k: [[] for _ in questions],
     )  # fmt: skip
-    stages, answered, _ = asyncio.run(turn(lab, "lm", "keep"))
+    stages, answered, accepted = asyncio.run(turn(lab, "lm", "keep"))
     ((context, written),) = llm.measured
-    assert answered == 2
+    assert (answered, accepted) == (3, 2)
     paid = {stage.name: stage.tokens for stage in stages}
     assert paid["grade"] == llm.count_tokens(context) + written
 

@@ -9,6 +9,7 @@ from memshare.evaluation.data import Domain, Pair
 from memshare.evaluation.grow import grow
 from memshare.llm.base import Completion
 from memshare.records import Grade
+from memshare.sharing import turn as ends
 
 
 class Says:
@@ -52,3 +53,25 @@ def test_samples_are_drawn_by_the_runs_seed() -> None:
         lab: Any = SimpleNamespace(config=load_config(None, ["run.seed=7", *settings]))
         asyncio.run(grow(lab, [agent], Domain("pool", (), problems, {}), scorer))
         assert agent.seeds == [seed]
+
+
+def test_what_the_gateway_would_not_grade_is_not_graded() -> None:
+    said = {"done": "stop", "cut": "length", "censored": "content_filter", " ": "stop"}
+
+    class Ends:
+        async def answer(self, prompt: str, memories: Any, seed: int | None) -> Any:
+            return SimpleNamespace(completion=Completion(prompt, said[prompt], 1, 1))
+
+    class Asked:
+        async def grade(self, prompt: str, answer: str, rubric: str) -> Grade:
+            graded.append(answer)
+            return Grade(100.0, "")
+
+    graded: list[str] = []
+    lab: Any = SimpleNamespace(config=Config())
+    agent: Any = Ends()
+    scorer: Any = Asked()
+    problems = tuple(Pair(prompt, "?") for prompt in said)
+    grown = asyncio.run(grow(lab, [agent], Domain("pool", (), problems, {}), scorer))
+    assert graded == [memory.answer for memory in grown.memories] == ["done"]
+    assert grown.ends == dict.fromkeys((ends.STORED, ends.CUT_OFF, ends.UNFINISHED, ends.EMPTY), 1)
