@@ -106,12 +106,14 @@ async def _experiments(names: Sequence[str], config: Config, out: Path, quick: b
 
 def plan(config: Config, names: Sequence[str]) -> str:
     """What would be asked, as YAML: experiments, data with its leaks, and the configuration."""
-    from memshare.evaluation.decontaminate import decontaminate, leak_report
+    from memshare.evaluation.decontaminate import decontaminate_all, leak_report
     from memshare.evaluation.material import load_data
 
     data: dict[str, Any] = {}
-    for name, domain in load_data(config).items():
-        clean = decontaminate(domain)
+    published = load_data(config)
+    cleaned = decontaminate_all(published)
+    for name, domain in published.items():
+        clean = cleaned[name]
         data[name] = {
             "memories": {"published": len(domain.pairs), "decontaminated": len(clean.pairs)},
             "tests": {dataset: len(tests) for dataset, tests in clean.tests.items()},

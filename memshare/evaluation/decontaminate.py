@@ -9,7 +9,7 @@ test question stays; tests are only made unique by question.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from memshare.evaluation.data import Domain, Pair
@@ -73,9 +73,13 @@ def leak_report(domain: Domain) -> list[Leaks]:
     ]
 
 
-def decontaminate(domain: Domain) -> Domain:
-    """``domain`` without leaking pool items and problems, its tests unique."""
-    tests = [test for group in domain.tests.values() for test in group]
+def decontaminate(domain: Domain, beside: Iterable[Domain] = ()) -> Domain:
+    """``domain`` without leaking pool items and problems, its tests unique.
+
+    ``beside``: domains whose tests are asked of the same memories, or of an encoder that learns
+    from them.
+    """
+    tests = [test for one in (domain, *beside) for group in one.tests.values() for test in group]
     questions = _Seen(test.prompt for test in tests)
     answers = _Seen(test.answer for test in tests)
 
@@ -93,3 +97,9 @@ def decontaminate(domain: Domain) -> Domain:
         problems=clean(domain.problems),
         tests={dataset: unique(group) for dataset, group in domain.tests.items()},
     )
+
+
+def decontaminate_all(domains: Mapping[str, Domain]) -> dict[str, Domain]:
+    """Every domain without what leaks a test of any of them: pools are put together, and one
+    encoder is trained on all."""
+    return {name: decontaminate(domain, domains.values()) for name, domain in domains.items()}

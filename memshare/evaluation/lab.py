@@ -22,7 +22,7 @@ from memshare.config import Config, ConfigError, EncoderConfig, LLMConfig
 from memshare.evaluation.arms import answer_all, ranked_memories, sampling_seed
 from memshare.evaluation.cache import CachedLLM, ResultCache
 from memshare.evaluation.data import Domain, Pair
-from memshare.evaluation.decontaminate import decontaminate
+from memshare.evaluation.decontaminate import decontaminate_all
 from memshare.evaluation.learn import Learned, Pools, learn
 from memshare.evaluation.material import load_data, long_world, world_domain
 from memshare.evaluation.measures import Measures
@@ -96,7 +96,7 @@ class Lab:
         self.scorer_llm = CachedLLM(scorer_llm, cache)
         self.measures = Measures(config.evaluation.bertscore_model, cache)
         self.published = load_data(config)
-        self.domains = {name: decontaminate(domain) for name, domain in self.published.items()}
+        self.domains = decontaminate_all(self.published)
         if config.evaluation.world is not None:
             self.domains[WORLD] = world_domain(self.seed, config.evaluation.world)
         self.stream = long_world(config)

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from memshare.evaluation.data import Domain, Pair, load_nine
-from memshare.evaluation.decontaminate import decontaminate, leak_report, unique
+from memshare.evaluation.decontaminate import decontaminate, decontaminate_all, leak_report, unique
 from memshare.records import normalise
 
 
@@ -26,6 +28,19 @@ TEST = Pair(
 def test_leaks_go_and_the_rest_stays(leak: Pair) -> None:
     clean = Pair("What has an eye but cannot see?", "A needle.")
     assert decontaminate(domain([leak, clean], [TEST])).pool == (clean,)
+
+
+def test_no_domain_gives_another_ones_tests_away() -> None:
+    """Pools are put together, and one encoder is trained on all of them."""
+    copy, clean = (
+        Pair(TEST.prompt, "Nowhere."),
+        Pair("What has an eye but cannot see?", "A needle."),
+    )
+    asked = domain([clean], [TEST])
+    beside = Domain("e", (copy, clean), (copy,), {"u": (Pair("Another?", "Yes."),)})
+    found = decontaminate_all({"d": asked, "e": beside})
+    assert found["d"] == asked
+    assert found["e"] == replace(beside, pool=(clean,), problems=())
 
 
 def test_tests_are_unique_by_question_and_keep_their_order() -> None:
