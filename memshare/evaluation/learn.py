@@ -23,6 +23,7 @@ from memshare.config import Config, LLMConfig
 from memshare.evaluation.cache import content_hash
 from memshare.files import write_json
 from memshare.llm.factory import llm_identity, model_identity
+from memshare.llm.rubric import load_rubric
 from memshare.pool.store import PoolStore
 from memshare.progress import log, track
 from memshare.records import Memory, NewMemory
@@ -61,17 +62,18 @@ async def learn(config: Config, pools: Pools, folder: Path, iterations: int = 1)
     the time before has trained (Wang et al. 2023); each training starts from the encoder as it
     came. Where no example can be used it stays as it is. Raises what mining raises.
     """
-    home = folder / _name(config, pools)
+    settings = next(iter(config.pools.values()))  # for a pool that has none of its own
+    made = {name: config.pools.get(name, settings) for name in pools}
+    home = folder / _name(config.model_copy(update={"pools": made}), pools)
     (folder / "cache").mkdir(parents=True, exist_ok=True)
     home.mkdir(exist_ok=True)
     if not (home / "cache").is_symlink():
         (home / "cache").symlink_to(folder.resolve() / "cache", target_is_directory=True)
-    settings = next(iter(config.pools.values()))  # for a pool that has none of its own
     config = config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": home}),
             "database_url": None,
-            "pools": {name: config.pools.get(name, settings) for name in pools},
+            "pools": made,
             "retriever": config.retriever.model_copy(update={"pools": ()}),
         }
     )
@@ -80,8 +82,7 @@ async def learn(config: Config, pools: Pools, folder: Path, iterations: int = 1)
     model = config.encoder
     with PoolStore.open(config.url, config.gateway.max_text_chars) as store:
         for pool, memories in pools.items():
-            made = config.pools[pool]
-            store.create_pool(pool, made.rubric, made.threshold)
+            store.create_pool(pool, made[pool].rubric, made[pool].threshold)
             store.append([NewMemory(pool, m.prompt, m.answer, agent=m.agent) for m in memories])
         for number in range(1, iterations + 1):
             output = home / "encoders" / f"{number:06d}"
@@ -103,6 +104,10 @@ def _name(config: Config, pools: Pools) -> str:
         decides.append("scorer")
         llms += (config.agent_llm,)
     settings = {section: getattr(config, section).model_dump(mode="json") for section in decides}
+    if labels == "reward" and config.scorer.kind == "rubric":
+        settings["rubrics"] = {
+            name: load_rubric(made.rubric) for name, made in config.pools.items()
+        }
     texts = {name: [(m.prompt, m.answer) for m in memories] for name, memories in pools.items()}
     models = [model_identity(resolve_encoder(config.encoder.model)), *map(llm_identity, llms)]
     return content_hash(settings, texts, models, config.run.seed)[:16]

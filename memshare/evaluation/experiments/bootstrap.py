@@ -21,10 +21,12 @@ from memshare.evaluation.material import as_memories
 from memshare.evaluation.measures import CHRF, F1
 from memshare.evaluation.rows import Key, Row, count_row, mean_row, question_keys
 from memshare.files import write_json
+from memshare.llm.factory import model_identity
 from memshare.llm.likelihood import Likelihood
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.records import Memory, NewMemory
+from memshare.retrieval.encoder_folder import resolve_encoder
 from memshare.retrieval.searcher import Searcher
 from memshare.sharing import SharedMemory
 
@@ -84,9 +86,14 @@ async def written(
     texts = [(memory.prompt, memory.answer) for memory in seeds]
     sections = [getattr(config, name).model_dump(mode="json")
                 for name in ("bootstrap", "agent", "encoder")]  # fmt: skip
-    _, threshold = pool_settings(lab, pool)
+    rubric, threshold = pool_settings(lab, pool)
+    # Without a limit for one principal, as `memshare bootstrap` has it.
+    settings = config.pools.get(pool, next(iter(config.pools.values())))
+    settings = settings.model_copy(update={"max_principal_share": None})
     grading = config.scorer.model_dump(mode="json", exclude={"kind", "references"})
-    name = content_hash(agent.llm.model, lab.scorer_llm.model, kind, grading, threshold, sections,
+    models = [agent.llm.model, lab.scorer_llm.model,
+              model_identity(resolve_encoder(config.encoder.model))]  # fmt: skip
+    name = content_hash(models, kind, grading, rubric, settings.model_dump(mode="json"), sections,
                         pool, texts, config.run.seed)[:16]  # fmt: skip
     home = lab.work / "bootstrap" / name
     report = home / "report.json"
@@ -94,7 +101,6 @@ async def written(
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return found
     shutil.rmtree(home, ignore_errors=True)  # of a run that was killed; its LLM calls are kept
-    settings = config.pools.get(pool, next(iter(config.pools.values())))
     changed = {
         "run": config.run.model_copy(update={"dir": home}),
         "database_url": None,

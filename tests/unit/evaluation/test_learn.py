@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from memshare.config import load_config
+from memshare.evaluation import learn
 from memshare.evaluation.learn import train_encoder
 from memshare.retrieval.encoder import Encoder
 from memshare.training.select import select
 from memshare.training.step_result import NonFinite
+from tests.loop import loop_config
 from tests.tiny import tiny_encoder
 from tests.training_data import examples, unlearnable
 
@@ -34,6 +36,20 @@ def test_what_teaches_nothing_leaves_the_encoder_as_it_came(tmp_path: Path) -> N
     assert report == {"steps": 3, "skipped_steps": 3, "loss": 0.0}
     after = encoder.model.state_dict()
     assert all(after[name].equal(value) for name, value in before.items())
+
+
+def test_rewards_by_another_rubric_teach_another_encoder(tmp_path: Path) -> None:
+    """A trained encoder is kept by all that decides it; likelihoods know no rubric."""
+    rubric = tmp_path / "rubric.md"
+
+    def name(labels: str, text: str) -> str:
+        rubric.write_text(text)
+        pools = {"keep": {"rubric": str(rubric)}}
+        sections = {"mining": {"labels": labels}, "scorer": {"kind": "rubric"}, "pools": pools}
+        return learn._name(loop_config(tmp_path / "run", tmp_path, **sections), {"keep": []})
+
+    assert name("reward", "# Good?") == name("reward", "# Good?") != name("reward", "# True?")
+    assert name("likelihood", "# Good?") == name("likelihood", "# True?")
 
 
 @pytest.mark.parametrize(("steps", "failed"), [(1, "step 1: what the encoder gives"), (3, "step")])
