@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from memshare.evaluation.cache import content_hash
+from memshare.evaluation.measures import CHRF
 from memshare.metrics.stats import bootstrap_mean, holm, paired_bootstrap, paired_permutation
 from memshare.records import normalise
 
@@ -100,15 +101,15 @@ def count_row(key: Key, value: float, n: int, seed: int) -> Row:
 
 
 def averages(rows: Iterable[Row]) -> list[Row]:
-    """For each arm and metric the mean over all questions of the data's datasets.
+    """For each arm and metric the mean over all questions of the data's English datasets.
 
-    The pocket world is no part of it, and a metric that only some datasets have (characters, for
-    those that no English model reads) is averaged over none.
+    The pocket world is no part of it, nor what was measured by characters, as no English model
+    reads it; a metric that only some of the others have is averaged over none.
     """
     groups: dict[Key, list[Row]] = defaultdict(list)
     widest: dict[Key, int] = defaultdict(int)
     for row in rows:
-        if row.questions and row.dataset not in (WORLD, AVERAGE):
+        if row.questions and row.dataset not in (WORLD, AVERAGE) and row.metric != CHRF:
             groups[row.key._replace(dataset=AVERAGE)].append(row)
     for key, parts in groups.items():
         anywhere = key._replace(metric="")

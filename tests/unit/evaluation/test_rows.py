@@ -1,5 +1,6 @@
 import pytest
 
+from memshare.evaluation.measures import CHRF
 from memshare.evaluation.rows import (
     AVERAGE,
     WORLD,
@@ -30,7 +31,7 @@ def test_averages_are_over_questions_of_what_the_metric_can_read() -> None:
     rows = [
         row("puns", "f1", [1.0, 1.0, 1.0], failed=1),
         row("riddles", "f1", [0.0], failed=2),
-        row("lvshi", "chrf", [0.9]),
+        *(row(dataset, CHRF, [0.9]) for dataset in ("lvshi", "jueju", "ci")),
         row(WORLD, "f1", [0.5]),
         count_row(Key("a", "", "puns", "count: stored", "m", "s"), 3, 4, 0),
     ]
