@@ -86,8 +86,8 @@ def load_domains(folder: Path) -> dict[str, Domain]:
     """The domains in ``folder``, one sub-folder each, by name.
 
     A domain has ``pool.jsonl``, ``problems.jsonl`` if there are any, and ``test_<dataset>.jsonl``.
-    One without tests is a mixed pool and gets the tests of all others. Raises FileNotFoundError or
-    ValueError saying what is missing.
+    One without tests is a mixed pool, gets the tests of all others, and comes after them. Raises
+    FileNotFoundError or ValueError saying what is missing.
     """
     domains = {}
     for home in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -107,7 +107,7 @@ def load_domains(folder: Path) -> dict[str, Domain]:
     every = {name: pairs for domain in domains.values() for name, pairs in domain.tests.items()}
     return {
         name: domain if domain.tests else replace(domain, tests=every)
-        for name, domain in domains.items()
+        for name, domain in sorted(domains.items(), key=lambda item: not item[1].tests)
     }
 
 

@@ -1,10 +1,13 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from memshare.evaluation.data import Pair, by_characters, load_domains, read_chat
+from memshare.evaluation.lab import Lab
 
 Rows = Sequence[tuple[str, str]]
 
@@ -26,6 +29,9 @@ def test_ones_own_domains_are_read(tmp_path: Path) -> None:
     found = load_domains(tmp_path)
     assert found["law"].pairs == (Pair("q", "a"), Pair("p", "b"))
     assert found["both"].tests == {"torts": (Pair("t", "r"),)} and not found["both"].problems
+    # Beside a single domain, too, the mixed pool is not the one that experiments are about.
+    lab: Any = SimpleNamespace(domains=found)
+    assert Lab.own_pools.__get__(lab) == {"law": found["law"]}
 
 
 @pytest.mark.parametrize("content", [None, 7, [{"type": "text", "text": "a"}]])
