@@ -82,6 +82,7 @@ async def oracle(
         proposed = [
             ranker([test.prompt for test in tests], count)
             for ranker, count in zip(proposers, counts, strict=True)
+            if count
         ]
         for test, *ids in zip(tests, *proposed, strict=True):
             candidates = dict.fromkeys(id_ for row in ids for id_ in row)
