@@ -21,6 +21,7 @@ from memshare.evaluation.report import Plot, Section, Series, Table, number, p_v
 from memshare.evaluation.rows import AVERAGE, DECONTAMINATED, WORLD
 
 Record = Mapping[str, Any]
+_QUICK = "quick: a few of everything, no findings"
 _FIRST = (AVERAGE, WORLD)  # the columns that a reader looks for
 _NAMES = {
     "bertscore_precision": "BERTScore precision", "bertscore_recall": "BERTScore recall",
@@ -44,24 +45,29 @@ def write_page(
 
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:
-    """The facts at the head of the page, from the last record; the commits of all."""
+    """The facts at the head of the page. A folder may hold several runs: then all they say."""
     if not records:
         return {}
-    last = records[-1]
-    models = last["models"]
+    facts = [_facts(record) for record in records]
+    return {
+        **{name: "; ".join(dict.fromkeys(fact[name] for fact in facts)) for name in facts[0]},
+        "finished": max(record["finished_at"] for record in records),
+        "seconds in all": round(sum(record["seconds"] for record in records)),
+        "processor seconds": round(sum(record["processor_seconds"] for record in records)),
+    }
+
+
+def _facts(record: Record) -> dict[str, str]:
+    models, machine = record["models"], record["machine"]
     return {
         "agents": ", ".join(f"{name} ({id_})" for name, id_ in models["agents"].items()),
         "scorer": models["scorer"],
         "encoder": models["encoder"],
         "BERTScore": f"{models['bertscore']}, layer {models['bertscore_layer']}",
-        "seed": last["seed"],
-        "machine": f"{last['machine']['cpu']}, {last['machine']['cores']} cores, "
-        f"{len(last['machine']['gpus'])} GPUs",
-        "commit": ", ".join(dict.fromkeys(record["commit"] for record in records)),
-        "sizes": "quick: a few of everything, no findings" if last["quick"] else "as configured",
-        "finished": last["finished_at"],
-        "seconds in all": round(sum(record["seconds"] for record in records)),
-        "processor seconds": round(sum(record["processor_seconds"] for record in records)),
+        "seed": str(record["seed"]),
+        "machine": f"{machine['cpu']}, {machine['cores']} cores, {len(machine['gpus'])} GPUs",
+        "commit": record["commit"],
+        "sizes": _QUICK if record["quick"] else "as configured",
     }
 
 
@@ -71,7 +77,7 @@ def section(record: Record) -> Section:
     failed = record["failed"]
     text = (
         f"{experiment.asks} ({failed} question(s) failed and count as 0; "
-        f"{record['seconds']:.0f} s.)"
+        f"{record['seconds']:.0f} s{'; ' + _QUICK if record['quick'] else ''}.)"
     )
     tables = [table for metric in experiment.shown for table in metric_tables(record, metric)]
     tables += [*paired_tables(record), *count_tables(record)]

@@ -2,7 +2,14 @@ from typing import Any
 
 from memshare.evaluation.experiment import Experiment, View
 from memshare.evaluation.measures import F1
-from memshare.evaluation.pages import count_tables, metric_tables, paired_tables, view_plots
+from memshare.evaluation.pages import (
+    count_tables,
+    metric_tables,
+    paired_tables,
+    section,
+    summary,
+    view_plots,
+)
 from memshare.evaluation.rows import AVERAGE, Key, Row, count_row, differences, mean_row
 
 LINES = View("Quality", "lines", "shots")
@@ -66,3 +73,22 @@ def test_tables_keep_the_models_apart() -> None:
     told = {"paired": [difference.record() for difference in differences(pairs, 0)]}
     (table,) = paired_tables(told)
     assert [line[:2] for line in table.rows] == [["own − all", "x"], ["own − all", "y"]]
+
+
+def made(name: str, seed: int, quick: bool) -> dict[str, Any]:
+    return {
+        "experiment": name, "rows": [], "paired": [], "failed": 0, "seconds": 1.0,
+        "processor_seconds": 1.0, "seed": seed, "quick": quick, "commit": "c", "finished_at": "now",
+        "machine": {"cpu": "cpu", "cores": 2, "gpus": []},
+        "models": {"agents": {"a": "a@1"}, "scorer": "s", "encoder": "e", "bertscore": "b",
+                   "bertscore_layer": 6},
+    }  # fmt: skip
+
+
+def test_a_page_of_several_runs_tells_of_each() -> None:
+    """Experiments may be run one by one into a folder, with other settings each."""
+    records = [made("shots", 0, True), made("cost", 1, False)]
+    told = summary(records)
+    assert told["sizes"] == "quick: a few of everything, no findings; as configured"
+    assert (told["seed"], told["commit"], told["seconds in all"]) == ("0; 1", "c", 2)
+    assert ["no findings" in section(record).text for record in records] == [True, False]
