@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from memshare.evaluation.experiment import EXPERIMENTS, load_experiment
+from memshare.evaluation.experiment import EXPERIMENTS, load_experiment, read_record
+from memshare.evaluation.measures import BERTSCORES
 from memshare.evaluation.report import Table, p_value
 from memshare.evaluation.rows import (
     Difference,
@@ -18,6 +19,7 @@ from memshare.evaluation.rows import (
     matched,
     mean_row,
 )
+from memshare.progress import log
 
 
 class NothingToCompare(ValueError):
@@ -42,11 +44,26 @@ def read_rows(run: Path, experiment: str, metrics: Sequence[str], seed: int) -> 
     return rows + averages(rows)
 
 
+def measured_by(report: Path) -> str | None:
+    """What an experiment's BERTScore is by; None where only its questions were kept.
+
+    Raises `NothingToCompare` for a report that can't be read.
+    """
+    if not report.exists():
+        return None
+    try:
+        models = read_record(report)["models"]
+        return f"{models['bertscore']}, layer {models['bertscore_layer']}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NothingToCompare(f"{report}: not an experiment's report: {error!r}") from error
+
+
 def compare(first: Path, second: Path, *, seed: int = 0) -> dict[str, list[Difference]]:
     """Second minus first, by experiment, for every measurement that both have.
 
     Where one model made the number in each run they are compared whatever they are called
-    (`matched`). Raises `NothingToCompare`.
+    (`matched`). BERTScores by two models measure two things, and are left out. Raises
+    `NothingToCompare`.
     """
     for run in (first, second):
         if not run.is_dir():
@@ -55,6 +72,10 @@ def compare(first: Path, second: Path, *, seed: int = 0) -> dict[str, list[Diffe
     for name in EXPERIMENTS:
         if all((run / f"{name}.questions.json").exists() for run in (first, second)):
             tested = load_experiment(name).tested
+            one, other = (measured_by(run / f"{name}.json") for run in (first, second))
+            if one and other and one != other:
+                log(f"{name}: BERTScore by {one} and by {other}, which can't be compared: left out")
+                tested = tuple(metric for metric in tested if metric not in BERTSCORES)
             ours, theirs = (read_rows(run, name, tested, seed) for run in (second, first))
             found[name] = differences(matched(ours, theirs), seed)
     if not any(found.values()):

@@ -5,7 +5,7 @@ import pytest
 
 from memshare.cli import main
 from memshare.evaluation.compare import NothingToCompare, compare
-from memshare.evaluation.measures import F1
+from memshare.evaluation.measures import CHRF, F1
 
 Values = dict[str, float]
 
@@ -61,6 +61,23 @@ def test_what_no_agent_answered_is_compared_too(tmp_path: Path) -> None:
         (F1, "large", "small"), ("MRR@10", "new", "old"),
     }  # fmt: skip
     assert all(d.mean == pytest.approx(0.3) and d.p <= d.p_holm < 0.05 for d in found)
+
+
+def test_bertscores_by_two_models_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run, bertscore, mean in zip(runs, ("small", "large"), (0.2, 0.7), strict=True):
+        write_run(run, "agent", {"frozen": values(mean)})
+        rows = json.loads((run / "growth.questions.json").read_text())["rows"]
+        rows += [{**row, "metric": CHRF, "dataset": "lvshi"} for row in rows[:1]]
+        (run / "growth.questions.json").write_text(json.dumps({"rows": rows}))
+        models = {"bertscore": bertscore, "bertscore_layer": 6}
+        report = {"experiment": "growth", "rows": [], "models": models}
+        (run / "growth.json").write_text(json.dumps(report))
+    assert {d.ours.metric for d in compare(*runs)["growth"]} == {CHRF}
+    assert "growth: BERTScore by small, layer 6 and by large, layer 6" in capsys.readouterr().err
+    assert {d.ours.metric for d in compare(runs[0], runs[0])["growth"]} == {CHRF, F1}
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": [{"arm": "a", "questions": {"q": 1}}]}'])
