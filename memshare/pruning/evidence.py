@@ -75,12 +75,17 @@ class Evidence:
         """Measured usefulness of the memories that were ever a candidate: (sum, number) of gains.
 
         A gain is what showing the memory added to the likelihood of the right answer, in nats per
-        token, as mining measured it (`Example.baseline_loglik`).
+        token, or to its reward, as mining measured it (`Example.baseline_loglik`). One is no
+        measure of the other: what was measured last counts.
         """
         sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-        for folder in round_dirs(self._config.examples_dir):
+        labels: str | None = None
+        for folder in reversed(round_dirs(self._config.examples_dir)):
             for example in read_examples(folder):
                 if example.pool != self.pool or example.baseline_loglik is None:
+                    continue
+                labels = labels or example.labels
+                if example.labels != labels:
                     continue
                 for candidate in example.candidates:
                     if candidate.loglik is not None:

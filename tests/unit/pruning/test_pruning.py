@@ -113,6 +113,7 @@ def test_usefulness_takes_what_helped_least_when_shown(
     for name in names:
         add(store, name, id=name)
     rounds = [
+        [replace(example("q0", 0.0, harmful=1.0), labels="reward")],  # another measure, of before
         [example("q1", -2.0, harmful=-3.0, once=-1.5, always=-1.5, unmeasured=None)],
         [example("q2", -2.0, always=-1.5), example("q3", None, harmful=9.0)],
         [replace(example("q4", -2.0, harmful=9.0), pool="another")],
