@@ -41,6 +41,7 @@ _NUMBERING = re.compile(
 
 TOO_SHORT = "question too short"
 CUT_OFF = "question cut off by length"
+UNFINISHED = "question not finished"
 SEED_COPY = "copy of a seed question"
 REPEATED = "repeated question"
 NEAR_DUPLICATE = "near-duplicate question"
@@ -175,7 +176,10 @@ async def _batch(
     written = await asyncio.gather(*(write_question(llm, seeds, config, n) for n in numbers))
     asked: list[tuple[int, str]] = []
     for number, (question, finish_reason) in zip(numbers, written, strict=True):
-        reason = CUT_OFF if finish_reason == "length" else filter_.reject(question)
+        if finish_reason == "stop":
+            reason = filter_.reject(question)
+        else:
+            reason = CUT_OFF if finish_reason == "length" else UNFINISHED
         if reason is None:
             asked.append((number, question))
         else:

@@ -12,6 +12,7 @@ import torch
 from memshare.bootstrap import BootstrapError, QuestionFilter, bootstrap, tidy, write_question
 from memshare.cli import main
 from memshare.config import BootstrapConfig
+from memshare.llm.base import Chat, Completion
 from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
 from memshare.sharing import SharedMemory, open_shared
@@ -145,6 +146,25 @@ def test_answers_that_the_scorer_accepts_become_memories(
                 assert (memory.agent, memory.metadata) == ("bootstrap", {"source": "bootstrap"})
                 assert memory.score is not None
                 assert memory.prompt not in SEEDS
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("ended", "reason"),
+    [("length", "question cut off by length"), ("content_filter", "question not finished")],
+)
+def test_a_question_that_did_not_end_by_itself_is_none(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, ended: str, reason: str
+) -> None:
+    async def half(chat: Chat) -> Completion:
+        return Completion("Write a story about a king who", ended, 1, 1)
+
+    async def body() -> None:
+        async with open_shared(loop_config(tmp_path, models, bootstrap={"questions": 2})) as shared:
+            seeded(shared)
+            monkeypatch.setattr(shared.agent.llm, "chat", half)
+            assert (await bootstrap(shared, "keep")).counts == {reason: 2}
 
     asyncio.run(body())
 
