@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from memshare.config import Config
 from memshare.pool.store import PoolStore
 from memshare.progress import log
 
+_BLOCK = 2048  # memories looked at at a time
 SLACK = 0.05  # of a cap: pruned so far below it, so that it is not done again at every write
 
 
@@ -50,8 +52,17 @@ def prune(
             raise PruneError(f"policy {policy!r} does not rank each memory of {pool} once")
         ids = tuple(ranked[: len(known) - cap])
     if not dry_run:
+        ids = tuple(_free(store, ids))
         store.delete_many(ids)
     return PruneReport(pool, policy, len(known), ids, dry_run)
+
+
+def _free(store: PoolStore, ids: Sequence[str]) -> Iterator[str]:
+    """Those of ``ids`` that still live, and were not put on hold while the policy took its time."""
+    for start in range(0, len(ids), _BLOCK):
+        block = ids[start : start + _BLOCK]
+        found = store.get_many(block)
+        yield from (id for id in block if id in found and not found[id].held)
 
 
 def check_caps(config: Config) -> None:

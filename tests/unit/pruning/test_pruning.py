@@ -201,6 +201,21 @@ def test_a_dry_run_tells_what_would_go_and_changes_nothing(
     assert prune(store, config, "p", policy, 5).ids == ()
 
 
+def test_what_is_put_on_hold_while_a_policy_takes_its_time_stays(
+    store: PoolStore, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, c, d = add(store, "a", "b", "c", "d")
+
+    def slow(evidence: policies.Evidence) -> list[str]:
+        store.hold(a)
+        store.delete(b)
+        return [entry.id for entry in evidence.entries]
+
+    monkeypatch.setitem(policies.POLICIES, "slow", slow)
+    assert prune(store, config, "p", "slow", 1).ids == (c,)
+    assert left(store) == [d] and store.get(a) is not None
+
+
 def test_what_can_not_be_done_is_refused(store: PoolStore, config: Config) -> None:
     add(store, "a", "b")
     with pytest.raises(
