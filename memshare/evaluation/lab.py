@@ -174,7 +174,8 @@ class Lab:
         made = encoder.encode_memories([(m.prompt, m.answer) for m in missing])
         self._vectors.update(((name, m.id), row) for m, row in zip(missing, made, strict=True))
         rows = [self._vectors[name, memory.id] for memory in memories]
-        return dense_ranker(memories, encoder, np.stack(rows))
+        vectors = np.stack(rows) if rows else np.empty((0, encoder.dim), np.float32)
+        return dense_ranker(memories, encoder, vectors)
 
     def scorer(self, kind: ScorerKind | None = None) -> Scorer:
         """The configured scorer, or one of another kind (a rubric is then graded by labels)."""

@@ -2,11 +2,17 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from memshare.config import Config, ConfigError, LLMConfig
-from memshare.evaluation.lab import open_lab
+from memshare.evaluation.data import Pair
+from memshare.evaluation.lab import Lab, open_lab
+from memshare.evaluation.material import as_memories
+from memshare.retrieval.encoder import Encoder
+from tests.tiny import tiny_encoder
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["evaluation.agents", "agent_llm"])
@@ -29,3 +35,12 @@ def test_a_partner_never_takes_an_agents_place(tmp_path: Path, named: bool) -> N
 
     with pytest.raises(ConfigError, match=r"evaluation\.partners: lm is"):
         asyncio.run(opened())
+
+
+def test_a_pool_that_nothing_got_into_has_no_shots(tmp_path: Path) -> None:
+    """As where every seed memory leaks a test, and no answer reaches the threshold."""
+    encoder = Encoder.from_folder(tiny_encoder(tmp_path / "encoder"), "cpu")
+    lab: Any = SimpleNamespace(_fingerprints={}, _vectors={})
+    assert Lab.dense(lab, [], encoder)(["why?", "how?"], 3) == [[], []]
+    (memory,) = as_memories("pool", [Pair("why?", "so")])
+    assert Lab.dense(lab, [memory], encoder)(["why?", "how?"], 3) == [[], [memory.id]]
