@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from memshare.config import Config
 from memshare.evaluation.data import Domain, Pair, data_root, load_domains
-from memshare.evaluation.rows import WORLD
+from memshare.evaluation.rows import AVERAGE, WORLD
 from memshare.pocket.world import World
 from memshare.records import Memory, content_key, normalise
 
@@ -29,11 +29,20 @@ def as_memories(pool: str, pairs: Iterable[Pair]) -> list[Memory]:
 
 
 def load_data(config: Config) -> dict[str, Domain]:
-    """The configured domains as they were published, by name. Raises FileNotFoundError.
+    """The configured domains as they were published, by name.
 
     Seed memories and problems come in an order drawn by the seed: the published files go dataset by
-    dataset, so that the first part of a pool would hold one dataset alone.
+    dataset, so that the first part of a pool would hold one dataset alone. Raises FileNotFoundError
+    or ValueError saying what is missing or wrong.
     """
+    folder = config.evaluation.data or data_root() / "nine"
+    domains = load_domains(folder)
+    names = {*domains, *(dataset for domain in domains.values() for dataset in domain.tests)}
+    if taken := sorted(names & {AVERAGE, WORLD}):
+        raise ValueError(
+            f"{folder}: {' and '.join(taken)} can't be the name of a domain or a dataset: reports "
+            "call the pocket world and the mean of all datasets so; rename the folder or the file"
+        )
 
     def drawn(name: str, pairs: Sequence[Pair]) -> tuple[Pair, ...]:
         order = random.Random(f"{config.run.seed}/{name}").sample(pairs, len(pairs))
@@ -45,7 +54,7 @@ def load_data(config: Config) -> dict[str, Domain]:
             pool=drawn(f"{name}/pool", domain.pool),
             problems=drawn(f"{name}/problems", domain.problems),
         )
-        for name, domain in load_domains(config.evaluation.data or data_root() / "nine").items()
+        for name, domain in domains.items()
     }
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from memshare.config import load_config
 from memshare.evaluation.data import Pair, by_characters, load_domains, read_chat
 from memshare.evaluation.lab import Lab
+from memshare.evaluation.material import load_data
 
 Rows = Sequence[tuple[str, str]]
 
@@ -51,6 +53,15 @@ def test_two_datasets_of_one_name_or_none_are_refused(tmp_path: Path) -> None:
         write_domain(tmp_path / name, {"pool": [("q", "a")], "test_t": [("t", "r")]})
     with pytest.raises(ValueError, match="names of their own"):
         load_domains(tmp_path)
+
+
+@pytest.mark.parametrize(("domain", "dataset"), [("world", "wars"), ("history", "average")])
+def test_a_name_of_the_reports_own_is_refused(tmp_path: Path, domain: str, dataset: str) -> None:
+    """It would be taken for the pocket world, or for the mean, and be in no average."""
+    files = {"pool": [("q", "a")], f"test_{dataset}": [("t", "r")]}
+    write_domain(tmp_path / domain, files)
+    with pytest.raises(ValueError, match=f"{tmp_path}: (world|average) can't be the name"):
+        load_data(load_config(None, [f"evaluation.data={tmp_path}"]))
 
 
 @pytest.mark.parametrize(
