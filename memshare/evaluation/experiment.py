@@ -169,8 +169,12 @@ def provenance(lab: Lab, quick: bool) -> dict[str, Any]:
 
 def settings(config: Config) -> Mapping[str, Any]:
     """The sections that decide what is measured."""
-    names = ("agent", "scorer", "mining", "training", "bootstrap", "evaluation")
-    return {name: getattr(config, name).model_dump(mode="json") for name in names}
+    names = (
+        "pools", "encoder", "agent", "scorer", "bm25", "mining", "training", "split", "bootstrap",
+        "evaluation",
+    )  # fmt: skip
+    everything = config.model_dump(mode="json")
+    return {name: everything[name] for name in names}
 
 
 def read_record(path: Path) -> dict[str, Any]:

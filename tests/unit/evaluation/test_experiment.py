@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from memshare.evaluation.experiment import Experiment, contrasts
+from memshare.config import load_config
+from memshare.evaluation.experiment import Experiment, contrasts, settings
 from memshare.evaluation.measures import F1
 from memshare.evaluation.rows import Key, Row, mean_row
 
@@ -24,3 +25,10 @@ def test_one_agents_answers_are_never_compared_with_another_agents() -> None:
     assert contrasts(experiment, [*found, *answered], agents) == [(found[0], found[1])]
     both = [*answered, row("theirs", "small")]
     assert contrasts(experiment, both, agents) == [(both[0], both[2])]
+
+
+def test_a_report_says_what_admits_a_memory_and_how_texts_are_encoded() -> None:
+    config = load_config(None, ["encoder.max_length=96", "pools.commons.threshold=40"])
+    told = settings(config)
+    assert told["pools"]["commons"]["threshold"] == 40 and told["encoder"]["max_length"] == 96
+    assert {"split", "bm25", "mining", "training"} <= told.keys()
