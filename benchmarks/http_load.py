@@ -101,15 +101,12 @@ class Load:
 
     async def run(self, rate: float, done: Callable[[], bool]) -> None:
         """Open loop: ``rate`` requests a second, at random moments (Poisson), until ``done``."""
-        running: set[asyncio.Task[None]] = set()
         gaps = (self.rng.expovariate(rate) for _ in itertools.count())
-        async for _, due in arrivals(gaps):
-            if done():
-                break
-            task = asyncio.create_task(self._one(due))
-            running.add(task)
-            task.add_done_callback(running.discard)
-        await asyncio.gather(*running)
+        async with asyncio.TaskGroup() as running:  # what is no failure of a request ends it all
+            async for _, due in arrivals(gaps):
+                if done():
+                    break
+                running.create_task(self._one(due))
 
     async def swap(self, retriever: str, numbers: Sequence[int], every: float) -> None:
         """Activate ``numbers`` in turn, one every so many seconds, until cancelled."""

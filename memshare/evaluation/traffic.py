@@ -91,6 +91,10 @@ class Stream:
         watcher = asyncio.create_task(self._watch())
         try:
             async for number, _ in arrivals(self._gaps(len(problems))):
+                ended = {task for task in running if task.done()}
+                for task in ended:
+                    task.result()  # raises what is no failure of a request
+                running -= ended
                 if number < len(problems):
                     work = self._problem(problems[number], number)
                     asked(number + 1)
@@ -98,7 +102,6 @@ class Stream:
                     break
                 else:
                     work = self._ask(tests[number % len(tests)], number, write=False)
-                running = {task for task in running if not task.done()}
                 running.add(asyncio.create_task(work))
             await asyncio.gather(*running)
             await self._look()

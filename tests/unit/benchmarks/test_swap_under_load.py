@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from random import Random
 
 import numpy as np
@@ -82,3 +83,19 @@ def test_quantiles_of_a_histogram_are_linear_within_a_bucket() -> None:
     counts = [(1.0, 10.0), (2.0, 30.0), (float("inf"), 30.0)]
     assert _quantile(counts, 0.5) == pytest.approx(1.25)
     assert _quantile(counts, 1.0) == 2.0
+
+
+def test_a_request_that_ended_in_no_known_way_is_not_lost() -> None:
+    """It is neither among the answers nor among the failures, of which there must be none."""
+    load = Load([], "p", [], iter(()), Random(0))
+    sent: list[float] = []
+
+    async def one(due: float) -> None:
+        sent.append(due)
+        if len(sent) == 1:
+            raise KeyError("memories")
+
+    load._one = one  # type: ignore[method-assign]
+    with pytest.raises(ExceptionGroup) as raised:
+        asyncio.run(load.run(1000.0, lambda: len(sent) >= 5))
+    assert raised.group_contains(KeyError)
