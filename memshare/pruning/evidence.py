@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from memshare.records import Memory
 from memshare.retrieval.build import MemoryVectors
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import Generation, load_current
-from memshare.training.examples import read_examples, round_dirs
+from memshare.training.examples import iteration_dirs, read_examples, round_dirs
 
 _BLOCK = 2048
 
@@ -80,7 +81,8 @@ class Evidence:
         """
         sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
         labels: str | None = None
-        for folder in reversed(round_dirs(self._config.examples_dir)):
+        rounds = reversed(round_dirs(self._config.examples_dir))
+        for folder in chain.from_iterable(map(iteration_dirs, rounds)):
             for example in read_examples(folder):
                 if example.pool != self.pool or example.baseline_loglik is None:
                     continue

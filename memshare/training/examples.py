@@ -83,6 +83,11 @@ def round_dirs(examples_dir: Path) -> list[Path]:
     return sorted(path.parent for path in examples_dir.glob(f"[0-9]*/{MARKER}"))
 
 
+def iteration_dirs(folder: Path) -> list[Path]:
+    """The finished iterations of the round in ``folder``, which is the first of them."""
+    return [folder, *sorted(path.parent for path in folder.glob(f"iteration-*/{MARKER}"))]
+
+
 def held_out_dir(folder: Path) -> Path:
     """Where the round in ``folder`` keeps what evaluates, and never trains."""
     return folder / HELD_OUT

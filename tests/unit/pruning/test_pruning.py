@@ -109,7 +109,7 @@ def example(query: str, baseline: float | None, **logliks: float | None) -> Exam
 def test_usefulness_takes_what_helped_least_when_shown(
     store: PoolStore, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = ["unknown", "harmful", "once", "always", "unmeasured"]
+    names = ["unknown", "harmful", "once", "always", "unmeasured", "late"]
     for name in names:
         add(store, name, id=name)
     rounds = [
@@ -118,13 +118,15 @@ def test_usefulness_takes_what_helped_least_when_shown(
         [example("q2", -2.0, always=-1.5), example("q3", None, harmful=9.0)],
         [replace(example("q4", -2.0, harmful=9.0), pool="another")],
     ]
-    for number, examples in enumerate(rounds, 1):
-        home = round_dir(config.examples_dir, number)
+    homes = [round_dir(config.examples_dir, number + 1) for number in range(len(rounds))]
+    homes.append(round_dir(config.examples_dir, 3, iteration=2))  # what the first one's encoder
+    rounds.append([example("q2", -2.0, late=-0.5)])  # proposed
+    for home, examples in zip(homes, rounds, strict=True):
         home.mkdir(parents=True)
         write_shard(shard_path(home, 0), examples)
         write_marker(home, {"shards": 1})
     report = prune(store, config, "p", "usefulness", 0, dry_run=True)
-    assert report.ids == ("harmful", "unknown", "unmeasured", "once", "always")
+    assert report.ids == ("harmful", "unknown", "unmeasured", "once", "always", "late")
     assert "the oldest go first" not in capsys.readouterr().err
     unjudged = config.model_copy(update={"run": config.run.model_copy(update={"dir": Path("no")})})
     prune(store, unjudged, "p", "usefulness", 0, dry_run=True)
