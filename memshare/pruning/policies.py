@@ -11,19 +11,14 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
 
-import numpy as np
-
-from memshare.arrays import Floats, Ints
 from memshare.progress import log
 from memshare.pruning.evidence import Entry, Evidence
 from memshare.pruning.leave_one_out import by_leave_one_out
+from memshare.pruning.nearest import NearestPairs
 from memshare.pruning.prune import PruneError
-from memshare.retrieval.index import FlatIndex
 
 Policy = Callable[[Evidence], Sequence[str]]
 GROUP = "memshare.pruning"
-_NEIGHBOURS = 8
-_QUERIES = 1024  # searched at a time
 
 
 def by_score(evidence: Evidence) -> list[str]:
@@ -78,22 +73,16 @@ def by_feedback(evidence: Evidence) -> list[str]:
 def by_near_duplicates(evidence: Evidence) -> list[str]:
     """What is most nearly said by another memory first: of the nearest pair left, the worse graded.
 
-    Pairs are taken in the order of their cosine among each memory's nearest neighbours. When those
-    are used up, they are looked for again among the memories that are left, until one is.
+    Once `Evidence.excess` have gone the others follow as they came.
     """
     worth = [evidence.grade(entry) for entry in evidence.entries]
-    vectors = evidence.vectors
-    left = np.arange(len(vectors))
+    pairs = NearestPairs(evidence.vectors)
     order: list[int] = []
-    while len(left) > 1:
-        alive = dict.fromkeys(left.tolist(), True)
-        for one, other in _nearest_pairs(vectors, left):
-            if alive[one] and alive[other]:
-                loser = min(one, other, key=lambda row: worth[row])
-                alive[loser] = False
-                order.append(loser)
-        left = np.array([row for row, living in alive.items() if living])
-    return [evidence.entries[row].id for row in [*order, *left.tolist()]]
+    while len(order) < min(evidence.excess, len(worth) - 1):
+        loser = min(pairs.nearest(), key=worth.__getitem__)
+        pairs.drop(loser)
+        order.append(loser)
+    return [evidence.entries[row].id for row in [*order, *pairs.left().tolist()]]
 
 
 POLICIES: dict[str, Policy] = {
@@ -120,17 +109,3 @@ def find_policy(name: str) -> Policy:
         policy: Policy = point.load()
         return policy
     raise PruneError(f"no pruning policy {name!r} (there: {', '.join(policy_names())})")
-
-
-def _nearest_pairs(vectors: Floats, rows: Ints) -> list[tuple[int, int]]:
-    """Pairs among ``rows`` and each one's nearest neighbours, by falling cosine."""
-    index = FlatIndex.build(vectors[rows])
-    pairs: dict[tuple[int, int], float] = {}
-    for start in range(0, len(rows), _QUERIES):
-        block = rows[start : start + _QUERIES]
-        values, found = index.search(vectors[block], min(_NEIGHBOURS + 1, len(rows)))
-        for row, cosines, places in zip(block.tolist(), values, found, strict=True):
-            for cosine, other in zip(cosines.tolist(), rows[places].tolist(), strict=True):
-                if other != row:
-                    pairs[min(row, other), max(row, other)] = cosine
-    return sorted(pairs, key=lambda pair: (-pairs[pair], pair))
