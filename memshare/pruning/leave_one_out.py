@@ -13,6 +13,8 @@ and high for one that nothing can replace.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -27,6 +29,7 @@ DEPTH = 10
 # on Banking77's training questions, with and without rare intents and false labels.
 OWN = 3.0
 _STEP = 0.2  # the share that goes before what is left is valued anew
+_SAME = 0.5  # from this agreement on an answer stands in for another
 _QUERIES = 1024  # searched at a time
 _DISCOUNTS = 1 / np.log2(np.arange(2, DEPTH + 2))
 
@@ -51,20 +54,35 @@ def contributions(gains: Values) -> Values:
 def by_leave_one_out(evidence: Evidence) -> list[str]:
     """The least valuable to the pool's own questions first, of equals the worse graded.
 
-    The questions of those that go are asked on. A fifth at a time goes, then the others are valued
-    again, until `Evidence.excess` have gone.
+    The questions of those that go are asked on. A fifth at a time goes at most, then the others are
+    valued again, until `Evidence.excess` have gone: that one of many that say the same is worth
+    nothing does not hold of all of them together.
     """
     grades = [evidence.grade(entry) for entry in evidence.entries]
     left = np.array(sorted(range(len(grades)), key=grades.__getitem__), dtype=np.int64)
     order: list[int] = []
-    while len(left):
-        values = leave_one_out_values(evidence.questions, evidence.vectors, evidence.answers, left)
+    while len(order) < evidence.excess:
+        values, stand_ins = leave_one_out_values(
+            evidence.questions, evidence.vectors, evidence.answers, left
+        )
         ranked = left[np.argsort(values[left], kind="stable")]
-        step = max(1, int(_STEP * len(left)))
-        going = ranked[:step] if len(order) + step < evidence.excess else ranked
-        order += going.tolist()
+        most = min(max(1, int(_STEP * len(left))), evidence.excess - len(order))
+        going = leaving(ranked.tolist(), stand_ins, most)
+        order += going
         left = left[~np.isin(left, going)]
-    return [evidence.entries[row].id for row in order]
+    return [evidence.entries[row].id for row in [*order, *left.tolist()]]
+
+
+def leaving(ranked: Sequence[int], stand_ins: Ints, most: int) -> list[int]:
+    """The first ``most`` of ``ranked`` of whose ``stand_ins`` half at least stay."""
+    going: dict[int, None] = {}
+    for row in ranked:
+        if len(going) == most:
+            break
+        others = [other for other in stand_ins[row].tolist() if other >= 0]
+        if 2 * sum(other in going for other in others) <= len(others):
+            going[row] = None
+    return list(going)
 
 
 def leave_one_out_values(
@@ -72,13 +90,16 @@ def leave_one_out_values(
     vectors: Floats,
     answers: Signatures,
     left: Ints,
-) -> Values:
-    """The value (n,) of each memory in rows ``left`` of ``vectors``; meaningless for the others.
+) -> tuple[Values, Ints]:
+    """The value (n,) of each memory in rows ``left`` of ``vectors``, and its stand-ins (n, ranks).
 
-    ``questions``, ``vectors`` (n, dim), ``answers`` (n, `HASHES`): of all memories, gone ones, too.
+    Those are what is found for its own question and agrees with its answer by half at least, others
+    are -1. Both are meaningless for memories that are not left. ``questions``, ``vectors`` (n,
+    dim), ``answers`` (n, `HASHES`): of all memories, gone ones, too.
     """
     index = FlatIndex.build(vectors[left])
     values = np.zeros(len(vectors))
+    stand_ins = np.full((len(vectors), min(DEPTH, len(left))), -1)
     for start in range(0, len(questions), _QUERIES):
         asked = np.arange(start, min(start + _QUERIES, len(questions)))
         _, places = index.search(questions[asked], min(DEPTH + 2, len(left)))
@@ -91,4 +112,5 @@ def leave_one_out_values(
         np.add.at(values, found, contributions(gains))
         again = np.concatenate([np.ones((len(asked), 1)), gains], axis=1)
         values[asked] += OWN * contributions(again)[:, 0]
-    return values
+        stand_ins[asked] = np.where(gains >= _SAME, found, -1)[:, :DEPTH]
+    return values, stand_ins

@@ -71,7 +71,7 @@ def test_values_are_what_all_rankings_lose_a_memorys_own_question_counting_more(
         for rank, row in enumerate(others):
             wanted[row] += dcg(gains) - dcg(np.delete(gains, rank))
         wanted[question] += OWN * (dcg(np.array([1.0, *gains])) - dcg(gains))
-    values = leave_one_out_values(questions, vectors, answers, left)
+    values, _ = leave_one_out_values(questions, vectors, answers, left)
     assert values[left] == pytest.approx(wanted[left])
 
 
@@ -106,6 +106,14 @@ def test_of_one_answer_said_often_some_go_before_any_that_is_said_seldom() -> No
     seldom = [(60.0 + n, "seldom said") for n in range(3)]
     gone = by_leave_one_out(pool_of([*often, *seldom], cap=18))[:15]
     assert all(int(id_) < 30 for id_ in gone)
+
+
+def test_what_is_said_often_is_not_forgotten_altogether() -> None:
+    """Each of fifteen alone is worth nothing, and all of them are no more than a fifth."""
+    often = [(n / 10, "often said") for n in range(15)]
+    seldom = [(20.0 + 5 * n + m / 10, f"subject {n}") for n in range(30) for m in range(3)]
+    gone = by_leave_one_out(pool_of([*often, *seldom], cap=90))[:15]
+    assert 0 < sum(int(id_) < 15 for id_ in gone) < 15
 
 
 def test_of_equals_the_worse_graded_goes_first() -> None:
