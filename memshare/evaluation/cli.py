@@ -80,6 +80,7 @@ def _run(names: Sequence[str], args: argparse.Namespace) -> int:
 
 async def _experiments(names: Sequence[str], config: Config, out: Path, quick: bool) -> int:
     """Run each; one that fails does not stop the others. Returns the exit code."""
+    from memshare.bootstrap import BootstrapError
     from memshare.evaluation.experiment import load_experiment, run_experiment
     from memshare.evaluation.lab import open_lab
     from memshare.evaluation.pages import section, write_page
@@ -93,7 +94,7 @@ async def _experiments(names: Sequence[str], config: Config, out: Path, quick: b
         for name in names:
             try:
                 record = await run_experiment(load_experiment(name), lab, quick=quick)
-            except (LLMError, NonFinite) as error:
+            except (BootstrapError, LLMError, NonFinite) as error:
                 log(f"{name} failed: {error}")
                 failed[name] = str(error)
             else:

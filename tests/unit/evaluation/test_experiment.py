@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from memshare.bootstrap import BootstrapError
 from memshare.config import load_config
+from memshare.evaluation.cli import _experiments
 from memshare.evaluation.experiment import Experiment, contrasts, settings
 from memshare.evaluation.measures import F1
 from memshare.evaluation.rows import Key, Row, mean_row
+from memshare.llm.base import LLMError
 
 
 async def nothing(lab: Any) -> Any:
@@ -32,3 +41,29 @@ def test_a_report_says_what_admits_a_memory_and_how_texts_are_encoded() -> None:
     told = settings(config)
     assert told["pools"]["commons"]["threshold"] == 40 and told["encoder"]["max_length"] == 96
     assert {"split", "bm25", "mining", "training"} <= told.keys()
+
+
+@pytest.mark.parametrize("error", [BootstrapError("no seeds"), LLMError("no answer")])
+def test_an_experiment_that_can_not_be_made_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    run: list[str] = []
+
+    async def run_experiment(experiment: Experiment, lab: Any, *, quick: bool) -> Any:
+        run.append(experiment.name)
+        if experiment.name == "bootstrap":
+            raise error
+
+    @asynccontextmanager
+    async def open_lab(config: Any, out: Path) -> AsyncIterator[None]:
+        yield None
+
+    told: list[dict[str, str]] = []
+    monkeypatch.setattr("memshare.evaluation.experiment.run_experiment", run_experiment)
+    monkeypatch.setattr("memshare.evaluation.lab.open_lab", open_lab)
+    monkeypatch.setattr(
+        "memshare.evaluation.pages.write_page", lambda out, failed, new: told.append(failed)
+    )
+    names = ["bootstrap", "pruning"]
+    assert asyncio.run(_experiments(names, load_config(None, []), tmp_path, True)) == 1
+    assert run == names and told[-1] == {"bootstrap": str(error)}
