@@ -52,7 +52,8 @@ class EndpointBackend:
             concurrency=config.max_concurrency,
             api_key=os.environ.get(config.api_key_env),
         )
-        self.model = f"{model}@{urlsplit(config.urls[0]).netloc}"
+        _, _, host = urlsplit(config.urls[0]).netloc.rpartition("@")  # no user, no password
+        self.model = f"{model}@{host}"
 
     @property
     def context_length(self) -> int:

@@ -66,6 +66,13 @@ def test_chat_is_the_plain_protocol(server: Flaky, monkeypatch: pytest.MonkeyPat
     assert made.model == "big-model@" + server.url.removeprefix("http://")
 
 
+def test_a_password_in_the_url_is_no_part_of_the_models_name() -> None:
+    """Which is shown to every client, and stands in memories, examples and reports."""
+    url = "https://ann:hunter2@llm.example:8443/v1"
+    made = make_llm(LLMConfig(backend="openai", model="big-model", url=url))
+    assert made.model == "big-model@llm.example:8443"
+
+
 def test_labels_are_read_from_the_likeliest_tokens(server: Flaky) -> None:
     top = [{"token": token, "logprob": math.log(p)}
            for token, p in (("1", 0.4), (" 1", 0.1), ("no", 0.3), ("2", 0.1))]  # fmt: skip
