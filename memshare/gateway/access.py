@@ -21,7 +21,7 @@ from memshare.gateway.errors import ApiError
 from memshare.gateway.local import foreign
 from memshare.gateway.metrics import Metrics
 from memshare.pool.errors import PoolUnavailable, UnknownPool
-from memshare.pool.keys import LOCAL_KEY, SECRET_PREFIX, Key, KeyRing, Right
+from memshare.pool.keys import LOCAL_KEY, SECRET, SECRET_PREFIX, Key, KeyRing, Right
 from memshare.sharing import SharedMemory
 
 TRUST_SECONDS = 2.0  # a revoked key is refused everywhere after so long
@@ -88,7 +88,7 @@ class Access:
         return key.max_body_bytes or self._config.max_body_bytes
 
     async def _find(self, secret: str, when_away: bool) -> Key | None:
-        if not secret.startswith(SECRET_PREFIX):
+        if not SECRET.fullmatch(secret):  # it may be as long as a header may
             return None
         now = time.monotonic()
         at, known = self._seen.get(secret, (-math.inf, None))

@@ -7,6 +7,7 @@ fast hash is as good as a slow one. So a key is shown once, when it is made.
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ RIGHTS: tuple[Right, ...] = get_args(Right)
 EVERY_POOL = "*"
 LOCAL = "local"
 SECRET_PREFIX = "ms-"
+SECRET = re.compile(SECRET_PREFIX + r"[A-Za-z0-9_-]{43}")  # what a secret can be
 
 
 @dataclass(frozen=True, slots=True)

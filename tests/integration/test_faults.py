@@ -82,6 +82,7 @@ def test_figures_are_shown_while_the_database_is_away(
         ring = KeyRing(store.database)
         (_, root), (_, late) = (ring.create(name, {"*": ["admin"]}) for name in ("root", "late"))
         _, reader = ring.create("reader", {"keep": ["read"]})
+    made_up = "ms-" + "x" * 43
 
     def scrape(url: str, key: str, path: str = "/metrics") -> httpx.Response:
         return httpx.get(url + path, headers={"Authorization": f"Bearer {key}"}, timeout=30)
@@ -107,14 +108,14 @@ def test_figures_are_shown_while_the_database_is_away(
             assert "memshare_searches_total" in told.text
             assert waited < SCRAPE_SECONDS, f"Prometheus would not wait {waited:.1f} s"
             assert scrape(url, reader).status_code == 403
-            for key, path in ((late, "/metrics"), ("ms-made-up", "/metrics"), (root, "/v1/models")):
+            for key, path in ((late, "/metrics"), (made_up, "/metrics"), (root, "/v1/models")):
                 refused = scrape(url, key, path)
                 assert refused.status_code == 503, (path, refused.text)
                 assert int(refused.headers["Retry-After"]) > 0
                 assert refused.json()["error"]["code"] == "pool_unavailable"
             mended()
             until(lambda: "memshare_database_error 0.0" in scrape(url, root).text, RECOVERY_SECONDS)
-        assert scrape(url, "ms-made-up").status_code == 401
+        assert scrape(url, made_up).status_code == 401
 
 
 def test_network_to_the_database_cut(

@@ -206,6 +206,21 @@ def test_a_revoked_key_is_refused(
     assert reply.status_code == 401 and "revoked" in reply.json()["error"]["message"]
 
 
+def test_what_can_be_no_key_is_neither_looked_up_nor_kept(
+    gated: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs whoever makes it up nothing, and headers may be long."""
+    gateway: Any = gated.app.state.gateway  # type: ignore[attr-defined]
+    asked: list[str] = []
+    monkeypatch.setattr(gateway.access._ring, "find", asked.append)
+    before = len(gateway.access._seen)
+    possible = "ms-" + "x" * 43
+    for made_up in ("ms-", "ms-nonsense", possible + "x", "ms-" + "x" * 50_000, possible):
+        reply = gated.get("/v1/models", headers={"Authorization": f"Bearer {made_up}"})
+        assert reply.status_code == 401
+    assert asked == [possible] and len(gateway.access._seen) == before + 1
+
+
 def test_on_loopback_a_key_counts_and_none_is_needed(client: TestClient) -> None:
     assert client.get("/v1/models").status_code == 200
     for made_up, status in (("none", 200), ("sk-of-another-service", 200), ("ms-typo", 401)):
