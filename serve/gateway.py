@@ -92,6 +92,7 @@ def serve(config: Config, host: str, port: int) -> int:
         import uvicorn
 
         from memshare.gateway.app import create_app
+        from memshare.gateway.protocol import BoundedHeaders
         from memshare.sharing import assemble
 
         bound = sock.getsockname()[1]
@@ -105,6 +106,7 @@ def serve(config: Config, host: str, port: int) -> int:
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
+                http=BoundedHeaders,
                 log_config=None,  # its loggers' lines go where ours go
                 access_log=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,

@@ -86,6 +86,38 @@ def test_openai_client_understands_the_errors(client: openai.OpenAI) -> None:
         create(model="m", messages=messages, tools=[{"type": "function"}])  # type: ignore[list-item]
 
 
+def ends(url: str, begun: str) -> bool:
+    """Whether the gateway closes a connection that goes on with 4 MB after ``begun``."""
+    place = httpx.URL(url)
+    with socket.create_connection((place.host, place.port or 0), timeout=5) as connection:
+        try:
+            connection.sendall(begun.encode())
+            for _ in range(64):
+                connection.sendall(b"x" * 2**16)
+            while connection.recv(2**16):
+                pass
+        except TimeoutError:
+            return False
+        except OSError:  # reset: it has not read all of that
+            pass
+    return True
+
+
+def test_headers_have_an_end(url: str) -> None:
+    """Nobody needs a key to send them."""
+    host = "Host: 127.0.0.1\r\n"
+    chunked = "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
+    assert ends(url, f"GET /healthz HTTP/1.1\r\n{host}X: ")
+    assert ends(url, "GET /healthz?")
+    assert ends(url, f"POST /v1/memories HTTP/1.1\r\n{host}{chunked}X: ")
+    with httpx.Client(base_url=url) as client:  # one connection, on which each is counted alone
+        for _ in range(10):
+            assert client.get("/healthz", headers={"X": "x" * 50_000}).status_code == 200
+        item = {"pool": "keep", "prompt": "long", "answer": "x", "metadata": {"x": "x" * 900_000}}
+        reply = client.post("/v1/memories", json={"items": [item]})
+        assert reply.status_code == 422 and "at most 32768" in reply.text
+
+
 def test_many_clients_write_and_each_finds_its_own_at_once(url: str) -> None:
     def one(number: int) -> None:
         prompt = f"writer {number} says {'abcdefghijklmnop'[number] * 4}"
