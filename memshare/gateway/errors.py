@@ -97,8 +97,12 @@ def _describe(problem: Mapping[str, Any]) -> str:
     return f"{where}: {problem['msg']}" if where else str(problem["msg"])
 
 
-async def _invalid(_: Request, error: Exception) -> JSONResponse:
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    if isinstance(error.body, bytes):  # FastAPI parses none that isn't called JSON
+        kind = request.headers.get("content-type")
+        message = f"the body is not read: it needs Content-Type: application/json, not {kind!r}"
+        return respond(ApiError(422, message, code="invalid_request"))
     problems = error.errors()
     message = "; ".join(_describe(problem) for problem in problems[:10])
     loc = [str(part) for part in problems[0]["loc"] if part != "body"] if problems else []

@@ -101,6 +101,9 @@ def test_rights_hold_on_every_route(gated: TestClient) -> None:
     assert statuses("POST", f"/v1/memories/{id_}/feedback", vote) == [403, 404, 200, 200, 404]
     assert statuses("GET", "/v1/retrievers/main/generations") == [200] * 5
     assert statuses("POST", "/v1/retrievers/main/generations/9/activate") == [403] * 5
+    refused = nobody("POST", "/v1/retrievers/main/generations/9/activate").text
+    assert "every pool" in refused  # and not which they are: it may not know of them
+    assert "keep" not in refused and "strict" not in refused
     assert root("POST", "/v1/retrievers/main/generations/9/activate").status_code == 404
     assert statuses("GET", "/metrics") == [403] * 5 and root("GET", "/metrics").status_code == 200
     assert statuses("GET", "/v1/models") == [200] * 5

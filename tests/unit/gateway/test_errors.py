@@ -46,6 +46,17 @@ def test_bad_bodies(client: TestClient, path: str, body: bytes, status: int) -> 
     assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded"])
+def test_a_body_that_is_not_called_json_is_told_so(client: TestClient, kind: str | None) -> None:
+    """`curl -d` without the header: that the body is no object would be no help."""
+    headers = {} if kind is None else {"Content-Type": kind}
+    body = b'{"pool": "keep", "query": "q"}'
+    reply = client.post("/v1/memories/search", content=body, headers=headers)
+    assert reply.status_code == 422
+    message = reply.json()["error"]["message"]
+    assert "Content-Type: application/json" in message and repr(kind) in message
+
+
 def test_body_limit_holds_while_the_body_streams_in(tmp_path: Path, models: Path) -> None:
     with running(tmp_path, models, gateway={"max_body_bytes": 1000}) as client:
         for body in (b"x" * 1001, iter([b"x" * 600, b"x" * 600])):  # with a length, and chunked
