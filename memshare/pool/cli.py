@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +23,8 @@ from memshare.pool.transfer import Format, export_jsonl, import_memories, write_
 from memshare.records import Memory, NewMemory
 
 Action = Callable[[PoolStore, Config, argparse.Namespace], int]
+
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # all but a line's end
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -176,15 +179,24 @@ def _export(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
 def _list(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
     page, cursor = store.list(args.pool, args.cursor, args.limit, held=None if args.held else False)
     for memory in page:
-        print(json.dumps(_full(memory), ensure_ascii=False) if args.json else _line(memory))
+        _print(json.dumps(_full(memory), ensure_ascii=False) if args.json else _line(memory))
     if cursor is not None:
         print(f"more: --cursor {cursor}", file=sys.stderr)
     return 0
 
 
+def _print(text: str) -> None:
+    """Print what strangers wrote, but as JSON's escapes what would steer the terminal."""
+    print(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _line(memory: Memory) -> str:
     score = "-" if memory.score is None else f"{memory.score:g}"
-    prompt = " ".join(memory.prompt.split())
+    prompt = _folded(memory.prompt)
     prompt = prompt if len(prompt) <= 60 else prompt[:59] + "…"
     return f"{memory.id}  {memory.seq:>6}  {score:>5}  {'held  ' if memory.held else ''}{prompt}"
 
@@ -198,7 +210,7 @@ def _show(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
     found = store.get_many(args.ids)
     for id in args.ids:
         if id in found:
-            print(json.dumps(_full(found[id]), ensure_ascii=False, indent=2))
+            _print(json.dumps(_full(found[id]), ensure_ascii=False, indent=2))
     return _missing("show", [id for id in args.ids if id not in found])
 
 
@@ -208,10 +220,10 @@ def _review(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
         page, cursor = store.list(args.pool, cursor, 1000, held=True)
         for memory in page:
             if args.json:
-                print(json.dumps(_full(memory), ensure_ascii=False))
+                _print(json.dumps(_full(memory), ensure_ascii=False))
             else:
-                reason = memory.hold_reason or "no reason given"
-                print(f"{_line(memory)}\n    {memory.agent or 'unknown'}: {reason}")
+                who, why = memory.agent or "unknown", memory.hold_reason or "no reason given"
+                _print(f"{_line(memory)}\n    {_folded(who)}: {_folded(why)}")
         if cursor is None:
             return 0
 
@@ -251,9 +263,9 @@ def _stats(store: PoolStore, _config: Config, args: argparse.Namespace) -> int:
     for name in names:
         stats = store.stats(name)
         if args.json:
-            print(json.dumps(asdict(stats), ensure_ascii=False))
+            _print(json.dumps(asdict(stats), ensure_ascii=False))
         else:
-            print(_summary(stats))
+            _print(_summary(stats))
     return 0
 
 
@@ -271,6 +283,6 @@ def _summary(stats: PoolStats) -> str:
         )
     for title, counts in (("agents", stats.by_agent), ("decisions", stats.decisions)):
         if counts:
-            shown = ", ".join(f"{name or '(unknown)'} {count}" for name, count in counts.items())
-            lines.append(f"  {title}: {shown}")
+            shown = (f"{_folded(name) or '(unknown)'} {count}" for name, count in counts.items())
+            lines.append(f"  {title}: {', '.join(shown)}")
     return "\n".join(lines)

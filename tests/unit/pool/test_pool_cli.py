@@ -184,6 +184,22 @@ def test_memories_are_held_reviewed_and_released(run: Run) -> None:
     assert run("review", "--pool", "main") == (0, "", "")
 
 
+def test_no_memory_steers_the_terminal_that_shows_it(run: Run) -> None:
+    """Strangers wrote it: an escape sequence could hide what is reviewed, or worse."""
+    run("create", "--pool", "main")
+    evil = "a\x1b[2Jb\x9b2Jc \x7f\u200d\u4f60"
+    held = add(run, evil, "--agent", f"{evil}\nann")
+    run("hold", held, "--reason", evil)
+    shows = (["list", "--held", "--pool", "main"], ["review", "--pool", "main"], ["show", held],
+             ["review", "--pool", "main", "--json"], ["stats"])  # fmt: skip
+    for arguments in shows:
+        _, out, _ = run(*arguments)
+        assert "\\u001b[2Jb\\u009b2Jc" in out and "\u200d\u4f60" in out
+        assert not set(out) & {"\x1b", "\x9b", "\x7f"}, arguments
+    assert "    a\\u001b[2Jb\\u009b2Jc \\u007f\u200d\u4f60 ann: a" in run(*shows[1])[1]  # one line
+    assert json.loads(run("show", held)[1])["prompt"] == evil
+
+
 def test_reading_a_misspelt_url_makes_no_database(run: Run, tmp_path: Path) -> None:
     for arguments in (["list", "--pool", "main"], ["stats"], ["show", "x"], ["delete", "x"],
                       ["import", "x.jsonl", "--pool", "main"]):  # fmt: skip
