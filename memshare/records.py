@@ -6,6 +6,7 @@ Nothing here imports torch, FAISS or a database. Words follow the glossary in th
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +16,26 @@ ChangeKind = Literal["add", "delete", "hold", "release", "amend"]
 AppendStatus = Literal["stored", "duplicate", "held", "rejected"]
 
 
+# Combining marks are no words' characters, but for two of kana. Symbols are none either: no matter.
+_MARKS = re.compile(r"(?:[^\w\s\x00-\u02ff]|[\uff9e\uff9f])++")
+_PILE = 256
+
+
+def unicode_form(form: Literal["NFC", "NFKC"], text: str) -> str:
+    """``text`` in a normal form of Unicode, but as it is where `_PILE` marks follow each other.
+
+    Python sorts them in quadratic time and holds every thread up meanwhile: for minutes, where
+    somebody sends a megabyte of them. No language piles up more than a few.
+    """
+    if unicodedata.is_normalized(form, text):  # which sorts nothing; most texts are
+        return text
+    piled = any(run.end() - run.start() >= _PILE for run in _MARKS.finditer(text))
+    return text if piled else unicodedata.normalize(form, text)
+
+
 def normalise(text: str) -> str:
     """Fold what does not make two texts different memories: Unicode form, case and white space."""
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    return " ".join(unicode_form("NFC", text).casefold().split())
 
 
 def content_key(pool: str, prompt: str, answer: str) -> str:

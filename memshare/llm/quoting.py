@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Mapping
 
 _SECRET = secrets.token_bytes(32)
-_FENCE = re.compile(r"^\W*(?:BEGIN|END)\s+DATA\b", re.MULTILINE)
+_FENCE = re.compile(r"^[^\w\n]*(?:BEGIN|END)\s+DATA\b", re.MULTILINE)
 # Characters that nothing is drawn for: Unicode's Default_Ignorable_Code_Point.
 _INVISIBLE = (
     "\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"

@@ -129,7 +129,8 @@ def said_once(answer: str) -> str:
     Padding with either would raise a mean likelihood. Words are what blanks separate, so repetition
     in scripts without blanks is not found.
     """
-    words = re.findall(r"\s*\S+", without_hidden(answer))
+    # Blanks at the end are of no word; to find that out, `\s*` would begin anew at each of them.
+    words = re.findall(r"\s*\S+", without_hidden(answer).rstrip())
     keys = [normalise(word) for word in words]
     seen: set[tuple[str, ...]] = set()
     again: set[int] = set()

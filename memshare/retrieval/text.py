@@ -7,6 +7,8 @@ import sys
 import unicodedata
 from functools import cache
 
+from memshare.records import unicode_form
+
 # Scripts written without spaces, or (hangul) with endings glued on: character bigrams match better
 # than words there (McNamee & Mayfield 2004). Full- and half-width forms are folded by NFKC first.
 _CJK = (
@@ -41,7 +43,7 @@ def tokenize(text: str) -> list[str]:
     Runs of Han, kana and hangul become character bigrams; a lone character is itself. Text is
     folded by NFKC, so composed, decomposed and full-width forms agree.
     """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
+    folded = unicode_form("NFKC", unicode_form("NFKC", text).lower())
     tokens: list[str] = []
     for match in _pattern().finditer(folded):
         run = match.group(1)
