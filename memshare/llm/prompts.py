@@ -48,9 +48,21 @@ def fit_shots(
     ``extra`` holds the request's further fields: see `LLM.count_tokens`. Raises `ContextTooLong` if
     they don't fit without any shot.
     """
-    for kept in range(len(shots), -1, -1):
+
+    def counted(kept: int) -> tuple[list[Message], int]:
         messages = with_shots(conversation, shots[:kept])
-        tokens = llm.count_tokens(messages, extra) + max_tokens
-        if tokens <= llm.context_length:
+        return messages, llm.count_tokens(messages, extra) + max_tokens
+
+    limit = llm.context_length
+    messages, tokens = counted(len(shots))
+    if tokens <= limit:
+        return messages, len(shots)
+    # What is too long by itself may be very long: that is not counted again for every shot.
+    bare, tokens = counted(0)
+    if tokens > limit:
+        raise ContextTooLong(llm.model, tokens, limit)
+    for kept in range(len(shots) - 1, 0, -1):
+        messages, tokens = counted(kept)
+        if tokens <= limit:
             return messages, kept
-    raise ContextTooLong(llm.model, tokens, llm.context_length)
+    return bare, 0

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from memshare.config import AgentConfig
 from memshare.llm.agent import Agent
-from memshare.llm.base import ContextTooLong
+from memshare.llm.base import ContextTooLong, Message
 from memshare.llm.hf import TransformersBackend
 from memshare.llm.prompts import few_shot, fit_shots, with_shots
 from memshare.records import Memory
@@ -54,10 +56,21 @@ def test_the_least_similar_shots_are_dropped_first(backend: TransformersBackend)
     assert fit_shots(backend, bare, [], 100) == (bare, 0)
 
 
-def test_a_question_too_long_by_itself_is_refused(backend: TransformersBackend) -> None:
+def test_a_question_too_long_by_itself_is_refused(
+    backend: TransformersBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    count = backend.count_tokens
+
+    def counting(messages: Sequence[Message], extra: Mapping[str, Any] | None = None) -> int:
+        counted.append(len(messages))
+        return count(messages, extra)
+
+    monkeypatch.setattr(backend, "count_tokens", counting)
     with pytest.raises(ContextTooLong) as caught:
-        fit_shots(backend, few_shot("", [], "w " * 3000), [("q", "a")], 10)
+        fit_shots(backend, few_shot("", [], "w " * 3000), [("q", "a")] * 9, 10)
     assert caught.value.tokens > caught.value.limit == 2048
+    assert counted == [19, 1]  # and not for each shot that is left out: it may be a megabyte
 
 
 def test_agent_names_the_memories_it_showed(backend: TransformersBackend) -> None:
