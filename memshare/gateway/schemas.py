@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+)
 
 PoolName = Annotated[StrictStr, Field(min_length=1, max_length=200)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+# Of a list only the first fault is told. All of them, of a body full of them, would take the event
+# loop seconds, and much memory. (A list of items has an end, and fails at that first of all.)
+First = Field(fail_fast=True)
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > 16:  # pydantic looks at each before it counts them
+        raise ValueError("at most 16 keys allowed")
+    return value
 
 
 class Body(BaseModel):
@@ -71,9 +90,9 @@ class SearchFilter(Body):
     agent: StrictStr | None = Field(default=None, max_length=200)
     created_after: StrictStr | None = Field(default=None, max_length=64)
     created_before: StrictStr | None = Field(default=None, max_length=64)
-    metadata: dict[str, StrictBool | StrictInt | Number | StrictStr] = Field(
-        default_factory=dict, max_length=16
-    )
+    metadata: Annotated[
+        dict[str, StrictBool | StrictInt | Number | StrictStr], BeforeValidator(_few)
+    ] = Field(default_factory=dict, max_length=16)
 
 
 class Search(Body):
@@ -199,7 +218,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | list[dict[str, Any]] | None = None
+    content: StrictStr | Annotated[list[dict[str, Any]], First] | None = None
 
 
 class MemoryOptions(Body):
@@ -219,7 +238,7 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], First] = Field(min_length=1)
     model: StrictStr | None = Field(
         default=None, description="ignored: the gateway's agent LLM answers and names itself"
     )
@@ -233,7 +252,7 @@ class ChatRequest(BaseModel):
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
     top_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1, le=1_000_000)] | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: StrictStr | Annotated[list[StrictStr], First] | None = None
     logprobs: StrictBool | None = None
     stream_options: dict[str, Any] | None = None
 

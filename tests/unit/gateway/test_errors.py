@@ -57,6 +57,33 @@ def test_a_body_that_is_not_called_json_is_told_so(client: TestClient, kind: str
     assert "Content-Type: application/json" in message and repr(kind) in message
 
 
+@pytest.mark.parametrize(
+    ("path", "change", "where"),
+    [
+        ("/v1/chat/completions", {"messages": [0] * 99}, "messages.{}:"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [0] * 99}]}, ".{}:"),
+        ("/v1/chat/completions", {"stop": [0] * 99}, "stop.list[str].{}:"),
+        (
+            "/v1/memories/search",
+            {"filter": {"metadata": dict.fromkeys("abcdefghijklmnopq")}},
+            "{}.",
+        ),
+    ],
+)
+def test_of_a_list_of_faults_the_first_is_told(
+    client: TestClient, path: str, change: dict[str, Any], where: str
+) -> None:
+    """To tell all 450,000 that a megabyte can hold took the event loop six seconds."""
+    good: dict[str, Any] = {"pool": "keep", "query": "q"}
+    if path.endswith("completions"):
+        good = {"messages": [{"role": "user", "content": "q"}]}
+    reply = client.post(path, json={**good, **change})
+    assert reply.status_code == 422
+    message = reply.json()["error"]["message"]
+    assert where.format(1) not in message, message
+    assert where.format(0) in message or "at most 16" in message, message
+
+
 def test_body_limit_holds_while_the_body_streams_in(tmp_path: Path, models: Path) -> None:
     with running(tmp_path, models, gateway={"max_body_bytes": 1000}) as client:
         for body in (b"x" * 1001, iter([b"x" * 600, b"x" * 600])):  # with a length, and chunked
