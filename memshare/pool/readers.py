@@ -71,6 +71,8 @@ def read_csv(path: Path, mapping: Mappings) -> Rows:
 
     Raises `TransferError` if the header lacks a mapped column.
     """
+    # By itself csv gives up at 128 KiB, within the field, and takes its next line for a record.
+    csv.field_size_limit(MAX_LINE_BYTES)
     # Bytes that are no UTF-8 come through as lone surrogates, so that they spoil only their record.
     with TextIOWrapper(open_file(path), "utf-8-sig", "surrogateescape", newline="") as handle:
         records = csv.reader(handle, strict=True)

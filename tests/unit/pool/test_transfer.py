@@ -188,6 +188,14 @@ def test_banking77_comes_in_by_a_column_mapping(store: PoolStore) -> None:
     assert first.metadata == {"label": "card_arrival"}
 
 
+def test_nothing_inside_a_long_field_of_csv_is_a_row(store: PoolStore, write: Write) -> None:
+    lines = "a line of it\n" * 20_000 + "of it, too\n" * 3  # as many columns as a row
+    path = write("long.csv", f'prompt,answer\nlong,"{lines}"\nshort,b\n')
+    report = import_memories(store, "main", path)
+    assert [memory.prompt for memory in store.iter("main")] == ["short"]
+    assert [(error.line, error.reason[:9]) for error in report.errors] == [(2, "answer: i")]
+
+
 def test_csv_rows(store: PoolStore, write: Write) -> None:
     content = (
         b"\xef\xbb\xbfprompt,answer,score,agent,metadata\r\n"
