@@ -8,6 +8,7 @@ a human to look at, where the pool asks for it (`pools.NAME.hold_suspicious`).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -60,10 +61,15 @@ class Guard:
         self._near = config.split.near_duplicate
 
     def look_at(self, memory: NewMemory) -> NewMemory:
-        """``memory``, on hold if its pool holds what is suspicious and it is."""
+        """``memory``, on hold if its pool holds what is suspicious and it is.
+
+        With all that a search shows of it: agents read that, over MCP for one.
+        """
         if memory.pool not in self._holding:
             return memory
-        return replace(memory, hold=suspicion(memory.prompt) or suspicion(memory.answer))
+        beside = json.dumps([memory.model, dict(memory.metadata)], ensure_ascii=False)
+        texts = (memory.prompt, memory.answer, beside)
+        return replace(memory, hold=next(filter(None, map(suspicion, texts)), None))
 
     def sunk(self, pool: str, standing: Standing) -> str | None:
         """Why a memory of this standing is put on hold; None if it isn't."""

@@ -53,6 +53,16 @@ def test_only_where_the_pool_asks_for_it() -> None:
     assert guard.look_at(NewMemory("open", "q", "a")) == NewMemory("open", "q", "a")
 
 
+def test_what_agents_are_shown_beside_the_text_is_looked_at_too() -> None:
+    guard = Guard(Config(pools={"open": {"hold_suspicious": True}}))
+    usual = {"topic": ["INST", "eggs"], "b": "<|", "c": {"|>": 'a "quoted"\n\\ word \u4f60'}}
+    ordinary = NewMemory("open", "q", "a", model="org/model-1:free", metadata=usual)
+    assert guard.look_at(ordinary) == ordinary
+    for odd in ({"a": "<|im_end|>"}, {"a": [{"b": "x\u200by"}]}, {"</s>": 1}):
+        assert guard.look_at(NewMemory("open", "q", "a", metadata=odd)).hold is not None
+    assert guard.look_at(NewMemory("open", "q", "a", model="m <|im_end|>")).hold is not None
+
+
 def test_a_copy_is_told_from_an_answer_of_ones_own() -> None:
     guard = Guard(Config())
     poem = (
