@@ -33,14 +33,15 @@ class MiningConfig(Section):
 
     ``candidates``: BM25's best; ``dense_candidates``: the serving retriever's best, beside them (0:
     BM25 alone; so, too, with ``labels: none``). ``replay``: earlier memories mined again, with
-    today's retriever, per new one, so that nothing is forgotten. ``min_standing``: memories
-    whose standing is lower are no queries and no candidates; one principal alone can't bring a
-    memory below -0.34. ``held_out_queries``: at most so many held-out memories are labelled a
-    round, where ``training.eval_every`` asks for them. ``iterations``: how often a round mines and
-    trains. The second time the encoder that the first has trained proposes, and training starts
-    once more from where the first started (LLM-R). ``baseline``: with ``likelihood`` and
-    ``reward``, what the answer is worth with no example is labelled, too, for ``training.margin``
-    to compare with. ``shard_rows``: queries of a shard, which is written when it is complete.
+    today's retriever, per new one and from all pools, so that nothing is forgotten.
+    ``min_standing``: memories whose standing is lower are no queries and no candidates; one
+    principal alone can't bring a memory below -0.34. ``held_out_queries``: at most so many held-out
+    memories are labelled a round, where ``training.eval_every`` asks for them. ``iterations``: how
+    often a round mines and trains. The second time the encoder that the first has trained proposes,
+    and training starts once more from where the first started (LLM-R). ``baseline``: with
+    ``likelihood`` and ``reward``, what the answer is worth with no example is labelled, too, for
+    ``training.margin`` to compare with. ``shard_rows``: queries of a shard, which is written when
+    it is complete.
     """
 
     labels: Literal["none", "given", "likelihood", "prompted", "reward"] = "likelihood"

@@ -126,13 +126,13 @@ def plan_round(
                 f"it was begun with, or delete {folder}"
             )
         return plan
-    shards: list[Shard] = []
     left_out: dict[str, int] = defaultdict(int)
-    replayed = 0
+    new: dict[str, list[str]] = {}
+    earlier: dict[str, list[str]] = {}
     for pool, span in spans.items():
         ids, out = new_ids(store, pool, span), disliked(store, config, pool)
         alive = store.get_many(ids)
-        queries = []
+        queries = new[pool] = []
         for memory_id in ids:
             memory = alive.get(memory_id)
             if memory is None or memory.held:
@@ -143,12 +143,12 @@ def plan_round(
                 left_out["held out" if fate == "held_out" else "near both sides"] += 1
             else:
                 queries.append(memory_id)
-        draw = random.Random(f"{config.run.seed}/{number}/{pool}")
-        earlier = _earlier(store, pool, span, fates, out.union(queries))
-        again = draw.sample(earlier, min(len(earlier), round(config.mining.replay * len(queries))))
-        replayed += len(again)
-        queries += again
-        shards += _shards(pool, queries, config)
+        earlier[pool] = _earlier(store, pool, span, fates, out.union(queries))
+    again = _replayed(earlier, sum(map(len, new.values())), config, number)
+    shards = [
+        shard for pool in spans for shard in _shards(pool, [*new[pool], *again[pool]], config)
+    ]
+    replayed = sum(map(len, again.values()))
     held_out = _held_out(store, config, spans, fates)
     plan = Plan(
         number, dict(spans), settings, proposer, dict(left_out), replayed, tuple(shards), held_out
@@ -196,6 +196,23 @@ def _held_out(
         for pool in spans
         for shard in _shards(pool, [item.id for item in chosen if item.pool == pool], config)
     )
+
+
+def _replayed(
+    earlier: Mapping[str, Sequence[str]], new: int, config: Config, number: int
+) -> dict[str, list[str]]:
+    """The ``earlier`` memories of each pool that a round with ``new`` queries mines again.
+
+    Drawn from all pools alike: one encoder serves them all, and would forget those that are quiet.
+    """
+    total = sum(map(len, earlier.values()))
+    draw = random.Random(f"{config.run.seed}/{number}/{'/'.join(earlier)}")
+    places = draw.sample(range(total), min(total, round(config.mining.replay * new)))
+    again, start = {}, 0
+    for pool, ids in earlier.items():
+        again[pool] = [ids[at - start] for at in places if start <= at < start + len(ids)]
+        start += len(ids)
+    return again
 
 
 def _earlier(

@@ -15,6 +15,7 @@ from memshare.training.examples import round_dir
 from memshare.training.journal import Span
 from memshare.training.mining_plan import Plan, plan_round, split_memories
 from memshare.training.shard import ExamplesError
+from memshare.training.split import Fate
 
 
 @pytest.fixture
@@ -108,3 +109,24 @@ def test_a_pool_that_is_served_again_keeps_its_fates(store: PoolStore, tmp_path:
     away = split("split.held_out=1.0", "retriever.pools=[main]")
     assert away == before | {copy: "train"}  # it is near to one that may come back
     assert split("split.held_out=1.0") == away
+
+
+def test_a_pool_without_new_memories_is_not_forgotten(store: PoolStore, tmp_path: Path) -> None:
+    """Its encoder learns from the other pools' new ones, and earlier ones of all are replayed."""
+    store.create_pool("busy")
+    store.append([NewMemory("busy", f"busy question {i}", "an answer") for i in range(16)])
+    pools = ("main", "busy")
+    config = load_config(None, [f"run.dir={tmp_path}", "pools={main: {}, busy: {}}"])
+    quiet, busy = ([memory.id for memory in store.iter(pool)] for pool in pools)
+    fates: dict[str, Fate] = dict.fromkeys([*quiet, *busy], "train")
+    drawn = []
+    for number in range(1, 30):
+        folder = round_dir(config.examples_dir, number)
+        folder.mkdir(parents=True)
+        spans = {"main": Span(12, 12), "busy": Span(4, 16)}
+        made = plan_round(store, config, number, spans, fates, folder, None)
+        ids = {pool: [i for s in made.shards if s.pool == pool for i in s.ids] for pool in pools}
+        assert ids["busy"][:12] == busy[4:] and made.replayed == 6
+        assert {*ids["main"]} <= {*quiet} and {*ids["busy"][12:]} <= {*busy[:4]}
+        drawn.append(len(ids["main"]))
+    assert 4 < sum(drawn) / len(drawn) < 5  # 12 of the 16 earlier ones are the quiet pool's
