@@ -123,6 +123,16 @@ def test_an_unchanged_encoder_is_linked_and_its_card_is_new(
         verify_generation(config.retriever_dir, number)
 
 
+def test_a_trainings_card_tells_of_the_step_that_was_exported(encoder: Encoder) -> None:
+    """It has no gate: what it evaluated itself are its figures, and its last step may be none."""
+    best, start = ({"MRR@10": m, "nDCG@10": n, "P@1": 0.9} for m, n in ((0.75, 0.5), (0.25, 0.125)))
+    told = {"queries": 64, "best_step": 8, "best": best, "start": start, "stopped_early": False}
+    said = model_card(encoder, {"training": {**TRAINING, "evaluation": told}})
+    assert "12 steps, " in said and "after step 8 of these, the best on 64 held-out queries" in said
+    assert "| before the first step | 0.2500 | 0.1250 |\n| after step 8 | 0.7500 | 0.5000 |" in said
+    assert "MRR@10" not in model_card(encoder, {"training": {**TRAINING, "evaluation": None}})
+
+
 @pytest.mark.parametrize(
     "gate",
     [{"passed": True, "reason": "no held-out queries", "queries": 0}, {"passed": True}, None],
