@@ -183,11 +183,12 @@ def _held_out(
     """
     if config.training.eval_every is None:
         return ()
+    out = {pool: disliked(store, config, pool) for pool in spans}
     memories = [
         memory
         for pool, span in spans.items()
         for memory in store.iter(pool, until_seq=span.until)
-        if fates.get(memory.id) == "held_out"
+        if fates.get(memory.id) == "held_out" and memory.id not in out[pool]
     ]
     ordered = choose_queries(memories, len(memories), config.run.seed)
     chosen = ordered[-config.mining.held_out_queries :]

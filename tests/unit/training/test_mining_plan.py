@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from memshare.config import load_config
+from memshare.pool.feedback import Feedback
 from memshare.pool.store import PoolStore
 from memshare.records import NewMemory
 from memshare.training.examples import round_dir
@@ -109,6 +110,19 @@ def test_a_pool_that_is_served_again_keeps_its_fates(store: PoolStore, tmp_path:
     away = split("split.held_out=1.0", "retriever.pools=[main]")
     assert away == before | {copy: "train"}  # it is near to one that may come back
     assert split("split.held_out=1.0") == away
+
+
+def test_disliked_memories_evaluate_no_training(store: PoolStore, tmp_path: Path) -> None:
+    """Two principals say that its answer is no good: what makes it likelier is not useful."""
+    config = load_config(None, [f"run.dir={tmp_path}", "training.eval_every=1"])
+    ids = [memory.id for memory in store.iter("main")]
+    fates: dict[str, Fate] = {id: "train" if n < 8 else "held_out" for n, id in enumerate(ids)}
+    for who in ("ann", "bob"):
+        Feedback(store.database).give(ids[8], who, -1)
+    folder = round_dir(config.examples_dir, 1)
+    folder.mkdir(parents=True)
+    made = plan_round(store, config, 1, {"main": Span(0, 12)}, fates, folder, None)
+    assert {id for shard in made.held_out for id in shard.ids} == {*ids[9:]}
 
 
 def test_a_pool_without_new_memories_is_not_forgotten(store: PoolStore, tmp_path: Path) -> None:
