@@ -109,7 +109,7 @@ class Selection:
 
     ``items`` are read from disk one by one. ``pools``: how many there are of each; ``labels`` and
     ``scorers``: what kinds of labels the usable ones have, and what measured them. ``idle``: that
-    `training.distill_weight` is set, and has nothing measured to distil.
+    `training.distill_weight` is set, and no query has two measured passages to prefer one of.
     """
 
     items: Sequence[Selected]
@@ -133,7 +133,10 @@ class Selection:
 
     def __str__(self) -> str:
         reasons = "".join(f"; {count} dropped: {why}" for why, count in self.dropped.items())
-        idle = "; warning: training.distill_weight does nothing with labels: none"
+        idle = (
+            "; warning: training.distill_weight does nothing, since no example has two measured "
+            "candidates (see mining.labels, training.hard_negatives)"
+        )
         return (
             f"{len(self.items)} usable examples ({self.without_negatives} without hard "
             f"negatives){reasons}{idle if self.idle else ''}"
@@ -147,10 +150,13 @@ class _Kind(NamedTuple):
     labels: str
     scorer: str
     bare: bool
+    distils: bool
 
     @classmethod
-    def of(cls, example: Example, chosen: Selected) -> _Kind:
-        return cls(example.pool, example.labels, example.scorer, not chosen.negatives)
+    def of(cls, example: Example, chosen: Selected, config: TrainingConfig) -> _Kind:
+        trained = (*chosen.positives[: config.positives_per_step], *chosen.negatives)
+        distils = sum(passage.loglik is not None for passage in trained) > 1
+        return cls(example.pool, example.labels, example.scorer, not chosen.negatives, distils)
 
 
 def select(examples: Iterable[Example], config: TrainingConfig) -> Selection:
@@ -167,7 +173,7 @@ def select(examples: Iterable[Example], config: TrainingConfig) -> Selection:
             told.append("")
         chosen = select_one(example, config)
         numbers[place] = None if isinstance(chosen, str) else items.append(chosen)
-        kind = chosen if isinstance(chosen, str) else _Kind.of(example, chosen)
+        kind = chosen if isinstance(chosen, str) else _Kind.of(example, chosen, config)
         told[place] = known.setdefault(kind, kind)
     items.arrange(number for number in numbers if number is not None)
     kinds = Counter(told)
@@ -182,7 +188,7 @@ def select(examples: Iterable[Example], config: TrainingConfig) -> Selection:
         pools=dict(sorted(pools.items())),
         labels=tuple(sorted({kind.labels for kind in usable})),
         scorers=tuple(sorted({kind.scorer for kind in usable})),
-        idle=config.distill_weight > 0 and {kind.labels for kind in usable} == {"none"},
+        idle=bool(usable) and config.distill_weight > 0 and not any(k.distils for k in usable),
     )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -166,16 +167,28 @@ def test_labels_none_teaches_the_own_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "weight", "idle"),
-    [("none", 1.0, True), ("none", 0.0, False), ("given", 1.0, False)],
+    ("labels", "settings", "idle"),
+    [
+        ("none", {"distill_weight": 1.0}, True),
+        ("none", {}, False),
+        ("given", {"distill_weight": 1.0}, False),
+        ("likelihood", {"distill_weight": 1.0, "hard_negatives": 0}, True),
+        ("likelihood", {"distill_weight": 1.0, "hard_negatives": 0, "positives": 2}, False),
+        (
+            "likelihood",
+            {"distill_weight": 1.0, "hard_negatives": 0, "positives": 2, "positives_per_step": 1},
+            True,
+        ),
+    ],
 )
-def test_distilling_where_nothing_was_measured_is_a_warning(
-    labels: str, weight: float, idle: bool
+def test_distilling_where_there_is_no_preference_is_a_warning(
+    labels: str, settings: dict[str, Any], idle: bool
 ) -> None:
-    made = example(labels=labels, candidates=(candidate("a", "1", 0.0), candidate("b", "2", -1.0)))
-    told = str(select([made], TrainingConfig(distill_weight=weight)))
+    worth = (None, None) if labels == "none" else (0.0, -1.0)
+    found = tuple(candidate(f"m{n}", f"text {n}", value) for n, value in enumerate(worth))
+    told = str(select([example(labels=labels, candidates=found)], TrainingConfig(**settings)))
     assert told.startswith("1 usable examples")
-    assert ("warning: training.distill_weight does nothing with labels: none" in told) == idle
+    assert ("warning: training.distill_weight does nothing" in told) == idle
 
 
 def test_labels_given_need_no_baseline() -> None:
