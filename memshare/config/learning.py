@@ -99,12 +99,12 @@ class TrainingConfig(Section):
     encoded twice (gradient caching), so that memory does not grow with the batch. ``compile``: the
     encoder's layers by torch.compile, which takes a minute or so at the start; dropout draws other
     numbers then, the same ones when a text is encoded again. ``dropout``: as the encoder's own
-    configuration has it, or none. ``distill_weight``: weight of the KL divergence from the LM's
-    preference among the chosen candidates (5: as LLM-R weighs the two, and then with several
-    ``hard_negatives``), ``distill_temperature`` softens that preference;
-    ``matryoshka``: widths at which the first entries of the vectors are trained as vectors too.
-    ``towers``: one encoder for queries and memories; one each; or one each of which only the
-    queries' is trained, so that the memories' vectors, and with them an index, stay as they are.
+    configuration and ``lora`` have it, or none. ``distill_weight``: weight of the KL divergence
+    from the LM's preference among the chosen candidates (5: as LLM-R weighs the two, and then with
+    several ``hard_negatives``), ``distill_temperature`` softens that preference; ``matryoshka``:
+    widths at which the first entries of the vectors are trained as vectors too. ``towers``: one
+    encoder for queries and memories; one each; or one each of which only the queries' is trained,
+    so that the memories' vectors, and with them an index, stay as they are.
     ``pool_temperature`` T gives a pool of n examples n ** (1 / T) of the batches (1: every example
     once an epoch); ``max_principal_share``: as much of a batch's queries, and of its positives, one
     principal may have; more is left out of the epoch (`memshare.training.principals`).
@@ -114,7 +114,8 @@ class TrainingConfig(Section):
     ``warmup_ratio``: share of the steps in which the learning rate rises to ``lr``;
     ``max_grad_norm``: a longer gradient (L2) is shortened to it; ``checkpoint_every`` and
     ``log_every``: in steps, beside the last one; a line of the log has means over those since the
-    one before. ``round_lr_decay``: what each continual round multiplies the learning rate of the
+    one before, and the last one's learning rate and gradient norm (before it is shortened).
+    ``round_lr_decay``: what each continual round multiplies the learning rate of the
     one before by, down to a tenth of ``lr`` (1: all rounds alike); ``warm_optimizer``: a round
     starts from the optimizer state with which the training of the encoder that serves has ended.
     """
