@@ -168,7 +168,9 @@ class Candidate:
     before the query; None where nothing measured it. ``answer_key`` is the hash of the candidate's
     normalised answer: equal answers are never negatives of each other. ``prompt_key`` is that of
     its normalised prompt (`select.text_key`): it is no negative of a query that is its prompt.
-    ``principal`` is who wrote it. Both are None in examples that earlier versions mined.
+    ``principal`` is who wrote it. ``label_key`` is the hash of its label, where labels are given
+    and it has one: what has a positive's label is no negative. All three are None in examples that
+    earlier versions mined.
     """
 
     id: str
@@ -179,6 +181,7 @@ class Candidate:
     dense_rank: int | None = None
     prompt_key: str | None = None
     principal: str | None = None
+    label_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

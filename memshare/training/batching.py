@@ -120,7 +120,10 @@ class Batches:
             passages = (*item.positives, *item.negatives)
             rows = [self.table.row(memory_prefix, passage.text) for passage in passages]
             self._numbers.add(item, self.table.row(query_prefix, item.query), rows)
-            told = [(p.id, p.text, p.answer, p.loglik, p.prompt, p.principal) for p in passages]
+            told = [  # without a label as ever, so that a run goes on by a later version
+                (p.id, p.text, p.answer, p.loglik, p.prompt, p.principal, *filter(None, [p.label]))
+                for p in passages
+            ]
             never = sorted(item.never_negative)
             who = (item.query_id, item.query, item.pool, item.principal)
             known = (*who, len(item.positives), told, never)

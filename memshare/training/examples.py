@@ -37,6 +37,7 @@ _CANDIDATE = {
     "dense_rank": "int64",
     "prompt_key": "string",
     "principal": "string",
+    "label_key": "string",
 }
 _QUERY = {
     "query_id": "string",

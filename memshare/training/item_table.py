@@ -27,21 +27,22 @@ from memshare.training.select import Selected
 Records = npt.NDArray[Any]
 NOBODY = 0  # the name of what has none
 
-_PASSAGE = np.dtype([("row", "<i8"), ("id", "<u8"), ("key", "<u8"), ("prompt", "<u8"),
-                     ("answer", "<u8"), ("loglik", "<f8")])  # fmt: skip
+_PASSAGE = np.dtype([("row", "<i8"), ("id", "<u8"), ("key", "<u8"), ("label", "<u8"),
+                     ("prompt", "<u8"), ("answer", "<u8"), ("loglik", "<f8")])  # fmt: skip
 # The last three say where an item's parts begin; they end where the next one's do.
 _ITEM = np.dtype([("row", "<i8"), ("prompt", "<u8"), ("answer", "<u8"), ("positives", "<i8"),
                   ("passages", "<i8"), ("never", "<i8"), ("query_id", "<i8")])  # fmt: skip
-_PASSAGE_BYTES, _ITEM_BYTES = struct.Struct("<qQQQQd"), struct.Struct("<qQQqqqq")
+_PASSAGE_BYTES, _ITEM_BYTES = struct.Struct("<qQQQQQd"), struct.Struct("<qQQqqqq")
 
 
 class ItemTable:
     """Items by place, once all of them are added and the table is `close`\\ d.
 
     ``passages`` are records of all items' passages, one item after the other, its positives first:
-    ``row`` in the token table, the names ``id``, ``key``, ``prompt`` (`NOBODY` where it is not
-    known) and ``answer``, and ``loglik``, NaN where there is none. An item's records have its
-    query's ``row``, the names ``prompt`` and ``answer``, and how many ``positives`` it has.
+    ``row`` in the token table, the names ``id``, ``key``, ``label`` and ``prompt`` (`NOBODY` where
+    they are not known) and ``answer``, and ``loglik``, NaN where there is none. An item's records
+    have its query's ``row``, the names ``prompt`` and ``answer``, and how many ``positives`` it
+    has.
     """
 
     def __init__(self) -> None:
@@ -54,8 +55,9 @@ class ItemTable:
         self._begin(query, _name(item.prompt), _name(item.answer), len(item.positives))
         records = [
             _PASSAGE_BYTES.pack(
-                row, _name(p.id), _name(p.key), NOBODY if p.prompt is None else _name(p.prompt),
-                _name(p.answer), math.nan if p.loglik is None else p.loglik,
+                row, _name(p.id), _name(p.key), NOBODY if p.label is None else _name(p.label),
+                NOBODY if p.prompt is None else _name(p.prompt), _name(p.answer),
+                math.nan if p.loglik is None else p.loglik,
             )
             for row, p in zip(passages, (*item.positives, *item.negatives), strict=True)
         ]  # fmt: skip
@@ -89,7 +91,7 @@ class ItemTable:
         return spans(items["passages"] + items["positives"], self._items["passages"][places + 1])
 
     def never(self, places: Ints) -> tuple[npt.NDArray[np.uint64], Ints]:
-        """Names of what must not be a negative, keys and ids, and whose each one is."""
+        """Names of what must not be a negative: keys, ids, labels; and whose each one is."""
         starts = self._items["never"]
         at, whose = spans(starts[places], starts[places + 1])
         return self._never[at], whose

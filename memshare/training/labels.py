@@ -16,12 +16,14 @@ All grow with usefulness. Only ``likelihood`` is in nats per token.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 
-from memshare.config import Config, ConfigError, LLMConfig
+from memshare.config import Config, ConfigError, LLMConfig, MiningConfig
 from memshare.llm.agent import Agent
 from memshare.llm.base import LLM, ContextTooLong, LLMError, LLMUnavailable
 from memshare.llm.factory import make_llm
@@ -55,6 +57,14 @@ def same_label(query: Memory, candidate: Memory, key: str) -> bool:
     if key in query.metadata and key in candidate.metadata:
         return bool(query.metadata[key] == candidate.metadata[key])
     return normalise(query.answer) == normalise(candidate.answer)
+
+
+def label_key(memory: Memory, mining: MiningConfig) -> str | None:
+    """Key of its label where `mining.labels` are given; None where they are not, or it has none."""
+    if mining.labels != "given" or mining.given_key not in memory.metadata:
+        return None
+    told = json.dumps(memory.metadata[mining.given_key], sort_keys=True)
+    return hashlib.sha256(f"label\x1f{told}".encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from memshare.training.examples import (
     shard_path,
     write_marker,
 )
-from memshare.training.labels import Labeller, Share
+from memshare.training.labels import Labeller, Share, label_key
 from memshare.training.mining_plan import Plan, Shard
 from memshare.training.proposals import PoolProposals, Proposal, Proposer
 from memshare.training.relevance import judging
@@ -142,11 +142,11 @@ async def _example(
         if baseline is not None or not labeller.has_baseline:  # else nothing tells what is better
             worth = await asyncio.gather(*(measure(query, memory) for _, memory in candidates))
     rows = [
-        _candidate(memory, proposal, value)
+        _candidate(memory, proposal, value, config)
         for (proposal, memory), value in zip(candidates, worth, strict=True)
     ]
     if measure is None:  # its own memory is the positive
-        rows.insert(0, _candidate(query, Proposal(query.id, None, None), None))
+        rows.insert(0, _candidate(query, Proposal(query.id, None, None), None, config))
     return Example(
         query_id=query.id,
         query=query.prompt,
@@ -162,11 +162,14 @@ async def _example(
     )
 
 
-def _candidate(memory: Memory, proposal: Proposal, worth: float | None) -> Candidate:
+def _candidate(
+    memory: Memory, proposal: Proposal, worth: float | None, config: Config
+) -> Candidate:
     text, key = memory_text(memory.prompt, memory.answer), answer_key(memory.answer)
     return Candidate(
         memory.id, text, proposal.bm25_rank, worth, key, proposal.dense_rank,
         prompt_key=text_key(memory.prompt), principal=memory.agent,
+        label_key=label_key(memory, config.mining),
     )  # fmt: skip
 
 

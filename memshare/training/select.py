@@ -8,8 +8,8 @@ change without asking an LLM again. For one example:
   unless all are worth the same);
 * hard negatives are the worst ``training.hard_negatives`` of the rest. Never one of them: the
   query's own memory or a copy of it, another one with the query for its prompt, a copy of a
-  positive, a memory with the query's own answer or a positive's, a candidate within
-  ``training.false_negative_margin`` of the worst positive chosen;
+  positive, a memory with the query's own answer or a positive's, or with its given label, a
+  candidate within ``training.false_negative_margin`` of the worst positive chosen;
 * what can't be a hard negative of this query can't be its in-batch negative either, wherever else
   in the batch it turns up: ``Selected.never_negative`` carries the keys.
 
@@ -56,7 +56,8 @@ class Passage:
     """One memory as the encoder sees it: its text, and the keys that tell copies and answers.
 
     ``loglik``: what an LM measured of it for this query, None where none did. ``prompt``: the key
-    of its prompt, ``principal``: who wrote it, None where the examples don't say.
+    of its prompt, ``principal``: who wrote it, ``label``: the key of its given label; None where
+    the examples don't say.
     """
 
     id: str
@@ -66,6 +67,12 @@ class Passage:
     loglik: float | None = None
     prompt: str | None = None
     principal: str | None = None
+    label: str | None = None
+
+    @property
+    def names(self) -> set[str]:
+        """What tells it, its copies and what has its label from others."""
+        return {self.id, self.key} | (set() if self.label is None else {self.label})
 
     @classmethod
     def of(cls, candidate: Candidate, key: str) -> Passage:
@@ -74,7 +81,7 @@ class Passage:
         known = value is not None and math.isfinite(value)
         return cls(
             candidate.id, candidate.text, key, candidate.answer_key, value if known else None,
-            candidate.prompt_key, candidate.principal,
+            candidate.prompt_key, candidate.principal, candidate.label_key,
         )  # fmt: skip
 
 
@@ -82,9 +89,9 @@ class Passage:
 class Selected:
     """One training query, ready for batching.
 
-    ``answer`` is the key of the query's own answer; ``never_negative`` the text keys and ids that
-    must not count against this query even if another query of the batch brings them in. Neither
-    must what has ``prompt`` for its prompt.
+    ``answer`` is the key of the query's own answer; ``never_negative`` the text keys, ids and label
+    keys of what must not count against this query even if another query of the batch brings it in.
+    Neither must what has ``prompt`` for its prompt.
     """
 
     query_id: str
@@ -288,11 +295,11 @@ def _selected(
     answers = {own.answer, *(p.answer for p in positives)}
     never = {own.id, own.key}
     for passage in positives:
-        never |= {passage.id, passage.key}
+        never |= passage.names
     negatives: list[Passage] = []
     for passage in rest:
         if passage.loglik is not None and passage.loglik >= floor:
-            never |= {passage.id, passage.key}
+            never |= passage.names
         elif passage.answer in answers or passage.prompt == own.prompt:
             continue
         elif len(negatives) < count:

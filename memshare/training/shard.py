@@ -25,7 +25,7 @@ _MAY_BE_NULL = {
     *(f"{_LISTED}.{name}" for name in ("bm25_rank", "loglik", "dense_rank")),
 }  # fmt: skip
 # Shards of earlier versions are without these columns; they are read with nulls in them.
-_ADDED = {f"{_LISTED}.prompt_key", f"{_LISTED}.principal"}
+_ADDED = {f"{_LISTED}.prompt_key", f"{_LISTED}.principal", f"{_LISTED}.label_key"}
 
 
 class ExamplesError(RuntimeError):

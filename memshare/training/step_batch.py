@@ -29,7 +29,8 @@ class StepBatch:
     What is no negative depends on the prompt alone: queries with equal ones pull and push the same
     vector. ``prompts`` (g,) numbers them. ``masked`` (k, 2) are pairs of prompt and doc. With
     numbers for the answers, too, ``doc_answers`` (m,) has each doc's, and ``answers`` (a, 2) are
-    pairs of prompt and answer: whatever doc gives that answer is no negative either.
+    pairs of prompt and answer: whatever doc gives that answer is no negative either. Likewise
+    ``doc_labels`` (m,) and ``labels`` (b, 2), where labels are given.
 
     ``idle``: the share of queries that teach nothing, since they have no negative and, where a
     LM's scores are learned from, not two of those either. Their loss is 0 whatever the vectors.
@@ -45,6 +46,8 @@ class StepBatch:
     logliks: npt.NDArray[np.float64]
     answers: Ints
     doc_answers: Ints
+    labels: Ints
+    doc_labels: Ints
     idle: float
 
     @property
@@ -56,10 +59,13 @@ class StepBatch:
         """Positive and valid masks (stop - start, m) of some queries, as `info_nce_rows` wants."""
         positive = _paired(np.arange(start, stop), self.positives, self.docs, device)
         asked, row = np.unique(self.prompts[start:stop], return_inverse=True)
-        known = _paired(asked, self.answers, int(self.doc_answers.max()) + 1, device)
-        given = torch.from_numpy(self.doc_answers).to(device)
-        masked = known.gather(1, given.expand(len(asked), -1))
-        masked |= _paired(asked, self.masked, self.docs, device)
+        masked = _paired(asked, self.masked, self.docs, device)
+        for pairs, numbers in ((self.answers, self.doc_answers), (self.labels, self.doc_labels)):
+            if not len(pairs):  # as a rule there are no labels, and masks are large
+                continue
+            known = _paired(asked, pairs, int(numbers.max()) + 1, device)
+            given = torch.from_numpy(numbers).to(device)
+            masked |= known.gather(1, given.expand(len(asked), -1))
         return positive, positive | ~masked.index_select(0, torch.from_numpy(row).to(device))
 
     def measured(self, start: int, stop: int, device: torch.device) -> Tensor:
@@ -88,12 +94,15 @@ def assemble(
     first_prompt, prompts = _numbered(items["prompt"])
     docs = len(first)
     first_answer, doc_answers = _numbered(found["answer"][first])
+    first_label, doc_labels = _numbered(found["label"][first])
     known = ~np.isnan(found["loglik"])
     measured = (whose[known], columns[known], found["loglik"][known])
     positives = np.stack([whose[ours], columns[ours]], axis=1)
     masked = _masked(table, places, found, columns, items["prompt"][first_prompt], prompts)
     answers = _answers(table, places, prompts, found["answer"][first][first_answer])
-    idle = _negatives(prompts, positives, masked, answers, doc_answers) == 0
+    labels = _labels(table, places, prompts, found["label"][first][first_label])
+    same = (answers, doc_answers), (labels, doc_labels)
+    idle = _negatives(prompts, positives, masked, *same) == 0
     if distils:
         idle &= np.bincount(whose[known], minlength=len(places)) < 2
     return StepBatch(
@@ -107,6 +116,8 @@ def assemble(
         logliks=np.stack([part.astype(np.float64) for part in measured], axis=1),
         answers=answers,
         doc_answers=doc_answers,
+        labels=labels,
+        doc_labels=doc_labels,
         idle=float(idle.mean()),
     )
 
@@ -155,20 +166,50 @@ def _answers(table: ItemTable, places: Ints, prompts: Ints, given: Records) -> I
     return _distinct(np.concatenate([prompts, prompts[whose]])[place], number, len(given))
 
 
+def _labels(table: ItemTable, places: Ints, prompts: Ints, given: Records) -> Ints:
+    """Pairs of prompt and number of a label among the docs' (names ``given``) that it has."""
+    names, whose = table.never(places)
+    place, number = _matches(names, given)
+    return _distinct(prompts[whose][place], number, len(given))
+
+
 def _negatives(
-    prompts: Ints, positives: Ints, masked: Ints, answers: Ints, doc_answers: Ints
+    prompts: Ints,
+    positives: Ints,
+    masked: Ints,
+    answers: tuple[Ints, Ints],
+    labels: tuple[Ints, Ints],
 ) -> Ints:
-    """How many negatives each query has (g,); arguments as `StepBatch` has them."""
-    docs, given = len(doc_answers), np.bincount(doc_answers)  # how many docs give each answer
-    known, gone = answers @ (len(given), 1), masked @ (docs, 1)
+    """How many negatives each query has (g,); arguments as `StepBatch` has them.
+
+    ``answers`` and ``labels``: the pairs with prompts, and each doc's.
+    """
+    docs = len(answers[1])
     lost = np.zeros(len(prompts), dtype=np.int64)  # by prompt
-    np.add.at(lost, answers[:, 0], given[answers[:, 1]])
-    more = ~np.isin(masked[:, 0] * len(given) + doc_answers[masked[:, 1]], known)
-    np.add.at(lost, masked[more, 0], 1)
+
+    def known(prompt: Ints, column: Ints) -> Mask:
+        """Whether a prompt has a doc's answer, or its label."""
+        has = [
+            np.isin(prompt * docs + numbers[column], pairs @ (docs, 1))
+            for pairs, numbers in (answers, labels)
+        ]
+        return has[0] | has[1]
+
+    for pairs, numbers in (answers, labels):
+        np.add.at(lost, pairs[:, 0], np.bincount(numbers)[pairs[:, 1]])
+    # Counted twice: docs whose answer and whose label a prompt has.
+    kinds, count = np.unique(answers[1] * docs + labels[1], return_counts=True)
+    answer, label = np.divmod(kinds, docs)
+    low, high = (np.searchsorted(answer, answers[0][:, 1], side) for side in ("left", "right"))
+    at, which = spans(low, high)
+    prompt = answers[0][which, 0]
+    twice = np.isin(prompt * docs + label[at], labels[0] @ (docs, 1))
+    np.subtract.at(lost, prompt[twice], count[at[twice]])
+    np.add.at(lost, masked[~known(masked[:, 0], masked[:, 1]), 0], 1)
     # Of a query's own positives those that are no negatives for these reasons already don't count.
     query, column = positives.T
-    own = ~np.isin(prompts[query] * len(given) + doc_answers[column], known)
-    own &= ~np.isin(prompts[query] * docs + column, gone)
+    own = ~known(prompts[query], column)
+    own &= ~np.isin(prompts[query] * docs + column, masked @ (docs, 1))
     return docs - lost[prompts] - np.bincount(query[own], minlength=len(prompts))
 
 

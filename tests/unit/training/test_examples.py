@@ -67,6 +67,7 @@ def test_the_schema_is_what_datasets_makes_of_these_features() -> None:
         "candidates": datasets.List({
             "id": text, "text": text, "bm25_rank": number, "loglik": datasets.Value("float64"),
             "answer_key": text, "dense_rank": number, "prompt_key": text, "principal": text,
+                "label_key": text,
         }),
     }  # fmt: skip
     assert features.arrow_schema.equals(SCHEMA, check_metadata=True)

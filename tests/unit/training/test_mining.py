@@ -7,14 +7,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from memshare.config import Config, load_config
+from memshare.config import Config, TrainingConfig, load_config
 from memshare.llm.likelihood import Likelihood
 from memshare.pool.store import PoolStore
 from memshare.records import Example, Memory, NewMemory, normalise
 from memshare.retrieval.bm25 import BM25
+from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.gate import choose_queries
 from memshare.retrieval.text import memory_text
+from memshare.training.batching import Batches
 from memshare.training.evaluate import HeldOut
 from memshare.training.examples import held_out_dir, is_whole, read_examples, round_dir, shard_path
 from memshare.training.labels import Labeller
@@ -22,8 +25,9 @@ from memshare.training.mining import mine
 from memshare.training.mining_plan import plan_round, split_memories
 from memshare.training.relevance import HeldOutRelevance, answer_overlap, mined_gains
 from memshare.training.rounds import open_spans
-from memshare.training.select import text_key
+from memshare.training.select import select, text_key
 from tests.mining import banking, make_config, mine_round, needs_data, open_pool, plans
+from tests.tiny import tiny_encoder
 from tests.tiny_lm import tiny_lm
 
 
@@ -54,6 +58,33 @@ def test_given_labels_on_banking(tmp_path: Path) -> None:
             assert candidate.loglik == (0.0 if same else -1.0)
             matches += same
     assert matches > len(examples)  # BM25 finds more than one of five with the same intent
+
+
+def test_what_has_the_querys_label_is_never_its_negative(tmp_path: Path) -> None:
+    """Whoever of the batch brings it in, and though no two answers are equal."""
+    config = make_config(tmp_path / "run", given_key="kind", candidates=4)
+    words = ("tea", "rain", "iron", "moss")
+    rows = [
+        NewMemory("main", f"{words[i % 4]} {i} of {i // 3}", f"{i}", metadata={"kind": [i % 4]})
+        for i in range(48)
+    ]
+    with open_pool(config, rows) as store:
+        examples, _ = mine_round(store, config)
+        kinds = {memory.id: memory.metadata["kind"] for memory in store.iter("main")}
+    settings = TrainingConfig(positives=1, hard_negatives=1)
+    chosen = {item.query_id: item for item in select(examples, settings).items}
+    encoder = Encoder.from_folder(tiny_encoder(tmp_path / "tiny"), device="cpu")
+    data = Batches(
+        list(chosen.values()), encoder, global_batch=len(chosen), seed=0, settings=settings
+    )
+    batch = data.batch(0)
+    items = [chosen[name] for name in batch.query_ids]
+    docs = list(dict.fromkeys(p.id for item in items for p in (*item.positives, *item.negatives)))
+    positive, valid = batch.masks(0, len(items), torch.device("cpu"))
+    assert len(items) > 30 and len(docs) > 20
+    for row, item in enumerate(items):
+        negatives = {kinds[docs[i]][0] for i in torch.nonzero(valid[row] & ~positive[row])[:, 0]}
+        assert negatives == {0, 1, 2, 3} - {*kinds[item.query_id]}
 
 
 def held_out_examples(config: Config, number: int = 1) -> list[Example]:

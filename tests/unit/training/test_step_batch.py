@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -22,8 +23,11 @@ from tests.training_data import candidate, example
 WORDS = st.sampled_from(["tea", "Tea", "rain", "iron", "moss  ", "moss"])
 NAMES = st.sampled_from([f"m{letter}" for letter in string.ascii_lowercase[:9]])
 CANDIDATES = st.builds(
-    lambda name, prompt, answer, loglik: candidate(name, f"{prompt}\n{answer}", loglik, answer),
+    lambda name, prompt, answer, loglik, label: replace(
+        candidate(name, f"{prompt}\n{answer}", loglik, answer), label_key=label
+    ),
     NAMES, WORDS, WORDS, st.sampled_from([None, -0.5, -1.0, -1.01, -2.0, -5.0]),
+    st.sampled_from([None, "one", "two", "three"]),
 )  # fmt: skip
 EXAMPLES = st.builds(
     lambda name, query, answer, found: example(
@@ -75,6 +79,7 @@ def test_a_batch_is_what_its_definition_says(
         ours = {p.text for p in item.positives}
         out = {p.text for p in passages(items) if {p.id, p.key} & never or p.prompt == item.prompt}
         out |= {text for text in docs if first[text].answer in known}
+        out |= {text for text in docs if first[text].label in never}
         assert [text for text, on in zip(docs, positive[row], strict=True) if on] == [
             text for text in docs if text in ours
         ]
