@@ -77,7 +77,7 @@ class EncoderConfig(Section):
     these wins; what is not is as a sentence-transformers folder has it. ``device``: as torch names
     it, or ``auto``, a GPU where there is one. ``precision``: what it encodes in, by autocast;
     in ``bf16``, which is what GPUs are fast in, similarities differ by some thousandths, and texts
-    are not padded on a GPU. What a training computes in is accelerate's to say.
+    are not padded on a GPU. What a training computes on and in is accelerate's to say.
     """
 
     model: str = "all-MiniLM-L6-v2"
