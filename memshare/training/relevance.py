@@ -110,11 +110,15 @@ async def _gains(
 
 
 def _over(worth: Sequence[float | None], baseline: float | None, labels: str) -> list[float]:
-    """Gains from what a labeller of the kind ``labels`` measured; 0 where it measured nothing."""
+    """Gains from what a labeller of the kind ``labels`` measured; 0 where it measured nothing.
+
+    What is not finite is nothing, as in training.
+    """
+    known = [None if value is None or not math.isfinite(value) else value for value in worth]
     if labels == "prompted":  # a log probability
-        return [0.0 if value is None else math.exp(value) for value in worth]
+        return [0.0 if value is None else math.exp(value) for value in known]
     if labels == "none":  # an overlap
-        return [value or 0.0 for value in worth]
-    if baseline is None:
-        return [0.0] * len(worth)
-    return [0.0 if value is None else value - baseline for value in worth]
+        return [value or 0.0 for value in known]
+    if baseline is None or not math.isfinite(baseline):
+        return [0.0] * len(known)
+    return [0.0 if value is None else value - baseline for value in known]

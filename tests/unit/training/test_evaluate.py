@@ -108,6 +108,10 @@ def test_its_own_memory_and_copies_are_not_ranked() -> None:
     [
         ("likelihood", -2.0, (-1.0, -1.6, -2.0), [3, 2, 0]),
         ("likelihood", None, (-1.0, -1.6, -2.0), None),  # nothing was measured to compare with
+        # what is not finite says nothing, as in training
+        ("likelihood", -2.0, (-1.0, math.nan, -math.inf), [3, 0, 0]),
+        ("likelihood", math.nan, (-1.0, -1.6, -2.0), None),
+        ("likelihood", -math.inf, (-1.0, -1.6, -math.inf), None),
         ("reward", 0.5, (0.8, 0.6, None), [3, 1, 0]),
         ("given", None, (0.0, -1.0, -1.0), [3, 0, 0]),
         ("prompted", None, (math.log(0.9), math.log(0.25), math.log(0.04)), [3, 1, 0]),
