@@ -1,9 +1,9 @@
 """Losses as pure functions over unit embeddings and masks; no model, no process group.
 
-InfoNCE with several positives per query (the form of LLM-R, Wang et al. 2024, and of supervised
-contrastive learning, Khosla et al. 2020, "L_out"): each positive p is told from the negatives n on
-its own, other positives stay out of its denominator, and a query's loss is the mean over its
-positives:
+InfoNCE with several positives per query: each positive p is told from the negatives n on its own,
+as LLM-R tells its one (Wang et al. 2024), and a query's loss is the mean over its positives. So it
+is in supervised contrastive learning (Khosla et al. 2020, "L_out"), but that other positives stay
+out of the denominator here, where they would be pushed away:
 
     mean over p of  -log( exp(s_p / T) / (exp(s_p / T) + sum over n of exp(s_n / T)) )
 
