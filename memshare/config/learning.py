@@ -86,7 +86,9 @@ class TrainingConfig(Section):
     """Step 6: InfoNCE over v positives, hard negatives and in-batch negatives.
 
     ``positives``: at most so many (v) a query, its best candidates; ``hard_negatives``: so many of
-    its worst ones; ``temperature``: what cosines are divided by before the softmax.
+    its worst ones. With ``mining.labels: none`` its own memory is the positive, and there and with
+    ``given`` hard negatives are the first ones proposed. ``temperature``: what cosines are divided
+    by before the softmax.
     ``positives_per_step`` draws so many of the v positives afresh at each step (None: all of them),
     as EPR and LLM-R do: a small set is learned by heart later. ``margin``: by how much a positive
     must beat what was measured with no example; an example of which no candidate does is dropped.
