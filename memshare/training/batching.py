@@ -60,6 +60,7 @@ class Batches:
         self._seed = seed
         self._drawn = settings.positives_per_step
         self._distils = settings.distill_weight > 0
+        self._two_towers = encoder.two_towers
         shares = {
             "pool_temperature": settings.pool_temperature,
             "max_principal_share": settings.max_principal_share,
@@ -137,7 +138,8 @@ class Batches:
         # A stream of its own: the order's must not depend on what is drawn here.
         rng = np.random.default_rng([self._seed, step, len(places)])
         drawn = [self._draw(positives, rng) for positives in self._numbers.positives(places)]
-        return assemble(self._numbers, places, drawn, distils=self._distils)
+        how = {"distils": self._distils, "two_towers": self._two_towers}
+        return assemble(self._numbers, places, drawn, **how)
 
     def learnable(self) -> bool:
         """Whether any step's batch has something to teach; the first one, as a rule, has."""

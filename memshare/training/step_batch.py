@@ -20,11 +20,12 @@ from memshare.training.item_table import ItemTable, Records
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step's global batch: g queries, m distinct docs, n = m + distinct queries texts.
+    """One step's global batch: g queries, m distinct docs, n texts: those docs, then the queries.
 
-    ``texts`` (n,) are rows of the token table, docs first. ``rows`` (g,) says where in ``texts``
-    each query stands. ``positives`` (p, 2) are pairs of query and doc, ordered by query;
-    ``logliks`` (l, 3) are query, doc and the score that an LM gave to the pair, ordered likewise.
+    ``texts`` (n,) are rows of the token table, each once, so that with one tower a query may stand
+    among the docs. ``rows`` (g,) says where in ``texts`` each query stands. ``positives`` (p, 2)
+    are pairs of query and doc, ordered by query; ``logliks`` (l, 3) are query, doc and the score
+    that an LM gave to the pair, ordered likewise.
 
     What is no negative depends on the prompt alone: queries with equal ones pull and push the same
     vector. ``prompts`` (g,) numbers them. ``masked`` (k, 2) are pairs of prompt and doc. With
@@ -79,20 +80,29 @@ class StepBatch:
 
 
 def assemble(
-    table: ItemTable, places: Ints, drawn: Sequence[Sequence[int]], *, distils: bool = False
+    table: ItemTable,
+    places: Ints,
+    drawn: Sequence[Sequence[int]],
+    *,
+    distils: bool = False,
+    two_towers: bool = False,
 ) -> StepBatch:
     """The batch of the items at ``places``.
 
     ``drawn``: of each, where in ``table.passages`` the positives are that it is trained on.
-    ``distils``: an LM's scores are learned from, too.
+    ``distils``: an LM's scores are learned from, too. ``two_towers``: queries and docs have a tower
+    each, and an equal text is not encoded once for both.
     """
     items = table.items(places)
     at, whose, ours = _passages(table, places, drawn)
     found = table.passages[at]
-    first, columns = _numbered(found["row"])
-    first_query, queries = _numbered(items["row"])
+    sides = np.repeat([0, int(two_towers)], [len(found), len(items)])
+    texts = 2 * np.concatenate([found["row"], items["row"]]) + sides
+    first_text, numbers = _numbered(texts)
+    columns, rows = numbers[: len(found)], numbers[len(found) :]
+    docs = int(columns.max()) + 1
+    first = first_text[:docs]
     first_prompt, prompts = _numbered(items["prompt"])
-    docs = len(first)
     first_answer, doc_answers = _numbered(found["answer"][first])
     first_label, doc_labels = _numbered(found["label"][first])
     known = ~np.isnan(found["loglik"])
@@ -107,9 +117,9 @@ def assemble(
         idle &= np.bincount(whose[known], minlength=len(places)) < 2
     return StepBatch(
         query_ids=table.query_ids(places),
-        texts=np.concatenate([found["row"][first], items["row"][first_query]]),
+        texts=texts[first_text] // 2,
         docs=docs,
-        rows=queries + docs,
+        rows=rows,
         prompts=prompts,
         positives=positives,
         masked=masked,

@@ -121,6 +121,28 @@ def test_digest_tells_other_data_order_and_prefix(encoder: Encoder, tmp_path: Pa
     assert len({digest, *(other.digest for other in others)}) == 6
 
 
+@pytest.mark.parametrize("towers", [1, 2])
+def test_a_query_that_is_anothers_text_stands_once_as_well(tmp_path: Path, towers: int) -> None:
+    """As in pairs of paraphrases; but not where queries and memories have a tower each."""
+    same = Encoder.from_folder(tiny_encoder(tmp_path / "tiny"), device="cpu")
+    if towers == 2:
+        same.split()
+    words = [f"word {i}" for i in range(6)]
+    made = [
+        example(f"q{i}", query=words[i], candidates=(candidate(f"c{i}", words[i - 1], -0.5),))
+        for i in range(6)
+    ]
+    made += [example("q6", query="alone", candidates=(candidate("c6", "answers", -0.5),))]
+    data = batches(same, made)
+    batch = data.batch(0)
+    assert batch.docs == 7 and len(batch.texts) == (8 if towers == 1 else 14)
+    for place, name in zip(batch.rows, batch.query_ids, strict=True):
+        asked = made[int(name[1:])].query
+        found = data.table.rows(batch.texts[[place]])
+        assert lists(found) == same.tokenize_to_ids([asked])
+        assert (place < batch.docs) == (towers == 1 and asked != "alone")
+
+
 def test_each_distinct_text_stands_once(encoder: Encoder) -> None:
     shared = candidate("shared", "a memory that all share", -0.5, "it")
     made = [
