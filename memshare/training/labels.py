@@ -55,7 +55,7 @@ class Labeller:
 def same_label(query: Memory, candidate: Memory, key: str) -> bool:
     """Whether two memories have the same given label, or, where one has none, the same answer."""
     if key in query.metadata and key in candidate.metadata:
-        return bool(query.metadata[key] == candidate.metadata[key])
+        return _told(query, key) == _told(candidate, key)
     return normalise(query.answer) == normalise(candidate.answer)
 
 
@@ -63,8 +63,13 @@ def label_key(memory: Memory, mining: MiningConfig) -> str | None:
     """Key of its label where `mining.labels` are given; None where they are not, or it has none."""
     if mining.labels != "given" or mining.given_key not in memory.metadata:
         return None
-    told = json.dumps(memory.metadata[mining.given_key], sort_keys=True)
+    told = _told(memory, mining.given_key)
     return hashlib.sha256(f"label\x1f{told}".encode()).hexdigest()
+
+
+def _told(memory: Memory, key: str) -> str:
+    """Its label as JSON, in which ``true`` is not 1 as it is in Python."""
+    return json.dumps(memory.metadata[key], sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from memshare.llm.base import LLMError, LLMUnavailable
 from memshare.pool.store import PoolStore
 from memshare.records import Grade, Memory, NewMemory
 from memshare.training import labels
-from memshare.training.labels import open_labeller
+from memshare.training.labels import label_key, open_labeller, same_label
 from tests.training_runs import ROOT, load_program
 
 
@@ -185,3 +185,19 @@ def test_likelihoods_that_an_endpoint_does_not_give_are_refused_before_anything_
     assert load_program(ROOT / program).main(words) == 2
     assert "mining.labels: backend openai of scorer_llm" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*/"))
+
+
+def test_the_gate_and_the_trainers_mask_have_one_idea_of_a_label(tmp_path: Path) -> None:
+    told = [1, 1.0, True, "1", None, {"a": 1, "b": 2}, {"b": 2, "a": 1}]
+    mining = load_config(None, ["mining.labels=given"]).mining
+    with PoolStore.open(f"sqlite:///{tmp_path / 'pool.db'}") as store:
+        store.create_pool("main")
+        store.append(
+            NewMemory("main", f"q{place}", f"a{place}", metadata={"label": label})
+            for place, label in enumerate(told)
+        )
+        rows = list(store.iter("main"))
+    same = [[same_label(one, other, "label") for other in rows] for one in rows]
+    keys = [label_key(row, mining) for row in rows]
+    assert same == [[one == other for other in keys] for one in keys]
+    assert [sum(row) for row in same] == [1, 1, 1, 1, 1, 2, 2]
