@@ -24,7 +24,8 @@ from memshare.progress import log
 PROBE_SECONDS = 2.0
 INIT_SECONDS = 30.0
 FINISH_SECONDS = 20.0  # for a service that answers
-_FLUSH_SECONDS = 1.0  # so much of an offline copy is lost at most when wandb-core is killed
+# So much of an offline copy is lost at most when wandb-core is killed. Private: it may go.
+_FLUSH = {"x_transaction_log_flush_interval": 1.0}
 _CORE = "wandb-core"
 _MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 _AWAY = (502, 503, 504)  # what proxies say of a service behind them
@@ -119,10 +120,10 @@ def open_run(
                 console="off",
                 init_timeout=INIT_SECONDS,
                 finish_timeout=FINISH_SECONDS,
-                x_transaction_log_flush_interval=_FLUSH_SECONDS,
                 x_disable_meta=True,  # the command line
                 disable_git=True,  # uncommitted changes, the remote's URL
                 disable_code=True,
+                **{name: _FLUSH[name] for name in _FLUSH if name in wandb.Settings.model_fields},
             ),
         )
 

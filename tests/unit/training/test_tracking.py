@@ -21,7 +21,7 @@ import pytest
 
 from memshare.config import ConfigError, WandbConfig
 from memshare.files import RunLocked
-from memshare.training import outcome, tracking
+from memshare.training import outcome, tracking, wandb_run
 from memshare.training.checkpoint import CheckpointError, NotContinued
 from memshare.training.tracking import Tracker, new_run_id
 from memshare.training.wandb_run import wandb_mode
@@ -88,6 +88,14 @@ def test_an_offline_run_is_written(tmp_path: Path) -> None:
     while b"loss" not in written.read_bytes() and time.monotonic() < until:
         time.sleep(0.05)
     assert b"loss" in written.read_bytes()
+
+
+def test_a_wandb_without_a_private_setting_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(wandb_run._FLUSH, "x_that_is_gone", 1.0)
+    with Tracker(tmp_path, WandbConfig(mode="offline"), run_id="a1", settings={}) as tracker:
+        assert tracker.wandb["mode"] == "offline"
 
 
 @pytest.mark.parametrize(("asked", "mode"), [("", "auto"), ("OFFLINE", "auto"), ("x", "offline")])
