@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -19,6 +19,7 @@ from memshare.records import Memory
 from memshare.retrieval.divided import Peers, Rows, deal, dismiss, engage
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import Generation, current, load
+from memshare.retrieval.history import mark_at
 from memshare.retrieval.manifest import GenerationError, folder_name, read_manifest
 
 _BLOCK = 2048  # memories encoded at a time: long enough to sort by length, small in memory
@@ -29,7 +30,7 @@ class Built:
     """Rows for `publish`: ``vectors`` (rows, dim) float32 with their ``ids``, grouped by pool.
 
     ``built_by`` is the memory fingerprint of the encoder that made them; `publish` refuses them
-    together with any other.
+    together with any other. ``marks``: of the change at each of the ``positions``.
     """
 
     vectors: Floats
@@ -37,6 +38,7 @@ class Built:
     spans: dict[str, tuple[int, int]]
     positions: dict[str, int]
     built_by: str
+    marks: dict[str, str] = field(default_factory=dict)
 
     def parts(self) -> dict[str, Any]:
         """Keyword arguments for `publish`."""
@@ -58,7 +60,7 @@ def build_generation(
     """
     ids: list[str] = []
     blocks: list[Floats] = [np.empty((0, encoder.dim), dtype=np.float32)]
-    spans, positions = {}, {}
+    spans, positions, marks = {}, {}, {}
     fingerprint = encoder.memory_fingerprint()
     with _current_by(config, fingerprint) as generation:
         vectors = MemoryVectors(encoder, generation)
@@ -67,6 +69,8 @@ def build_generation(
             engage(peers, None if divided is None else fingerprint)
         for pool in config.served_pools:
             start, position = len(ids), store.last_seq(pool)
+            if (last := mark_at(store, pool, position)) is not None:
+                marks[pool] = last
             rows = _alone(store, vectors, pool, position)
             if divided is not None:
                 rows = deal(store, encoder, pool, position, _BLOCK, divided)
@@ -76,7 +80,7 @@ def build_generation(
             spans[pool], positions[pool] = (start, len(ids)), position
         if divided is not None:
             dismiss(divided)
-    return Built(np.concatenate(blocks), ids, spans, positions, fingerprint)
+    return Built(np.concatenate(blocks), ids, spans, positions, fingerprint, marks)
 
 
 def _alone(store: PoolStore, vectors: MemoryVectors, pool: str, position: int) -> Iterator[Rows]:

@@ -30,12 +30,14 @@ class Snapshot:
     ids: npt.NDArray[np.bytes_]
     columns: Columns
     position: int
+    mark: str | None
 
 
 class Shard:
     """The rows of one pool under one encoder. One thread at a time owns it.
 
-    ``position``: every change of the pool up to this seq is in effect here.
+    ``position``: every change of the pool up to this seq is in effect here. ``mark``: the change
+    there (`memshare.retrieval.history`), None where it is not known.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class Shard:
         index: FlatIndex | None = None,
         ids: npt.NDArray[np.bytes_] | None = None,
         position: int = 0,
+        mark: str | None = None,
     ) -> None:
         """``ids`` (rows,) name the rows of ``index``; all are masked until `load_columns`."""
         self.position = position
+        self.mark = mark
         self._index = index
         self._base_ids = np.empty(0, "S1") if ids is None else ids
         self._by_id = np.argsort(self._base_ids, kind="stable")
@@ -112,7 +116,7 @@ class Shard:
 
     def snapshot(self) -> Snapshot:
         """The rows as they are now, copied."""
-        return Snapshot(self._all_ids(), self._columns.copy(), self.position)
+        return Snapshot(self._all_ids(), self._columns.copy(), self.position, self.mark)
 
     def adopt(self, before: Snapshot) -> list[str]:
         """Learn of the rows, all masked so far, what an earlier generation's shard knew of them.
@@ -120,7 +124,8 @@ class Shard:
         Returns the ids of rows that it did not have. `position` goes back to the snapshot's if that
         is earlier: what changed in between the snapshot does not know.
         """
-        self.position = min(self.position, before.position)
+        if before.position < self.position:
+            self.position, self.mark = before.position, before.mark
         if len(self._base_ids) == 0:
             return []
         places = np.searchsorted(self._base_ids, before.ids, sorter=self._by_id)

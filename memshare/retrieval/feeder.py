@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from memshare.pool.store import PoolStore
 from memshare.progress import log
+from memshare.retrieval.history import AnotherHistory
 from memshare.retrieval.worker import SearcherClosed, Worker
 
 _STEP = 16  # new memories encoded between two batches: what a search may have to wait for
@@ -23,6 +24,7 @@ class Feeder:
     ) -> None:
         """``announce`` is called whenever more has become searchable."""
         self.error: str | None = None
+        self.astray = False  # what serves was read from another history: the loader's to mend
         self._store = store
         self._worker = worker
         self._poll = poll_seconds
@@ -76,6 +78,7 @@ class Feeder:
                 return
             except Exception as error:  # such as a database that is away: searches go on meanwhile
                 self.error = report("new memories can't be taken in", error, self.error)
+                self.astray = isinstance(error, AnotherHistory)
                 self._stop.wait(wait)  # not woken early: every writer waits for the same thing
                 wait = max(self._poll, min(2 * wait, _RETRY_SECONDS))
 

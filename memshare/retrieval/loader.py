@@ -120,14 +120,18 @@ class Loader:
                 wait = min(max(poll, 2 * wait), MAX_BACKOFF)
 
     def _step(self) -> None:
-        """Load what CURRENT names, if it is not what serves, and swap it in."""
+        """Load what CURRENT names, if it is not what serves, and swap it in.
+
+        What serves, too, if the pools have another history than it was read from.
+        """
         stamp = current_stamp(self._home)
         # Numbers only: a reference to the old `Serving` would keep its memory through the swap.
         number = None if self._worker.serving is None else self._worker.serving.number
-        if number is not None and stamp == self._seen:
+        astray = self._feeder.astray
+        if number is not None and stamp == self._seen and not astray:
             return
         began = time.perf_counter()
-        if number is None:
+        if number is None or astray:
             following, choice = self._first()
         else:
             try:
@@ -212,9 +216,8 @@ class Loader:
     def _serving_of(self, generation: Generation) -> Serving:
         generation.encoder.compute_as(self._config.encoder)
         try:
-            return Serving.of(
-                generation, self._store, self._config.served_pools, self._worker.snapshot()
-            )
+            before = {} if self._feeder.astray else self._worker.snapshot()
+            return Serving.of(generation, self._store, self._config.served_pools, before)
         except BaseException:
             generation.close()
             raise
@@ -260,6 +263,7 @@ class Loader:
         number = None if self._worker.serving is None else self._worker.serving.number
         load_seconds = time.perf_counter() - began
         swap_seconds = self._worker.swap(following)
+        self._feeder.astray = False
         self.swaps = (*self.swaps, SwapRecord(following.number, load_seconds, swap_seconds))
         if number is not None:
             self.error = None

@@ -49,10 +49,11 @@ class Blob:
 class Manifest:
     """A generation's identity.
 
-    ``positions``: the change log position of each pool that the vectors stand for. ``spans``: the
-    rows ``[start, stop)`` of ``ids.npy`` and ``index.faiss`` that belong to each pool; they tile
-    all rows. ``best``: the number of the best generation so far by the gate, itself perhaps.
-    ``origin``: the generation that brought this encoder, where this one only brings it new rows.
+    ``positions``: the change log position of each pool that the vectors stand for; ``marks``: the
+    change there (`memshare.retrieval.history`). ``spans``: the rows ``[start, stop)`` of
+    ``ids.npy`` and ``index.faiss`` that belong to each pool; they tile all rows. ``best``: the
+    number of the best generation so far by the gate, itself perhaps. ``origin``: the generation
+    that brought this encoder, where this one only brings it new rows.
     ``created_at``: ISO 8601, UTC. ``index``: the settings (`IndexConfig`) that decide what is in
     ``index.faiss``; ``recall_at_10``: of each pool whose index is not exact, against exact search.
     """
@@ -72,6 +73,7 @@ class Manifest:
     index: dict[str, Any] = field(default_factory=dict)
     recall_at_10: dict[str, float] = field(default_factory=dict)
     origin: int | None = None
+    marks: dict[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:

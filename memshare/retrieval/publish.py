@@ -67,6 +67,7 @@ def publish(
     built_by: str | None = None,
     index: IndexConfig | None = None,
     origin: int | None = None,
+    marks: Mapping[str, str] | None = None,
 ) -> int:
     """Write a new generation and make it CURRENT, unless a pin says otherwise; returns its number.
 
@@ -75,7 +76,8 @@ def publish(
     made the vectors; any other than ``encoder``'s is refused. ``best``: the best generation so far
     by the gate (0: the configured encoder), None if it is this one. Afterwards all but the newest
     ``keep``, CURRENT, the best and the leased ones are deleted. Files that equal the parent's are
-    hard links to them. ``index``: the kind of index (None: flat). ``origin``: as `Manifest` has it.
+    hard links to them. ``index``: the kind of index (None: flat). ``origin`` and ``marks``: as
+    `Manifest` has them.
 
     Raises `PoorIndex` for an index below its recall floor, and `PublishError` for parts that do not
     belong together and where the files can't be written, a full disk among them; nothing but the
@@ -100,6 +102,7 @@ def publish(
         spans={pool: (int(start), int(stop)) for pool, (start, stop) in spans.items()},
         files={},
         origin=origin,
+        marks=dict(marks or {}),
     )
     try:
         with scratch(home) as folder:

@@ -17,6 +17,7 @@ from memshare.pool.store import PoolStore
 from memshare.progress import log
 from memshare.retrieval.build import build_generation
 from memshare.retrieval.generation import best, load
+from memshare.retrieval.history import goes_on
 from memshare.retrieval.manifest import GenerationError, first_with, folder_name, read_manifest
 from memshare.retrieval.publish import publish
 from memshare.retrieval.serving import MAX_DELTA
@@ -50,8 +51,14 @@ def refresh(store: PoolStore, config: Config) -> int | None:
 
 def _changes(store: PoolStore, config: Config, number: int) -> int:
     """How many there were in the served pools since generation ``number`` read their logs."""
-    positions = read_manifest(config.retriever_dir / folder_name(number)).positions
-    return sum(store.last_seq(pool) - positions.get(pool, 0) for pool in config.served_pools)
+    manifest = read_manifest(config.retriever_dir / folder_name(number))
+    count = 0
+    for pool in config.served_pools:
+        since = manifest.positions.get(pool, 0)
+        if not goes_on(store, pool, since, manifest.marks.get(pool)):
+            since = 0  # a restored database: readers read all of it
+        count += store.last_seq(pool) - since
+    return count
 
 
 def _publish(store: PoolStore, config: Config, number: int) -> int:

@@ -19,6 +19,7 @@ from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.filters import Filter
 from memshare.retrieval.generation import Generation
 from memshare.retrieval.gpu import GpuPlace
+from memshare.retrieval.history import AnotherHistory, goes_on, mark
 from memshare.retrieval.index import FlatIndex
 
 PAGE = 1000  # changes read at a time
@@ -82,8 +83,8 @@ class Serving:
             if pool in generation.indexes:
                 ids = generation.ids[pool]
                 position = generation.manifest.positions[pool]
-                index = generation.indexes[pool]
-                shards[pool] = Shard(generation.encoder.dim, index, ids, position)
+                index, last = generation.indexes[pool], generation.manifest.marks.get(pool)
+                shards[pool] = Shard(generation.encoder.dim, index, ids, position, last)
             else:
                 shards[pool] = Shard(generation.encoder.dim)
         serving = cls(generation.number, generation.encoder, shards, generation)
@@ -97,7 +98,8 @@ class Serving:
         for pool, (start, stop) in built.spans.items():
             index = FlatIndex.build(built.vectors[start:stop])
             ids = np.array([id.encode() for id in built.ids[start:stop]] or [b""], np.bytes_)
-            shards[pool] = Shard(encoder.dim, index, ids[: stop - start], built.positions[pool])
+            at, last = built.positions[pool], built.marks.get(pool)
+            shards[pool] = Shard(encoder.dim, index, ids[: stop - start], at, last)
         serving = cls(-1, encoder, shards)
         serving._load_columns(store, {})
         return serving
@@ -113,19 +115,30 @@ class Serving:
         return sum(shard.delta_rows for shard in self.shards.values())
 
     def behind(self, store: PoolStore) -> dict[str, int]:
-        """How many changes each pool's rows lack; pools that lack none are left out."""
+        """How many changes each pool's rows lack; pools that lack none are left out.
+
+        Fewer than none: the log ends before them, see `feed`.
+        """
         last = {info.name: info.last_seq for info in store.pools()}
         gaps = {pool: last.get(pool, 0) - shard.position for pool, shard in self.shards.items()}
-        return {pool: gap for pool, gap in gaps.items() if gap > 0}
+        return {pool: gap for pool, gap in gaps.items() if gap != 0}
 
     def feed(self, store: PoolStore, pool: str, run: Run, step: int = PAGE) -> bool:
         """Take in the next page of a pool's changes; False if there was none.
 
         The store is read in the calling thread; rows change, and ``step`` memories at a time are
-        encoded, in the thread in which ``run`` executes what it is given.
+        encoded, in the thread in which ``run`` executes what it is given. Raises `AnotherHistory`
+        where the log lacks the change that was taken in last.
         """
         shard = self.shards[pool]
-        page = store.changes(pool, shard.position, PAGE)
+        seen = min(shard.position, 1)  # the change that was taken in last is read once more
+        page = store.changes(pool, shard.position - seen, PAGE + seen)
+        if seen and not (page and shard.mark in (None, mark(page[0]))):
+            raise AnotherHistory(
+                f"the log of pool {pool} is not the one that was read up to {shard.position}: the "
+                "database was restored, or is another one. All of it is read anew"
+            )
+        del page[:seen]
         if not page:
             return False
         # The present state, not the log's: repeating it is harmless, and a memory that was deleted
@@ -141,7 +154,7 @@ class Serving:
                 shard.add(memories, self.encoder.encode_memories(pairs))
                 del left[:step]
             if not left:
-                shard.position = page[-1].seq
+                shard.position, shard.mark = page[-1].seq, mark(page[-1])
 
         def begin() -> None:
             left.extend(shard.reconcile(states))
@@ -239,10 +252,11 @@ class Serving:
     def _load_columns(self, store: PoolStore, before: Mapping[str, Snapshot]) -> None:
         last = {info.name: info.last_seq for info in store.pools()}
         for pool, shard in self.shards.items():
-            if shard.position > last.get(pool, 0):
+            if not goes_on(store, pool, shard.position, shard.mark):
                 log(
-                    f"generation {self.number}: built at position {shard.position} of pool {pool}, "
-                    f"which is at {last.get(pool, 0)}: another database? Reading all of it"
+                    f"generation {self.number}: built at position {shard.position} of another log "
+                    f"of pool {pool}, which is at {last.get(pool, 0)}: a restored database? "
+                    "Reading all of it"
                 )
                 shard.position = 0
             if pool in before and shard.rows:

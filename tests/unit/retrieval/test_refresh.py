@@ -132,6 +132,22 @@ def test_nothing_is_published_where_little_has_come_or_an_operator_decides(
     assert numbers(config.retriever_dir) == [1]
 
 
+def test_a_restored_pool_hides_no_other(tmp_path: Path, store: PoolStore) -> None:
+    """Its log ends before the index's position: all of it is read, and it is no credit."""
+    config = make_config(tmp_path / "two", tiny_encoder(tmp_path / "encoder"), ("p", "q"))
+    home = config.retriever_dir
+    with open_store(config) as full:
+        fill(full, "p", 3 * ENOUGH)
+        publish_now(full, config, Encoder.load(config.encoder))
+    restored = config.model_copy(update={"database_url": f"sqlite:///{tmp_path}/restored.db"})
+    with open_store(restored) as opened:
+        fill(opened, "p", 2)
+        fill(opened, "q", ENOUGH - 2)
+        assert refresh(opened, restored) is None
+        fill(opened, "q", 1, seed=1)
+        assert refresh(opened, restored) == 2 == current(home)
+
+
 def test_a_failure_leaves_the_old_index(
     config: Config, store: PoolStore, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
