@@ -63,11 +63,15 @@ def _run(action: Action, args: argparse.Namespace) -> int:
 
 
 def _list(config: Config, args: argparse.Namespace) -> int:
-    from memshare.retrieval.manifest import folder_name, read_manifest
+    from memshare.retrieval.manifest import DamagedGeneration, folder_name, read_manifest
     from memshare.retrieval.shelf import numbers, read_current
 
     home = config.retriever_dir
-    current, pinned = read_current(home)
+    current, pinned, damage = None, False, None
+    try:
+        current, pinned = read_current(home)
+    except DamagedGeneration as error:
+        damage = error  # which asks to activate one of those that are listed
     for number in numbers(home):
         folder = home / folder_name(number)
         row: dict[str, Any] = {"generation": number, "current": number == current}
@@ -87,6 +91,8 @@ def _list(config: Config, args: argparse.Namespace) -> int:
                 "gate": _gate(folder),
             }
         print(json.dumps(row, ensure_ascii=False) if args.json else _line(row))
+    if damage is not None:
+        raise damage
     return 0
 
 

@@ -8,6 +8,7 @@ generation that nobody serves yet (`complete` ends what was killed there), after
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -112,8 +113,8 @@ def publish(
                 held, pinned = read_current(home)
                 number = max([*numbers(home), held or 0]) + 1
                 manifest = replace(manifest, number=number, best=number if best is None else best)
-                write_atomic(folder / MANIFEST, manifest.dump())
                 folder.chmod(0o755)  # mkdtemp's are private
+                write_atomic(folder / MANIFEST, manifest.dump())  # and syncs the folder
                 staged = None if pinned else stage_current(home, number, pinned=False)
                 _rename(home, folder, number, staged)
                 _prune(home, keep, manifest.best)
@@ -262,4 +263,5 @@ def record_rejection(path: Path, metrics: Mapping[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(metrics, ensure_ascii=False) + "\n")
         handle.flush()
+        os.fsync(handle.fileno())
     fsync_dir(path.parent)

@@ -41,9 +41,13 @@ class Lease:
         while folder.is_dir():
             path.parent.mkdir(exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(self._fd, fcntl.LOCK_SH)
-            if _same_file(self._fd, path) and folder.is_dir():
-                return
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_SH)
+                if _same_file(self._fd, path) and folder.is_dir():
+                    return
+            except BaseException:  # such as a file system without locks
+                self.release()
+                raise
             self.release()  # the lock is on a file that a pruner unlinked: look again
         raise NoGeneration(f"{home}: there is no generation {number}")
 

@@ -196,6 +196,20 @@ def test_a_damaged_current_file(config: Config, content: bytes) -> None:
     newest.close()
 
 
+def test_a_damaged_current_file_hides_no_generation(
+    config: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Whoever is told to activate one wants to know which there are."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"run: {{dir: {config.run.dir}}}\n")
+    (config.retriever_dir / "CURRENT").write_bytes(b"")
+    assert main(["generations", "list", "--config", str(file), "--json"]) == 2
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["generation"], row["current"]) for row in rows] == [(1, False), (2, False)]
+    assert "CURRENT: damaged; activate a generation" in err
+
+
 def test_command_line(config: Config, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(f"run: {{dir: {config.run.dir}}}\n")

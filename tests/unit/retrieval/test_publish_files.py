@@ -14,7 +14,7 @@ from memshare.retrieval import publish as publish_module
 from memshare.retrieval import shelf
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import current, load
-from memshare.retrieval.publish import PublishError, activate, unpin
+from memshare.retrieval.publish import PublishError, activate, record_rejection, unpin
 from memshare.retrieval.shelf import numbers
 from tests.retrieving import publish_now
 
@@ -68,6 +68,38 @@ def test_one_that_readers_have_met_as_current_is_not_taken_back(
     load(home).close()
     assert numbers(home) == [1, 2]
     assert publish_now(store, config, encoders[0]) == 3 == current(home)
+
+
+def test_a_rejection_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(
+        "os.fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink())
+    )
+    path = tmp_path / "main" / "rejected.jsonl"
+    for number in (1, 2):
+        record_rejection(path, {"round": number})
+        assert {path, path.parent} <= set(synced)
+        synced.clear()
+    assert path.read_text() == '{"round": 1}\n{"round": 2}\n'
+
+
+def test_a_file_system_without_locks_costs_no_files(
+    store: PoolStore, config: Config, encoders: list[Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A searcher tries again every half minute: each try must give back what it opened."""
+
+    def unlocked(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    publish_now(store, config, encoders[0])
+    monkeypatch.setattr("fcntl.flock", unlocked)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        with pytest.raises(OSError, match="No locks"):
+            shelf.Lease(config.retriever_dir, 1)
+        with pytest.raises(OSError, match="No locks"), shelf.scratch(config.retriever_dir):
+            pass
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
 
 
 def test_a_disk_that_takes_no_new_current_is_told_of(
