@@ -90,7 +90,8 @@ class Feeder:
             if serving is None:
                 return False
             progress = False
-            for pool in serving.behind(self._store):
+            # After an outage all are looked at: their logs may be other ones of the same length.
+            for pool in serving.behind(self._store) if self.error is None else serving.shards:
                 progress |= serving.feed(self._store, pool, self._worker.run, _STEP)
                 self._announce()
             return progress

@@ -10,6 +10,7 @@ import numpy as np
 
 from memshare.arrays import Floats
 from memshare.config import Config
+from memshare.pool.errors import UnknownPool
 from memshare.pool.store import PoolStore
 from memshare.progress import log, track
 from memshare.records import Memory, SearchAnswer
@@ -132,7 +133,10 @@ class Serving:
         """
         shard = self.shards[pool]
         seen = min(shard.position, 1)  # the change that was taken in last is read once more
-        page = store.changes(pool, shard.position - seen, PAGE + seen)
+        try:
+            page = store.changes(pool, shard.position - seen, PAGE + seen)
+        except UnknownPool:  # not made yet, or not in this database
+            page = []
         if seen and not (page and shard.mark in (None, mark(page[0]))):
             raise AnotherHistory(
                 f"the log of pool {pool} is not the one that was read up to {shard.position}: the "

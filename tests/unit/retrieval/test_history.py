@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 from memshare.config import Config
+from memshare.pool.errors import PoolError
 from memshare.pool.store import PoolStore
 from memshare.records import Memory
 from memshare.retrieval.encoder import Encoder
@@ -112,3 +113,41 @@ def test_a_searcher_outlives_a_restored_database(
         assert set(find(searcher, late)) == living(restored)
         assert searcher.stats().generation == int(published)
         assert len(searcher.stats().swaps) == 2  # it was loaded anew once
+
+
+class Away:
+    """A database that does not answer."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise PoolError("the database is away")
+
+
+def test_a_pool_that_the_restored_database_lacks(
+    store: PoolStore, config: Config, tmp_path: Path
+) -> None:
+    memory = fill(store, "p", 3)[0]
+    replaced = Replaced(store)
+    url = f"sqlite:///{tmp_path / 'empty.db'}"
+    with PoolStore.open(url) as empty, Searcher(cast(PoolStore, replaced), config) as searcher:
+        searcher.wait_visible("p", 3, 60)
+        replaced.now = empty
+        until(lambda: find(searcher, memory) == [])
+        until(lambda: searcher.stats().feed_error is None)
+        empty.create_pool("p")
+        late = fill(empty, "p", 1, seed=1)[0]
+        searcher.wait_visible("p", late.seq, 60)
+        assert find(searcher, late) == [late.id]
+
+
+def test_a_log_of_the_same_length_after_an_outage(
+    store: PoolStore, restored: PoolStore, config: Config
+) -> None:
+    """As a standby has that lost changes, and took as many before a searcher reached it."""
+    _, found = lost_and_found(store, restored)
+    replaced = Replaced(store)
+    with Searcher(cast(PoolStore, replaced), config) as searcher:
+        searcher.wait_visible("p", 8, 60)
+        replaced.now = cast(PoolStore, Away())
+        until(lambda: searcher.stats().feed_error is not None)
+        replaced.now = restored
+        until(lambda: set(find(searcher, found[0])) == living(restored))
