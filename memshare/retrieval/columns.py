@@ -90,12 +90,23 @@ class Columns:
             self._created.view[row] = microseconds(memory.created_at)
         self._set_terms(rows, memories)
 
-    def learn(self, row: int, memory: Memory) -> None:
-        """Metadata that ``memory``, which is in ``row``, may have gained."""
-        known = set(self._terms.view[self._term_rows.view == row].tolist())
-        fresh = [term for term in map(hash, terms_of(memory.metadata)) if term not in known]
-        self._term_rows.extend([row] * len(fresh))
-        self._terms.extend(fresh)
+    def learn(self, rows: Sequence[int], memories: Sequence[Memory]) -> None:
+        """Metadata that ``memories``, which are in ``rows``, may have gained.
+
+        All at one time, since the terms of all rows are looked through for those of these.
+        """
+        told = [pair for pair in zip(rows, memories, strict=True) if pair[1].metadata]
+        if not told:
+            return
+        asked = np.zeros(len(self), np.bool_)
+        asked[[row for row, _ in told]] = True
+        term_rows = self._term_rows.view
+        at = asked[term_rows]
+        known = set(zip(term_rows[at].tolist(), self._terms.view[at].tolist(), strict=True))
+        every = [(row, hash(term)) for row, memory in told for term in terms_of(memory.metadata)]
+        fresh = [pair for pair in every if pair not in known]
+        self._term_rows.extend([row for row, _ in fresh])
+        self._terms.extend([term for _, term in fresh])
 
     def copy(self) -> Columns:
         """These columns as they are now."""

@@ -94,16 +94,18 @@ class Shard:
         that such a one gained. Returns the living memories without a row, which `add` takes next.
         Repeating it changes nothing.
         """
-        new = []
+        new: list[Memory] = []
+        again: list[tuple[int, Memory]] = []
         for id, memory in states.items():
             row = self._row(id)
             living = memory is not None and not memory.held
             if row is not None:
                 self._columns.visible[row] = living
                 if memory is not None and living:
-                    self._columns.learn(row, memory)
+                    again.append((row, memory))
             elif memory is not None and living:
                 new.append(memory)
+        self._columns.learn([row for row, _ in again], [memory for _, memory in again])
         return new
 
     def add(self, memories: Sequence[Memory], vectors: Floats) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from memshare.records import Hit, Memory
 from memshare.retrieval.approximate import build_index
 from memshare.retrieval.columns import Growing
 from memshare.retrieval.delta import Shard
-from memshare.retrieval.filters import Filter, microseconds
+from memshare.retrieval.filters import Filter, microseconds, terms_of
 from memshare.retrieval.index import FlatIndex
 
 DIM = 4
@@ -151,6 +152,32 @@ def test_hold_release_and_delete() -> None:
         assert f"m{i:05d}" in [hit.id for hit in shard.top(vectors_of(1, 1), 9)[0]]
     shard.reconcile({"m00001": None, "m00004": None, "never-seen": None})
     assert shard.visible == 4 and shard.rows == 6
+
+
+def test_many_releases_look_through_the_metadata_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as long as the pool, and every search waits meanwhile."""
+    looks: Counter[int] = Counter()
+    whole = Growing.view.fget
+    assert whole is not None
+
+    def counted(growing: Growing) -> Any:
+        looks[id(growing)] += 1
+        return whole(growing)
+
+    monkeypatch.setattr(Growing, "view", property(counted))
+    seen = []
+    for count in (1, 40):
+        shard, _ = make(50, 0, 0)
+        terms = id(shard._columns._term_rows)
+        looks.clear()
+        told = [replace(memory(i), metadata={"n": i, "all": True}) for i in range(count)]
+        shard.reconcile({item.id: item for item in told})
+        shard.reconcile({item.id: item for item in told})  # nothing new
+        seen.append(looks[terms])
+        hits = shard.top(vectors_of(1, 1), 99, Filter(terms=terms_of({"all": True})))[0]
+        assert {hit.id for hit in hits} == {item.id for item in told}
+        assert len(shard._columns._terms.view) == 2 * count
+    assert seen[0] == seen[1]
 
 
 def test_a_held_memory_gets_its_row_on_release() -> None:
