@@ -13,13 +13,14 @@ from memshare.metrics.ir import mean_metrics
 from memshare.pool.store import PoolStore
 from memshare.progress import log, track
 from memshare.records import Memory, normalise
+from memshare.retrieval.approximate import exact
 from memshare.retrieval.bm25 import BM25
 from memshare.retrieval.build import Built
 from memshare.retrieval.canaries import judge_canaries, read_canaries
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.filters import Filter
 from memshare.retrieval.gate import GateResult, Runs, Sample, choose_queries, decide, judge
-from memshare.retrieval.generation import best, load, load_current
+from memshare.retrieval.generation import Generation, best, load, load_current
 from memshare.retrieval.manifest import DamagedGeneration, NoGeneration
 from memshare.retrieval.serving import FROZEN, Query, Serving, frozen_serving
 from memshare.retrieval.text import memory_text
@@ -138,7 +139,8 @@ def gate_built(
     """`run_gate` for rows that are about to be published, against what is on disk.
 
     The current generation is CURRENT (an intact older one if it is damaged, the configured encoder
-    if there is none); the best so far is what the newest generation names.
+    if there is none); the best so far is what the newest generation names. All are searched
+    exactly, whatever kind of index they have.
     """
     home, device = config.retriever_dir, config.encoder.device
     with ExitStack() as stack:
@@ -151,14 +153,14 @@ def gate_built(
             current = frozen_serving(config)
         else:
             stack.enter_context(generation)
-            current = Serving.of(generation, store, config.served_pools)
+            current = _exact(generation, store, config)
         champion, number = None, best(home)
         if number == FROZEN != current.number:
             champion = frozen_serving(config)
         elif number not in (None, current.number):
             try:
                 kept = stack.enter_context(load(home, number, device))
-                champion = Serving.of(kept, store, config.served_pools)
+                champion = _exact(kept, store, config)
             except (NoGeneration, DamagedGeneration) as error:
                 log(f"the gate can't compare with the best so far: {error}")
         following = Serving.of_built(encoder, built, store)
@@ -170,6 +172,13 @@ def gate_built(
         verdict = run_gate(store, config, current, following, champion, queries, relevance)
         # Where nothing could be measured, the best stays the best.
         return verdict if verdict.queries else replace(verdict, best=number)
+
+
+def _exact(generation: Generation, store: PoolStore, config: Config) -> Serving:
+    """A generation whose rows are all looked at, as the next one's are: encoders are compared."""
+    for pool in list(generation.indexes):
+        generation.indexes[pool] = exact(generation.indexes[pool])
+    return Serving.of(generation, store, config.served_pools)
 
 
 def _copies(store: PoolStore, queries: Sequence[Memory]) -> dict[str, frozenset[str]]:

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from memshare.config import Config, GateConfig
+from memshare.config import Config, GateConfig, IndexConfig
 from memshare.pool.store import PoolStore
 from memshare.records import Memory
+from memshare.retrieval import approximate
 from memshare.retrieval.bm25 import BM25
 from memshare.retrieval.build import build_generation
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.gate import GateResult
 from memshare.retrieval.gate_run import Relevance, gate_built
+from memshare.retrieval.generation import generations
 from memshare.retrieval.text import memory_text
 from tests.retrieving import fill, publish_now
 
@@ -78,6 +80,33 @@ def test_the_configured_encoder_may_be_the_best_so_far(
     assert verdict.record()["generations"] == {"current": 1, "best": 0}
     # The next one's encoder is the configured one.
     assert verdict.figures["best"] == verdict.figures["next"] != verdict.figures["current"]
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_encoders_are_compared_by_exact_search(
+    store: PoolStore, config: Config, encoders: list[Encoder], kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What an approximate index misses is no fault of the encoder that serves by it."""
+    monkeypatch.setattr(approximate, "_GATHER", 0)  # as if the pool were large
+    monkeypatch.setattr(approximate, "_GATHER_SHARE", 1000)
+    settings = {"kind": kind, "approximate_from": 1, "nlist": 5, "nprobe": 1, "recall_floor": 0.0,
+                "links": 4, "ef_construction": 1, "ef_search": 1}  # fmt: skip
+    index = IndexConfig.model_validate(settings)
+    retriever = config.retriever.model_copy(update={"index": index})
+    config = config.model_copy(update={"retriever": retriever})
+    memories = fill(store, "p", 200)
+    for best in (None, 1):
+        publish_now(store, config, encoders[0], best=best)
+    assert generations(config.retriever_dir)[0].recall_at_10["p"] < 0.9
+
+    async def same_agent(query: Memory, candidates: Sequence[Memory]) -> list[float]:
+        return [float(memory.agent == query.agent) for memory in candidates]
+
+    verdict = gate(store, config, encoders[0], memories, same_agent)
+    assert verdict.record()["generations"] == {"current": 2, "best": 1}
+    for name in ("current", "best"):
+        assert verdict.figures[name] == verdict.figures["next"]
 
 
 def test_all_search_what_came_while_the_next_one_was_built(
