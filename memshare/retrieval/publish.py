@@ -113,7 +113,7 @@ def publish(
                 held, pinned = read_current(home)
                 number = max([*numbers(home), held or 0]) + 1
                 manifest = replace(manifest, number=number, best=number if best is None else best)
-                folder.chmod(0o755)  # mkdtemp's are private
+                folder.chmod(0o755)  # the temporary one is private
                 write_atomic(folder / MANIFEST, manifest.dump())  # and syncs the folder
                 staged = None if pinned else stage_current(home, number, pinned=False)
                 _rename(home, folder, number, staged)

@@ -8,7 +8,7 @@ It is the ``home`` that readers and publishers are given, and has the retriever'
                             CURRENT     "42", or "42 pinned" after a roll-back
                             .lock       held while CURRENT or the set of numbers changes
                             .leases/    one lock file a generation: shared while it is loaded
-                            .tmp-*      a publish under way; its folder is locked by the publisher
+                            .tmp-*      a publish under way, which holds .tmp-*.lock
                             .trash-*    being deleted
 
 Locks are flocks, so the kernel drops them with the process: a crash leaves nothing held. Deleting
@@ -23,12 +23,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from memshare.files import fsync_dir
 from memshare.progress import log
 from memshare.retrieval.manifest import DamagedGeneration, NoGeneration, folder_name
+
+_LOCK = ".lock"
 
 
 class Lease:
@@ -124,27 +126,35 @@ def locked(home: Path) -> Iterator[None]:
 def scratch(home: Path) -> Iterator[Path]:
     """A temporary folder for a publish under way, removed at the end unless it was renamed.
 
-    Its own lock tells a live publisher's folder from one that a crash left behind.
+    A lock beside it tells a live publisher's folder from one that a crash left behind, to other
+    hosts as well: of one on the folder itself NFS would not tell them.
     """
     with locked(home):
         sweep(home)
-        folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
-        fd = os.open(folder, os.O_RDONLY)
+        fd, name = tempfile.mkstemp(prefix=".tmp-", suffix=_LOCK, dir=home)
         fcntl.flock(fd, fcntl.LOCK_EX)
+    folder = Path(name.removesuffix(_LOCK))
     try:
+        folder.mkdir(0o700)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # what stays, the next publish sweeps
+        with suppress(OSError):
+            os.unlink(name)
         os.close(fd)
 
 
 def sweep(home: Path) -> None:
     """Remove what crashed publishes and deletions left; the caller holds the lock."""
     for item in home.iterdir():
-        if item.name.startswith(".trash-") or (
-            item.name.startswith(".tmp-") and item.is_dir() and _free(item)
-        ):
+        if item.name.startswith(".trash-"):
             shutil.rmtree(item)
+        elif item.name.startswith(".tmp-") and item.name.endswith(_LOCK):
+            if _free(item):
+                item.unlink(missing_ok=True)
+        elif item.name.startswith(".tmp-"):
+            if _free(Path(f"{item}{_LOCK}")) and item.is_dir():
+                shutil.rmtree(item)
         elif item.name.startswith(".CURRENT.") and item.name.endswith(".tmp"):
             item.unlink()
 
@@ -196,9 +206,12 @@ def _same_file(fd: int, path: Path) -> bool:
         return False
 
 
-def _free(folder: Path) -> bool:
-    """Whether nobody holds the lock on ``folder``."""
-    fd = os.open(folder, os.O_RDONLY)
+def _free(lock: Path) -> bool:
+    """Whether nobody holds ``lock``, a file that may be gone."""
+    try:
+        fd = os.open(lock, os.O_RDWR)
+    except FileNotFoundError:
+        return True
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -356,6 +356,9 @@ def test_a_folder_left_by_a_crash_is_swept(
 ) -> None:
     publish_now(store, config, encoder)
     (config.retriever_dir / ".tmp-dead").mkdir()
+    (config.retriever_dir / ".tmp-dead.lock").touch()
+    (config.retriever_dir / ".tmp-renamed.lock").touch()
+    (config.retriever_dir / ".tmp-unlocked").mkdir()
     (config.retriever_dir / ".trash-000009").mkdir()
     (config.retriever_dir / ".CURRENT.99.tmp").write_text("9\n")
     publish_now(store, config, encoder)

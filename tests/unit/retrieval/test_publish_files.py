@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import stat
 from pathlib import Path
 
@@ -81,6 +83,35 @@ def test_a_rejection_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert {path, path.parent} <= set(synced)
         synced.clear()
     assert path.read_text() == '{"round": 1}\n{"round": 2}\n'
+
+
+def test_every_exclusive_lock_is_one_that_other_hosts_see(
+    store: PoolStore, config: Config, encoders: list[Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS tells its server of locks on files alone, and of exclusive ones if those are writable."""
+    locks: set[Path] = set()
+    whole = fcntl.flock
+
+    def noted(fd: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX:
+            assert stat.S_ISREG(os.fstat(fd).st_mode)
+            assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+            locks.add(Path(f"/proc/self/fd/{fd}").readlink())
+        whole(fd, operation)
+
+    monkeypatch.setattr("fcntl.flock", noted)
+    for _ in range(2):
+        publish_now(store, config, encoders[0], keep=1)  # which prunes, the second time
+    assert len(locks) == 4  # of the retriever, of two publishes, and of the first one's leases
+
+
+def test_a_publish_under_way_is_no_crash_s(config: Config) -> None:
+    home = config.retriever_dir
+    with shelf.scratch(home) as mine:
+        (mine / "weights").touch()
+        with shelf.scratch(home) as other:
+            assert (mine / "weights").is_file() and other != mine
+    assert [item.name for item in home.iterdir()] == [".lock"]
 
 
 def test_a_file_system_without_locks_costs_no_files(
