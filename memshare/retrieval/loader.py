@@ -223,7 +223,7 @@ class Loader:
             raise
 
     def _swap_in(self, following: Serving, choice: Choice, began: float) -> bool:
-        """Catch ``following`` up and serve it; False if the searcher was closed before that."""
+        """Catch ``following`` up and serve it; False if there is no need to any more."""
         before = math.inf
         for _ in range(_ROUNDS):
             gaps = following.behind(self._store)
@@ -239,13 +239,20 @@ class Loader:
         with self._feeder.paused():
             gaps = self._gaps(following)
             following.catch_up(self._store, gaps, self._stop.is_set)
-            if self._stop.is_set():
+            if self._stop.is_set() or self._undone():
                 return False
             self._swap(following, began)
         self._placer.serves(choice)
         if choice.placement == "aside":
             self._worker.run(lambda: self._placer.move_up(following, choice))
         return True
+
+    def _undone(self) -> bool:
+        """Whether CURRENT was moved back to what serves meanwhile: then nothing else may."""
+        serving = self._worker.serving
+        if serving is None or self._feeder.astray:
+            return False
+        return current(self._home) == serving.number
 
     def _then_rest(self, step: Callable[[], None]) -> None:
         """Run ``step``, then leave the processor to searches for `_REST` times as long.

@@ -21,12 +21,12 @@ from memshare.retrieval import serving as serving_module
 from memshare.retrieval.build import build_generation
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.filters import Filter
-from memshare.retrieval.generation import current, load
+from memshare.retrieval.generation import current, current_stamp, load
 from memshare.retrieval.placing import Choice, Placer
 from memshare.retrieval.publish import activate, publish
 from memshare.retrieval.searcher import Searcher
 from memshare.retrieval.serving import Serving
-from memshare.retrieval.shelf import numbers, stage_current, write_current
+from memshare.retrieval.shelf import discard, numbers, stage_current, write_current
 from tests.retrieving import (
     fill,
     find,
@@ -200,6 +200,30 @@ def test_a_swap_leaves_nothing_of_the_old_one_and_reads_no_known_memory_again(
     assert set(ids(searcher.search("p", "x", 99, Filter("ann")))) == agents
     assert read == []
     until(lambda: not any(part() for part in old))
+
+
+def test_a_roll_back_while_the_next_one_is_loaded_holds(
+    store: PoolStore, config: Config, searcher: Searcher, encoders: list[Encoder],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What serves is CURRENT again before the swap, so there is none."""
+    memory = fill(store, "p", 5)[0]
+    publish_now(store, config, encoders[0])
+    serves(searcher, 1)
+    home, settle = config.retriever_dir, Serving.settle
+
+    def then_back(serving: Serving, place: Any) -> None:
+        settle(serving, place)
+        activate(home, 1)
+
+    before = len(searcher.stats().swaps)
+    with monkeypatch.context() as patch:
+        patch.setattr(Serving, "settle", then_back)
+        publish_now(store, config, encoders[1])
+        until(lambda: current(home) == 1 and searcher._loader._seen == current_stamp(home))
+        assert len(searcher.stats().swaps) == before and find(searcher, memory)
+    assert discard(home, 2)  # nobody reads it
+    serves(searcher, 1)
 
 
 def test_a_generation_loaded_aside_moves_up_after_its_swap(
