@@ -135,9 +135,12 @@ interrupted() { [[ $warned && ! $cancelled ]]; }
 
 # Put the job back into the queue: it goes on from where it stopped. Does not return.
 requeue() {
+    # The last task of an array has the array's number, by which all tasks would be requeued.
+    local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     say "requeued; the next attempt goes on from here"
     trap '' TERM # requeueing ends this shell, too
-    scontrol requeue "$SLURM_JOB_ID" || die "the job can't be requeued; submit it again to go on"
+    scontrol requeue "${job:-$SLURM_JOB_ID}" ||
+        die "the job can't be requeued; submit it again to go on"
     exit 0
 }
 

@@ -245,15 +245,15 @@ def test_an_array_mines_what_is_missing_and_nothing_twice(
 ) -> None:
     """Two shares, each with an LLM server of its own, one failing at first: as one share mines.
 
-    That one is warned while its server starts, and requeued.
+    One that is warned while its server starts is requeued, and not the other one with it.
     """
     url = postgres.url(postgres.create())
     lm, go = tiny_lm(tmp_path / "lm"), tmp_path / "go"
     server = {"python": str(fake_python(tmp_path / "python", lm, go))}
     scorer = {"backend": "vllm", "model": str(lm), "url": "http://127.0.0.1:8001", "server": server}
     mining = {"labels": "likelihood", "candidates": 4, "dense_candidates": 0, "shard_rows": 6}
-    array, alone = tmp_path / "array", tmp_path / "alone"
-    for run in (array, alone):
+    array, alone, warned = (tmp_path / name for name in ("array", "alone", "warned"))
+    for run in (array, alone, warned):
         run.mkdir()
         tree: dict[str, Any] = {"run": {"dir": str(run)}, "database_url": url}
         tree |= {"mining": mining, "scorer_llm": scorer, "split": {"held_out": 0.0}}
@@ -280,21 +280,24 @@ def test_an_array_mines_what_is_missing_and_nothing_twice(
         job = submit(run, tasks)
         return [slurm.wait(f"{job}_{task}") for task in range(tasks)]
 
-    job = submit(alone, 1)
-    first, second = (logs / "memshare-mine" / f"{job}_0/attempt-{n}.log" for n in (0, 1))
+    job = submit(warned, 2)
+    first, second = (logs / "memshare-mine" / f"{job}_1/attempt-{n}.log" for n in (0, 1))
     until(lambda: first.exists() and "starting" in first.read_text(), 60, lambda: str(first))
-    slurm.call("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    slurm.call("scancel", "--batch", "--signal=USR1", f"{job}_1")
     until(second.exists, 90, first.read_text)
     assert "requeued" in first.read_text() and "mining ended" not in first.read_text()
+    assert slurm.job(f"{job}_0")["Restarts"] == "0"
     go.touch()
-    assert slurm.wait(f"{job}_0") == "COMPLETED", second.read_text()
+    assert [slurm.wait(f"{job}_{task}") for task in (0, 1)] == ["COMPLETED"] * 2
+    assert mined(alone, 1) == ["COMPLETED"]
 
     with run_lock(array, "mining-1-of-2"):
         assert mined(array, 2) == ["COMPLETED", "FAILED"]
     folder = round_dir(array / "examples", 1)
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     assert stamps and not is_whole(folder)
-    assert "another mining-1-of-2" in next(logs.glob("memshare-mine/*_1/attempt-0.log")).read_text()
+    told = [path.read_text() for path in logs.glob("memshare-mine/*_1/attempt-0.log")]
+    assert any("another mining-1-of-2" in text for text in told)
     served = {path.name for path in (array / "logs").iterdir()}
     assert len(served) == 2 and "vllm-8001.log" not in served
 

@@ -151,6 +151,26 @@ def test_an_earlier_result_is_kept_and_never_taken_for_ones_own(
     assert ("ended without a result" in log) == (code == 1)
 
 
+def test_a_task_of_an_array_requeues_itself_alone(env: dict[str, str]) -> None:
+    """The last one has the array's own number, by which SLURM would requeue all tasks."""
+    assert "no such thing: requeue 17\n" in common(env, "requeue").stderr
+    env |= {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}
+    assert "no such thing: requeue 17_3\n" in common(env, "requeue").stderr
+
+
+def test_an_array_of_some_tasks_is_refused_before_it_takes_a_gpu(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    """By their numbers tasks take shares: of 0,1,5 one would take the sixth of three."""
+    names = ("ID", "MIN", "MAX", "STEP", "COUNT")
+    for numbers, refused in (((5, 0, 5, 1, 3), True), ((6, 2, 6, 2, 3), False)):
+        told = {f"SLURM_ARRAY_TASK_{name}": str(n) for name, n in zip(names, numbers, strict=True)}
+        given = env | told | {"SLURM_JOB_NAME": "mine", "MEMSHARE_LOGS": str(tmp_path / "logs")}
+        done = run(given, f"{ROOT}/slurm/mine.sbatch", "--round", "1")
+        assert ("not some of them" in done.stderr) == refused
+        assert (tmp_path / "logs").exists() != refused
+
+
 def test_nothing_is_killed_by_name() -> None:
     for path in (ROOT / "slurm").iterdir():
         assert not re.search(r"\b(pkill|killall|pgrep|pidof)\b", path.read_text()), path
