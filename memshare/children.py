@@ -55,6 +55,8 @@ class Child:
                 text = handle.read().decode("utf-8", errors="replace")
         except OSError as error:
             return f"(no log: {error})"
+        if not text:
+            return "(it wrote nothing, or found no room for it)"
         return "\n".join(text.splitlines()[-_TAIL_LINES:])
 
     def stop(self, grace: float, *, everyone: bool = False) -> bool:

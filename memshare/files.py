@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -32,7 +33,11 @@ class RunLocked(RuntimeError):
 
 
 class NoRunFolder(RunLocked):
-    """The run folder can't be made or written, so that nobody can hold a role on it."""
+    """The run folder can't be made, written or locked, so that nobody can hold a role on it."""
+
+
+class DiskFull(RuntimeError):
+    """Something could not be written for want of room, in a place that has no word of its own."""
 
 
 def fsync_dir(folder: Path) -> None:
@@ -90,11 +95,23 @@ def write_json(path: Path, value: Any) -> None:
 def disk_full(error: Exception) -> bool:
     """Whether a write failed for want of room: of the disk, a quota, or a file's largest size.
 
-    safetensors and tokenizers tell so in words alone.
+    safetensors and tokenizers tell so in words alone, SQLite in words of its own.
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    return os.strerror(errno.ENOSPC).lower() in str(error).lower()
+    told = str(error).lower()
+    return os.strerror(errno.ENOSPC).lower() in told or "disk is full" in told
+
+
+@contextmanager
+def full_disk_told() -> Iterator[None]:
+    """Raise `DiskFull`, a line that says what to do, for whatever fails for want of room."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        if not disk_full(error):
+            raise
+        raise DiskFull(f"{error}; free some space and start it again") from error
 
 
 def file_system(path: Path) -> str:
@@ -151,27 +168,33 @@ def run_lock(
     """Hold ``role`` (gateway, continual, ...) on a run folder; a second holder gets `RunLocked`.
 
     Or it shall ``wait`` its turn. ``setting`` is what names the folder, for the messages. Raises
-    `NoRunFolder` where the folder can't be made or written.
+    `NoRunFolder` where the folder can't be made, written or locked.
 
     The kernel drops the lock with the process, so a crash leaves nothing to clean up.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        opened = open(run_dir / f"{role}.lock", "a+")  # noqa: SIM115  # closed below
+        # Unbuffered: what can't be written now would be tried again when it is closed.
+        opened = open(run_dir / f"{role}.lock", "a+b", buffering=0)  # noqa: SIM115  # closed below
     except OSError as error:
         raise NoRunFolder(f"{setting} {run_dir}: no folder to write in ({error})") from error
     with opened as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            handle.truncate(0)
+            handle.write(f"{os.getpid()} on {platform.node()}".encode())
         except BlockingIOError:
             handle.seek(0)
-            owner = handle.read().strip() or "unknown"
+            owner = handle.read().decode(errors="replace").strip() or "unknown"
             raise RunLocked(
                 f"{run_dir}: another {role} is running there (pid {owner}); "
                 f"stop it first, or give this one its own {setting}"
             ) from None
-        handle.seek(0)
-        handle.truncate()
-        handle.write(str(os.getpid()))
-        handle.flush()
+        except OSError as error:
+            if disk_full(error):
+                raise NoRunFolder(f"{setting} {run_dir}: no room to write ({error})") from error
+            raise NoRunFolder(
+                f"{setting} {run_dir}: can't be locked ({error}); its file system must have locks "
+                "(Lustre's mount option is flock)"
+            ) from error
         yield

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
-from memshare.files import RunLocked, run_lock, write_json
+from memshare.files import DiskFull, RunLocked, full_disk_told, run_lock, write_json
 from memshare.gateway.local import is_loopback
 from memshare.gateway.logs import install
 from memshare.llm.base import LLMError
@@ -142,8 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         install(config.gateway.log)
         host = args.host or config.gateway.host
         port = config.gateway.port if args.port is None else args.port
-        return serve(config, host, port)
-    except (AddressError, ConfigError, NoKeys, RunLocked, PoolError, LLMError) as error:
+        with full_disk_told():
+            return serve(config, host, port)
+    except (AddressError, ConfigError, DiskFull, NoKeys, RunLocked, PoolError, LLMError) as error:
         log(f"gateway: {error}")
         return 2
     except KeyboardInterrupt:

@@ -21,7 +21,7 @@ from pathlib import Path
 from threading import Event
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
-from memshare.files import RunLocked, run_lock
+from memshare.files import DiskFull, RunLocked, full_disk_told, run_lock
 from memshare.gateway.readiness import missing, state_of, url_of, written_ns
 from memshare.gateway.supervisor import Restarted, Supervisor, shared_cores
 from memshare.llm.base import LLMError
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_stop(lambda name: stopping.set())
     code, clean = 0, True
     try:
-        with run_lock(config.run.dir, "up"):
+        with full_disk_told(), run_lock(config.run.dir, "up"):
             try:
                 run(config, args, supervisor, stopping)
                 log("stopping")
@@ -179,9 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = 1
             finally:
                 clean = supervisor.stop()
-    except RunLocked as error:
+    except (DiskFull, RunLocked) as error:
         log(f"up: {error}")
-        return EXIT_USAGE
+        return EXIT_USAGE if isinstance(error, RunLocked) else 1
     return code if clean else 1
 
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config
-from memshare.files import RunLocked, disk_full, run_lock
+from memshare.files import DiskFull, RunLocked, full_disk_told, run_lock
 from memshare.pool.errors import PoolError, PoolUnavailable
 from memshare.pool.patience import when_available
 from memshare.pool.store import PoolStore
@@ -48,8 +48,8 @@ from memshare.training.steps import Steps
 
 PROGRAMS = Path(__file__).resolve().parent
 EXPECTED = (
-    ChildFailed, EncoderError, ExamplesError, GenerationError, JournalError, PoolError, PruneError,
-    RunLocked,
+    ChildFailed, DiskFull, EncoderError, ExamplesError, GenerationError, JournalError, PoolError,
+    PruneError, RunLocked,
 )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = [] if args.config is None else ["--config", str(args.config.resolve())]
     settings += [item for override in args.overrides for item in ("--set", override)]
     try:
-        with run_lock(config.run.dir, "continual"):
+        with full_disk_told(), run_lock(config.run.dir, "continual"):
             check_caps(config)
             with when_available(stop, PoolStore.open, config.url) as store:
                 when_available(stop, make_pools, config, store)
@@ -80,10 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PoolUnavailable:
         log("stopped while the database was away; the next start goes on from here")
     except EXPECTED as error:
-        return outcomes.tell(error)
-    except OSError as error:
-        if not disk_full(error):
-            raise
         return outcomes.tell(error)
     return 0
 

@@ -20,7 +20,7 @@ import yaml
 from accelerate import Accelerator
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config, positive, public
-from memshare.files import RunLocked
+from memshare.files import DiskFull, RunLocked
 from memshare.progress import log, track
 from memshare.retrieval.card import base_model
 from memshare.retrieval.encoder import Encoder
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = train(args, config, accelerator, world, stop, at_end)
         world.end()  # nobody leaves before all of it stands: a launcher ends the rest at once
         return code
-    except (ConfigError, RunLocked, outcome.DiskFull, *ERRORS) as error:
+    except (ConfigError, RunLocked, DiskFull, *ERRORS) as error:
         return outcome.tell(error)
     finally:
         leave(accelerator, world)

@@ -25,7 +25,7 @@ from typing import Any
 import torch  # before faiss
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config, positive
-from memshare.files import RunLocked, run_lock, write_json
+from memshare.files import DiskFull, RunLocked, full_disk_told, run_lock, write_json
 from memshare.llm.base import LLMError
 from memshare.llm.rubric import RubricError
 from memshare.pool.errors import PoolError, PoolUnavailable
@@ -53,8 +53,8 @@ from memshare.training.relevance import HeldOutRelevance
 from memshare.training.rounds import latest_encoder
 from memshare.training.split import SplitError
 
-EXPECTED = (CanaryError, EncoderError, GenerationError, LLMError, PoolError, RubricError, RunLocked,
-            SplitError, ConfigError)  # fmt: skip
+EXPECTED = (CanaryError, ConfigError, DiskFull, EncoderError, GenerationError, LLMError, PoolError,
+            RubricError, RunLocked, SplitError)  # fmt: skip
 FROZEN = "frozen"
 
 
@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with PoolStore.open(config.url) as store:
                     serve(store, load_encoder(config, args.encoder, world)[1], world)
             return 0
-        with run_lock(config.run.dir, "index"), PoolStore.open(config.url) as store:
+        lock = run_lock(config.run.dir, "index")
+        with full_disk_told(), lock, PoolStore.open(config.url) as store:
             if args.refresh:
                 print(json.dumps({"generation": refresh(store, config)}), flush=True)
                 return 0

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from memshare.config import Config, ConfigError, add_config_arguments, load_config, positive
-from memshare.files import RunLocked, run_lock
+from memshare.files import DiskFull, RunLocked, full_disk_told, run_lock
 from memshare.llm.base import LLMError
 from memshare.llm.rubric import RubricError
 from memshare.pool.errors import PoolError
@@ -48,8 +48,8 @@ from memshare.training.shard import ExamplesError
 from memshare.training.split import SplitError
 
 EXPECTED = (
-    EncoderError, ExamplesError, GenerationError, LLMError, PoolError, RubricError, RunLocked,
-    SplitError,
+    DiskFull, EncoderError, ExamplesError, GenerationError, LLMError, PoolError, RubricError,
+    RunLocked, SplitError,
 )  # fmt: skip
 
 
@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return tell(error)
     role = "mining" if args.share is None else f"mining-{args.share.name}"
     try:
-        with run_lock(config.run.dir, role), PoolStore.open(config.url) as store:
+        lock = run_lock(config.run.dir, role)
+        with full_disk_told(), lock, PoolStore.open(config.url) as store:
             marker = asyncio.run(run(config, store, args, since, until))
     except EXPECTED as error:
         return tell(error)

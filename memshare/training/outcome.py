@@ -27,7 +27,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from memshare.config import ConfigError
-from memshare.files import disk_full, run_lock, write_atomic, write_json
+from memshare.files import DiskFull, disk_full, run_lock, write_atomic, write_json
 from memshare.pool.errors import EXIT_DATABASE_AWAY, PoolUnavailable
 from memshare.progress import log
 
@@ -74,10 +74,6 @@ def read_result(output: Path) -> dict[str, Any] | None:
         return None
     assert isinstance(result, dict)
     return result
-
-
-class DiskFull(RuntimeError):
-    """Something could not be written for want of room, in a place that has no word of its own."""
 
 
 class Refused(RuntimeError):

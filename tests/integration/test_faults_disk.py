@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -10,10 +12,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from memshare.pool.store import PoolStore
+from memshare.records import NewMemory
 from tests.disks import fill_up, small_disk
 from tests.faults import Load, check, check_refusals
 from tests.gateways import gateway
+from tests.loop import loop_config_file
 from tests.postgres import PostgresServer
+from tests.training_runs import ENV, ROOT
 
 ROOM_SECONDS = 5.0  # from room on the disk to the first acknowledged write
 # The same where PostgreSQL stopped meanwhile, counted from its return.
@@ -63,6 +69,27 @@ def test_sqlite(tmp_path: Path, models: Path) -> None:
         check(database, url, load)
     assert recovery < ROOM_SECONDS, f"{recovery:.1f} s to recover"
     print(f"{recovery:.1f} s to recover")
+
+
+@pytest.mark.parametrize("program", ["train/mine.py", "serve/gateway.py"])
+def test_a_run_folder_without_room_ends_a_program_with_one_line(
+    tmp_path: Path, models: Path, program: str
+) -> None:
+    """Its lock is there already, and the database elsewhere."""
+    database = f"sqlite:///{tmp_path}/pool.db"
+    with PoolStore.open(database) as store:
+        store.create_pool("keep")
+        store.append([NewMemory("keep", f"how is {t} made", t) for t in ("bread", "tin", "ice")])
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        config = loop_config_file(disk / "run", models, database_url=database)
+        for role in ("mining", "gateway"):
+            (disk / "run" / f"{role}.lock").write_text("1 on another node")
+        fill_up(disk)
+        command = [sys.executable, str(ROOT / program), "--config", str(config)]
+        command += ["--port", "0"] if program == "serve/gateway.py" else []
+        done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr and "No space left" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.server

@@ -1,8 +1,12 @@
 """Atomic writes and the lock on a run folder, with real processes that die."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import platform
+import re
 import signal
 import sqlite3
 import subprocess
@@ -17,9 +21,11 @@ import pytest
 
 from memshare.files import (
     NETWORK_FILE_SYSTEMS,
+    DiskFull,
     NoRunFolder,
     RunLocked,
     file_system,
+    full_disk_told,
     is_stream,
     run_lock,
     sha256_file,
@@ -27,6 +33,7 @@ from memshare.files import (
     write_atomic,
     write_json,
 )
+from tests.disks import fill_up, small_disk
 
 
 def child(code: str, *arguments: str) -> "subprocess.Popen[str]":
@@ -50,7 +57,7 @@ def test_a_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> Non
     holder = child(HOLD, str(run), "gateway")
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        told = rf"another gateway .*pid {holder.pid}.* its own run\.dir$"
+        told = rf"another gateway .*pid {holder.pid} on {platform.node()}\).* its own run\.dir$"
         refused = pytest.raises(RunLocked, match=told)
         with refused, run_lock(run, "gateway"):
             pytest.fail("two holders")
@@ -61,7 +68,8 @@ def test_a_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> Non
         holder.send_signal(signal.SIGKILL)
         holder.wait(timeout=30)
         with run_lock(run, "gateway"):
-            assert (run / "gateway.lock").read_text() == str(os.getpid())
+            owner = (run / "gateway.lock").read_text()
+            assert owner == f"{os.getpid()} on {platform.node()}"
     finally:
         holder.kill()
         holder.communicate()
@@ -77,6 +85,44 @@ def test_a_folder_that_can_not_be_is_told_in_one_line(tmp_path: Path, below: str
         pytest.fail("held")
 
 
+def test_a_lock_that_there_is_no_room_for_is_told_in_one_line(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        (disk / "mining.lock").touch()
+        fill_up(disk)
+        told = rf"^run\.dir {disk}: no room to write \(.*No space left.*\)$"
+        with pytest.raises(NoRunFolder, match=told), run_lock(disk, "mining"):
+            pytest.fail("held")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """As Lustre's that was mounted without them."""
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    told = (
+        rf"^run\.dir {tmp_path}: can't be locked \(.*{os.strerror(number)}.*mount option is flock"
+    )
+    with pytest.raises(NoRunFolder, match=told), run_lock(tmp_path, "mining"):
+        pytest.fail("held")
+
+
+def test_what_fails_for_want_of_room_is_told_what_to_do() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "shard")
+    for error in (full, sqlite3.OperationalError("database or disk is full")):
+        told = rf"^{re.escape(str(error))}; free some space"
+        with pytest.raises(DiskFull, match=told), full_disk_told():
+            raise error
+    for other in (OSError(errno.EACCES, "Permission denied"), RuntimeError("the disk is full")):
+        with pytest.raises(type(other)) as caught, full_disk_told():
+            raise other
+        assert caught.value is other
+
+
 def test_who_waits_gets_the_lock_when_the_holder_dies(tmp_path: Path) -> None:
     holder = child(HOLD, str(tmp_path), "mining")
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -87,7 +133,8 @@ def test_who_waits_gets_the_lock_when_the_holder_dies(tmp_path: Path) -> None:
         holder.kill()
         assert waiter.stdout is not None
         assert waiter.stdout.readline() == "held\n"
-        assert (tmp_path / "mining.lock").read_text() == str(waiter.pid)
+        owner = (tmp_path / "mining.lock").read_text()
+        assert owner == f"{waiter.pid} on {platform.node()}"
     finally:
         for process in (holder, waiter):
             process.kill()

@@ -89,6 +89,9 @@ def test_death_is_noticed_and_its_last_words_kept(tmp_path: Path) -> None:
     again = supervisor.start("ill", [sys.executable, "-c", "raise SystemExit('again')"])
     again.process.wait(30)
     assert again.tail() == "again"  # and nothing of who had the log before
+    silent = supervisor.start("ill", [sys.executable, "-c", "raise SystemExit(1)"])
+    silent.process.wait(30)
+    assert silent.tail() == "(it wrote nothing, or found no room for it)"
     shutil.rmtree(again.log_file.parent)
     assert "no log" in again.tail()
     up(supervisor, "new", POLITE)
