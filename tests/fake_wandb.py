@@ -19,7 +19,7 @@ _PROJECT = {"id": "UA==", "name": "memshare", "entity": {"id": "RQ==", "name": "
 class FakeWandb(ThreadingHTTPServer):
     """``received``: everything it was sent; once ``silent`` it takes connections and says nothing.
 
-    ``opened`` counts runs.
+    ``opened`` counts runs, ``history`` are the rows of figures that one was sent.
     """
 
     daemon_threads = True
@@ -29,6 +29,7 @@ class FakeWandb(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.received: list[bytes] = []
         self.opened = 0
+        self.history: list[dict[str, Any]] = []
         self.silent = threading.Event()
         self.over = threading.Event()
 
@@ -46,6 +47,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.over.wait()
             return
         self.server.received.append(body)
+        if self.path.endswith("/file_stream"):
+            sent = json.loads(body).get("files") or {}
+            rows = sent.get("wandb-history.jsonl", {"content": []})["content"]
+            self.server.history += map(json.loads, rows)
         answer = json.dumps(self._graphql(body) if self.path == "/graphql" else {}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -65,12 +70,23 @@ class _Handler(BaseHTTPRequestHandler):
             run = {"id": "QQ==", "name": asked["variables"]["name"], "project": _PROJECT}
             data = {"upsertBucket": {"bucket": {**run, "config": "{}"}, "inserted": True}}
         elif found[1] == "RunResumeStatus":
-            data = {"model": {**_PROJECT, "bucket": None}}
+            data = {"model": {**_PROJECT, "bucket": self._bucket()}}
         elif found[1] == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.server.url}/files/{name}"}
                      for name in asked["variables"]["files"]]  # fmt: skip
             data = {"createRunFiles": {"runID": "QQ==", "uploadHeaders": [], "files": files}}
         return {"data": data}
+
+    def _bucket(self) -> dict[str, Any] | None:
+        """What is known of a run that is continued."""
+        if not self.server.history:
+            return None
+        last = {"_step": self.server.history[-1]["_step"], "_runtime": 1}
+        known = {"summaryMetrics": json.dumps(last), "historyTail": json.dumps([json.dumps(last)])}
+        counts = {"historyLineCount": len(self.server.history), "eventsLineCount": 0}
+        names = {"id": "QQ==", "name": "a1", "displayName": "a1", "config": "{}", "tags": []}
+        rest = {"logLineCount": 0, "wandbConfig": '{"t": 1}', "eventsTail": "[]"}
+        return {**names, **known, **counts, **rest}
 
     def log_message(self, *_: object) -> None:
         pass

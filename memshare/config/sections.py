@@ -246,7 +246,8 @@ class EvaluationConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases. ``mode`` ``auto``: online with a key, offline without one.
 
-    ``project``, ``entity`` (None: the key's own) and ``name`` (None: W&B makes one up) of the run.
+    ``project``, ``entity`` (None: the key's own) and ``name`` of the run (None: the folder that is
+    trained into; every round of a loop is a run of its own).
     ``samples``: for so many held-out questions, what the generation before and the new one find is
     shown as a table. Their texts leave the pool for W&B, where deleting a memory does not reach
     them; so none are by default.

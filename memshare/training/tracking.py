@@ -154,9 +154,13 @@ class Tracker:
         )
         self.wandb_dir = str(Path(run.dir).parent)
         self.wandb_url = run.url if self.mode == "online" else None
+        charted: set[str] = set()
         while (entry := self._queue.get()) is not None:
             step, figures = entry
-            run.log({name: _shown(value) for name, value in figures.items()}, step=step)
+            wandb_run.chart(run, figures.keys() - charted)
+            charted |= figures.keys()
+            shown = {name: _shown(value) for name, value in figures.items()}
+            run.log({wandb_run.STEP: step, **shown}, step=step)
         if self.mode == "online":
             self._worth_waiting.clear()
             if wandb_run.service_answers():

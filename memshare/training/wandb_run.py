@@ -7,9 +7,10 @@ nobody asked for: the command line and uncommitted changes, where passwords may 
 
 from __future__ import annotations
 
+import configparser
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ FINISH_SECONDS = 20.0  # for a service that answers
 # So much of an offline copy is lost at most when wandb-core is killed. Private: it may go.
 _FLUSH = {"x_transaction_log_flush_interval": 1.0}
 _CORE = "wandb-core"
+STEP = "training_step"
 _MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 _AWAY = (502, 503, 504)  # what proxies say of a service behind them
 
@@ -35,11 +37,22 @@ def has_key() -> bool:
     """Whether a W&B key is at hand: the environment's, or one that ``wandb login`` left."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    machine = urlsplit(_service()).netloc  # with its port, as there
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(machine) is not None
     except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
         return False  # nothing there, or nothing that can be read: no reason to end a training
+
+
+def _service() -> str:
+    """Where runs go: by the environment, or by what ``wandb login --host`` has left."""
+    if url := os.environ.get("WANDB_BASE_URL"):
+        return url
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    settings = configparser.ConfigParser(interpolation=None)
+    with suppress(configparser.Error, UnicodeDecodeError):  # wandb says so itself
+        settings.read(folder / "settings")
+    return settings.get("default", "base_url", fallback="https://api.wandb.ai")
 
 
 def wandb_mode(config: WandbConfig) -> str:
@@ -112,7 +125,7 @@ def open_run(
             resume="allow",
             project=config.project,
             entity=config.entity,
-            name=config.name,
+            name=config.name or str(folder),
             config=dict(settings),
             dir=str(folder),
             settings=wandb.Settings(
@@ -135,6 +148,16 @@ def open_run(
         log(f"W&B can't be reached ({error}); its run is offline")
         wandb.teardown()  # the run that could not be opened would keep its id from the next
         return start("offline"), "offline"
+
+
+def chart(run: Any, names: Iterable[str]) -> None:
+    """Have the figures of these names drawn over `STEP`, which their entries hold.
+
+    W&B's own step only ever grows: what is told once more, by a training that goes on from before
+    it was killed, has a later one there.
+    """
+    for name in sorted(names):
+        run.define_metric(name, step_metric=STEP)
 
 
 def let_go() -> None:

@@ -34,6 +34,7 @@ def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "no-settings"))
 
 
 def lines(path: Path) -> list[dict[str, float]]:
@@ -61,6 +62,24 @@ def test_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert wandb_mode(auto) == "online"
+
+
+def test_a_service_of_ones_own_is_known_by_its_login(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`wandb login --host` writes its address into one file, and the key for it into another."""
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    host = "wandb.cluster:8080"
+    (tmp_path / "netrc").write_text(f"machine {host} login user password {'0' * 40}")
+    (tmp_path / "netrc").chmod(0o600)
+    assert wandb_mode(WandbConfig()) == "offline"  # no key for W&B's own
+    (tmp_path / "settings").write_text(f"[default]\nbase_url = http://{host}\n")
+    assert wandb_mode(WandbConfig()) == "online"
+    (tmp_path / "settings").write_text("no settings")
+    assert wandb_mode(WandbConfig()) == "offline"
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://{host}")
+    assert wandb_mode(WandbConfig()) == "online"
 
 
 def test_a_key_file_that_can_not_be_read_means_no_key(
@@ -208,6 +227,33 @@ def test_an_online_run_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert str(tracker.wandb["url"]).endswith("/me/memshare/runs/a1")
         sent = b"".join(service.received)
         assert b"0.125" in sent and b"0.0625" in sent
+
+
+def test_steps_that_were_lost_and_told_once_more_are_charted_where_they_belong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after step 10, a training goes on from its checkpoint of step 5; both are offline."""
+    for done, last in ((0, 10), (5, 12)):
+        config = WandbConfig(mode="offline")
+        with Tracker(tmp_path, config, run_id="a1", settings={}, done=done) as tracker:
+            for step in range(done + 1, last + 1):
+                tracker.log(step, {"loss": 1.0 / step})
+            tracker._worth_waiting.wait(60.0)
+        time.sleep(1.1)  # folders are named by the second
+    with fake_wandb() as service:
+        online(monkeypatch, service.url)
+        for folder in sorted((tmp_path / "wandb").glob("offline-run-*")):
+            command = [sys.executable, "-m", "wandb", "sync", str(folder)]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+    told = [(row["training_step"], row["loss"]) for row in service.history]
+    assert told == [(step, 1.0 / step) for step in (*range(1, 11), *range(6, 13))]
+    [*_, last] = (json.loads(body) for body in service.received if b'"UpsertBucket"' in body)
+    metrics = json.loads(last["variables"]["config"])["_wandb"]["value"]["m"]
+    names = [each["1"] for each in metrics]  # "5" is the place, from 1, of what a metric is over
+    over = {each["1"]: names[each["5"] - 1] for each in metrics if "5" in each}
+    assert over == {"loss": "training_step"}
+    # Of a loop's rounds each has a run, which a name that is made up would not tell apart.
+    assert f'"displayName":"{tmp_path}"'.encode() in b"".join(service.received)
 
 
 @pytest.mark.parametrize("fails", [False, True])
