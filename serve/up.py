@@ -54,9 +54,10 @@ def command(program: str, args: argparse.Namespace, *more: str) -> list[str]:
 def check(supervisor: Supervisor, trainer: Restarted | None = None) -> None:
     """Raise `Failed` with its log's end if a part has died, other than the ``trainer``.
 
-    The trainer, too, where its command line or the configuration is wrong. Two may end with 0 while
-    the rest serves on: a trainer that has done ``continual.rounds`` rounds, and serve/llm.py where
-    every LLM server runs already.
+    The trainer, too, where its command line or the configuration is wrong from the start: a file
+    that was edited since is no reason to stop serving. Two may end with 0 while the rest serves on:
+    a trainer that has done ``continual.rounds`` rounds, and serve/llm.py where every LLM server
+    runs already.
     """
     part = supervisor.dead()
     if part is None:
@@ -67,7 +68,9 @@ def check(supervisor: Supervisor, trainer: Restarted | None = None) -> None:
         supervisor.parts.remove(part)
         return
     end = f"{part.name} ended with exit code {code}; the end of {part.log_file}:\n{part.tail()}"
-    if trainer is None or part is not trainer.part or code == EXIT_USAGE:
+    if trainer is None or part is not trainer.part:
+        raise Failed(end)
+    if code == EXIT_USAGE and not trainer.failed_before:
         raise Failed(end)
     pause = trainer.put_off()
     log(f"{end}\nserving goes on; the trainer starts again in {pause:g} s")

@@ -80,6 +80,11 @@ class Restarted:
         self._first, self._pause = first, 0.0
         self._due = self._started = time.monotonic()
 
+    @property
+    def failed_before(self) -> bool:
+        """Whether it was put off already."""
+        return self._pause > 0
+
     def start_if_due(self) -> None:
         """Start it, unless it runs, has ended well, or has to wait."""
         if self.part is None and time.monotonic() >= self._due:

@@ -125,8 +125,13 @@ def test_a_trainer_that_fails_is_started_again_while_serving_goes_on(
         for words in (first, second):
             assert "continual ended with exit code 1" in words
             assert words.split("ended with exit code")[1].count(f"error: {journal}") == 1
+        config = tmp_path / "config.yaml"  # which somebody edits meanwhile, with a slip
+        right = config.read_text()
+        config.write_text(right + "trainin: {}\n")
+        log = wait_for("continual ended with exit code 2", tmp_path, process)
         url = json.loads((tmp_path / "gateway.json").read_text())["url"]
         assert httpx.get(f"{url}/readyz").json()["ready"]
+        config.write_text(right)
         Journal().begin(Round(1, {}, "start")).advance({}, outcome="empty").save(journal)
         log = wait_for("continual has nothing more to do; serving goes on", tmp_path, process)
         assert log.count("started gateway") == 1 < log.count("started continual")

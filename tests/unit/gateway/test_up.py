@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,3 +100,21 @@ def test_asked_to_stop_it_waits_no_longer() -> None:
     waiting = Waiting(lambda now: STARTING)
     waiting.stop = 5.0
     assert waiting(120.0) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "failed_before", "ends"), [(2, False, True), (2, True, False), (1, False, False)]
+)
+def test_only_a_configuration_that_is_wrong_from_the_start_stops_serving(
+    code: int, failed_before: bool, ends: bool
+) -> None:
+    up = runpy.run_path(str(UP))
+    part = SimpleNamespace(
+        name="continual",
+        log_file="its.log",
+        tail=lambda: "",
+        process=SimpleNamespace(returncode=code),
+    )
+    trainer = SimpleNamespace(part=part, failed_before=failed_before, put_off=lambda: 60.0)
+    with pytest.raises(up["Failed"]) if ends else nullcontext():
+        up["check"](SimpleNamespace(dead=lambda: part), trainer)
