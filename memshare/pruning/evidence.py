@@ -23,7 +23,7 @@ from memshare.records import Memory
 from memshare.retrieval.build import MemoryVectors
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.generation import Generation, load_current
-from memshare.training.examples import iteration_dirs, read_examples, round_dirs
+from memshare.training.examples import mined_dirs, read_examples, round_dirs
 
 _BLOCK = 2048
 
@@ -82,7 +82,7 @@ class Evidence:
         sums: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
         labels: str | None = None
         rounds = reversed(round_dirs(self._config.examples_dir))
-        for folder in chain.from_iterable(map(iteration_dirs, rounds)):
+        for folder in chain.from_iterable(map(mined_dirs, rounds)):
             for example in read_examples(folder):
                 if example.pool != self.pool or example.baseline_loglik is None:
                     continue

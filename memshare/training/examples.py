@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from memshare.files import write_atomic, write_json
 from memshare.records import Candidate, Example
+from memshare.training.iterations import iteration_dir, iteration_dirs
 from memshare.training.shard import ExamplesError, read_table
 
 MARKER = "round.json"
@@ -75,8 +76,7 @@ SCHEMA = _schema()
 
 def round_dir(examples_dir: Path, number: int, iteration: int = 1) -> Path:
     """Where an iteration (1, 2, ...) of round ``number`` (1, 2, ...) keeps its examples."""
-    folder = examples_dir / f"{number:06d}"
-    return folder if iteration == 1 else folder / f"iteration-{iteration}"
+    return iteration_dir(examples_dir / f"{number:06d}", iteration)
 
 
 def round_dirs(examples_dir: Path) -> list[Path]:
@@ -84,9 +84,9 @@ def round_dirs(examples_dir: Path) -> list[Path]:
     return sorted(path.parent for path in examples_dir.glob(f"[0-9]*/{MARKER}"))
 
 
-def iteration_dirs(folder: Path) -> list[Path]:
-    """The finished iterations of the round in ``folder``, which is the first of them."""
-    return [folder, *sorted(path.parent for path in folder.glob(f"iteration-*/{MARKER}"))]
+def mined_dirs(folder: Path) -> list[Path]:
+    """The finished iterations of the finished round in ``folder``, which is the first of them."""
+    return [path for path in iteration_dirs(folder) if (path / MARKER).exists()]
 
 
 def held_out_dir(folder: Path) -> Path:

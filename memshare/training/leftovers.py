@@ -19,6 +19,7 @@ from memshare.progress import log
 from memshare.retrieval.manifest import DamagedGeneration, first_with
 from memshare.retrieval.shelf import numbers, read_current
 from memshare.training.examples import round_dir
+from memshare.training.iterations import iteration_dirs
 from memshare.training.journal import Journal
 from memshare.training.rounds import training_dir
 
@@ -74,10 +75,8 @@ def _read_again(config: Config, journal: Journal) -> set[int]:
 
 
 def _weights(folder: Path) -> Iterator[Path]:
-    """What there is of them in a round's folder: the first iteration's, and later ones'."""
-    for name in _WEIGHTS:
-        yield from folder.glob(name)
-        yield from folder.glob(f"iteration-*/{name}")
+    """What there may be of them in a round's folder: the first iteration's, and later ones'."""
+    yield from (path / name for path in iteration_dirs(folder) for name in _WEIGHTS)
 
 
 def _is_in(folder: Path, name: str) -> bool:

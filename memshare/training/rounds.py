@@ -21,6 +21,7 @@ from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.manifest import first_with, folder_name
 from memshare.retrieval.shelf import read_current
 from memshare.training.examples import read_marker, round_dir, round_dirs
+from memshare.training.iterations import iteration_dirs
 from memshare.training.journal import Journal, Round, Span, read_spans
 from memshare.training.shard import ExamplesError
 
@@ -105,8 +106,9 @@ def training_dir(run_dir: Path, number: int, iteration: int = 1) -> Path:
 
 def latest_encoder(run_dir: Path) -> Path:
     """The encoder that training wrote last. Raises `EncoderError` if there is none."""
-    home = run_dir / "training"
-    found = sorted([*home.glob("[0-9]*/encoder"), *home.glob("[0-9]*/iteration-*/encoder")])
+    rounds = sorted((run_dir / "training").glob("[0-9]*"))
+    trained = (path / "encoder" for folder in rounds for path in iteration_dirs(folder))
+    found = [path for path in trained if path.exists()]
     if not found:
         raise EncoderError(
             f"{run_dir / 'training'}: no trained encoder; run train/contrastive.py, or give "

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from memshare.config import MiningConfig
+from memshare.training.iterations import iteration_of
 
 LABELS = get_args(MiningConfig.model_fields["labels"].annotation)
 _LISTED = "candidates"
@@ -55,12 +56,11 @@ def _again(path: Path) -> str:
     if inside is None:
         return "write it again"
     command = f"run train/mine.py --round {inside.name}"
-    later = next((f.name for f in path.parents if f.name.startswith("iteration-")), None)
-    if later is None:
+    if (iteration := iteration_of(path)) == 1:
         return command
     return (
-        f"{command} --iteration {later.removeprefix('iteration-')} --proposer FOLDER, with the "
-        "encoder that the iteration before it has trained"
+        f"{command} --iteration {iteration} --proposer FOLDER, with the encoder that the iteration "
+        "before it has trained"
     )
 
 
