@@ -13,9 +13,17 @@ _TAG = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """PyYAML's, but for what it has of YAML 1.1 alone, and for keys that stand twice.
 
-    Dates and ``on``, ``off``, ``yes`` and ``no`` are text, which is what settings want: a switch
-    takes those words too, and ``retriever.gpu: on`` is no truth value.
+    Dates, times and ``on``, ``off``, ``yes`` and ``no`` are text, which is what settings want: a
+    switch takes those words too, and ``retriever.gpu: on`` is no truth value.
     """
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        """Without base 60, in which 24:00:00 is 86400."""
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: Any) -> Any:
+        """As an int."""
+        return node.value if ":" in node.value else super().construct_yaml_float(node)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -36,6 +44,8 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver(
     f"{_TAG}bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
+_Loader.add_constructor(f"{_TAG}int", _Loader.construct_yaml_int)
+_Loader.add_constructor(f"{_TAG}float", _Loader.construct_yaml_float)
 
 
 def parse(text: str) -> Any:

@@ -88,7 +88,11 @@ def load_site(path: Path) -> Site:
     try:
         return Site.model_validate(parse(path.read_text(encoding="utf-8")) or {})
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in error.errors()]
+        lines = [
+            f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}"
+            + ("; put it into quotes" if e["type"] == "string_type" else "")
+            for e in error.errors()
+        ]
         raise ConfigError(f"{path}: {len(lines)} problem(s)\n" + "\n".join(lines)) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: can't be read: {error}") from error

@@ -75,6 +75,19 @@ def test_a_site_file_is_checked_as_a_whole(tmp_path: Path) -> None:
             render("train", Site(), [option], [])
 
 
+def test_a_time_is_none_of_yaml_s_numbers_and_a_number_is_told_to_be_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text("time: 24:00:00\n")
+    assert "--time=24:00:00" in load_site(path).options
+    path.write_text("account: 2001\nenv: {MEMSHARE_PROCESSES: 4}\ngpus_per_node: -1\n")
+    with pytest.raises(ConfigError) as caught:
+        load_site(path)
+    told = str(caught.value)
+    assert "account: Input should be a valid string; put it into quotes\n" in told
+    assert "env.MEMSHARE_PROCESSES: Input should be a valid string; put it into quotes" in told
+    assert told.count("quotes") == 2
+
+
 def test_the_example_is_a_site() -> None:
     site = load_site(ROOT / "slurm" / "site.example.yaml")
     assert site.gpus_per_node == 8 and "--account=my-project" in site.options
