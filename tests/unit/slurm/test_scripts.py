@@ -151,6 +151,25 @@ def test_an_earlier_result_is_kept_and_never_taken_for_ones_own(
     assert ("ended without a result" in log) == (code == 1)
 
 
+@pytest.mark.parametrize("when, code", [("2026-12-01T07:38:30", 0), ("None", 1)])
+def test_ranks_that_preemption_ends_before_they_could_stop_are_no_failure(
+    env: dict[str, str], tmp_path: Path, when: str, code: int
+) -> None:
+    """They still started, or a step took longer than their launcher waits."""
+    told = f'"show job --oneliner 17") echo "JobId=17 PreemptTime={when} SuspendTime=None" ;;'
+    script = SCONTROL.replace(
+        "*)", f'{told}\n    "requeue 17") touch {tmp_path}/requeued ;;\n    *)'
+    )
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{script}")
+    (tmp_path / "srun").write_text("#!/bin/bash\nexit 143\n")
+    (tmp_path / "srun").chmod(0o755)
+    env |= {"SLURM_JOB_NAME": "train", "MEMSHARE_LOGS": str(tmp_path / "logs")}
+    env |= {"SLURM_NNODES": "2", "MEMSHARE_PYTHON": sys.executable}
+    done = run(env, f"{ROOT}/slurm/train.sbatch", "--output", str(tmp_path / "out"))
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "requeued").exists() == (code == 0)
+
+
 def test_a_task_of_an_array_requeues_itself_alone(env: dict[str, str]) -> None:
     """The last one has the array's own number, by which SLURM would requeue all tasks."""
     assert "no such thing: requeue 17\n" in common(env, "requeue").stderr
