@@ -28,6 +28,7 @@ from memshare.llm.base import LLMError
 from memshare.llm.plan import gpus_left, plan_servers
 from memshare.progress import log
 from memshare.stopping import on_stop
+from memshare.training.child import check_gpus
 from memshare.training.labels import check_labels
 from memshare.training.outcome import EXIT_USAGE
 
@@ -111,6 +112,8 @@ def run(config: Config, args: argparse.Namespace, supervisor: Supervisor, stoppi
     env = shared_cores()
     if uses_vllm and not args.no_llm:
         if left := gpus_left(plan_servers(config)):
+            if not args.no_train:  # or the first training would find out, hours later
+                check_gpus(config.continual, len(left.split(",")))
             log(f"GPUs: {left} for trainer and searcher, the others for LLMs")
             env["CUDA_VISIBLE_DEVICES"] = left
         supervisor.start("llm", command("serve/llm.py", args))

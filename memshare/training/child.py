@@ -24,6 +24,7 @@ import yaml
 
 from memshare.children import Child, members, stop_session
 from memshare.config import ConfigError, ContinualConfig, shown_command
+from memshare.llm.plan import visible_gpus
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 30.0  # to save a checkpoint after SIGTERM
@@ -50,13 +51,32 @@ class Stopped(RuntimeError):
 def check_launch(config: ContinualConfig) -> None:
     """Raise `ConfigError` for what a round's training would find hours later.
 
-    That is a configuration that accelerate does not find, or GPUs that torch can't use. Here and
-    not with the other settings, which programs read that train nothing, and elsewhere.
+    That is a configuration that accelerate does not find, GPUs that torch can't use, or fewer than
+    processes. Here and not with the other settings, which programs read that train nothing, and
+    elsewhere.
     """
-    gpu_precision()
-    path = config.accelerate_config
-    if path is not None and not path.is_file():
-        raise ConfigError(f"continual.accelerate_config: no file {path}, seen from {Path.cwd()}")
+    if gpu_precision() is not None:
+        check_gpus(config, len(visible_gpus()))
+    _read(config.accelerate_config)
+
+
+def check_gpus(config: ContinualConfig, gpus: int) -> None:
+    """Raise `ConfigError` where a round's training has more processes than ``gpus`` are for it."""
+    told = _read(config.accelerate_config)
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"}
+    if _processes(config) > gpus and not (told.get("use_cpu") or on_cpu):
+        by = "num_processes" if config.num_processes else "accelerate_config"
+        raise ConfigError(
+            f"continual.{by}: {_processes(config)} processes, and {gpus} GPU(s) for them; set "
+            f"continual.num_processes to {gpus}, or leave the trainer more"
+        )
+
+
+def _processes(config: ContinualConfig) -> int:
+    """How many of them train and encode on this machine."""
+    told = _read(config.accelerate_config)
+    here = int(told.get("num_processes") or 1) // int(told.get("num_machines") or 1)
+    return config.num_processes or here
 
 
 def accelerate_command(config: ContinualConfig, *, always: bool = True) -> list[str]:
@@ -69,14 +89,12 @@ def accelerate_command(config: ContinualConfig, *, always: bool = True) -> list[
         return [sys.executable]
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if config.accelerate_config is not None:
-        told = _read(config.accelerate_config)
-        here = int(told.get("num_processes") or 1) // int(told.get("num_machines") or 1)
         command += ["--config_file", str(config.accelerate_config)]
-        command += _threads(config.num_processes or here)
+        command += _threads(_processes(config))
         if config.num_processes is None:
             return command
         command += ["--num_processes", str(processes)]
-        single = processes > 1 and _starts_one(told)
+        single = processes > 1 and _starts_one(_read(config.accelerate_config))
         return [*command, *_SEVERAL] if single else command
     command += ["--num_processes", str(processes), "--num_machines", "1"]
     precision = gpu_precision()
@@ -95,9 +113,16 @@ def _threads(processes: int) -> list[str]:
     return ["--num_cpu_threads_per_process", str(threads)]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What is in a configuration of accelerate's."""
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+def _read(path: Path | None) -> dict[str, Any]:
+    """What is in a configuration of accelerate's, if there is one. Raises `ConfigError`."""
+    try:
+        settings = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"continual.accelerate_config: no file {path}, seen from {Path.cwd()}"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"continual.accelerate_config: {path}: {error}") from error
     return settings if isinstance(settings, dict) else {}
 
 

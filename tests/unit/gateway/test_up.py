@@ -118,3 +118,32 @@ def test_only_a_configuration_that_is_wrong_from_the_start_stops_serving(
     trainer = SimpleNamespace(part=part, failed_before=failed_before, put_off=lambda: 60.0)
     with pytest.raises(up["Failed"]) if ends else nullcontext():
         up["check"](SimpleNamespace(dead=lambda: part), trainer)
+
+
+def test_a_trainer_that_gets_too_few_gpus_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    config = tmp_path / "config.yaml"
+    llm = "{backend: vllm, model: m, url: 'http://127.0.0.1:1', server: {tensor_parallel_size: 2}}"
+    config.write_text(
+        f"run: {{dir: {tmp_path}}}\nagent_llm: {llm}\nscorer_llm: {llm}\n"
+        "continual: {num_processes: 2}\n"
+    )
+    up = runpy.run_path(str(UP))
+
+    class Started(Exception):
+        pass
+
+    def start(*_: object) -> None:
+        raise Started
+
+    supervisor = SimpleNamespace(start=start, stop=lambda: True)
+    known = up["main"].__globals__
+    known |= {"Supervisor": lambda *_: supervisor, "on_stop": lambda _: None}
+    assert up["main"](["--config", str(config)]) == 1
+    assert "continual.num_processes: 2 processes, and 1 GPU(s)" in capsys.readouterr().err
+    for fits in (["--no-train"], ["--set", "continual.num_processes=1"]):
+        with pytest.raises(Started):
+            up["main"](["--config", str(config), *fits])

@@ -108,6 +108,34 @@ def test_the_loop_does_not_start_with_gpus_that_torch_cannot_use(
         child.check_launch(ContinualConfig())
 
 
+def test_more_processes_than_gpus_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first training would find out, once a round is mined."""
+    monkeypatch.setattr(child, "gpu_precision", lambda: "bf16")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    two, on_cpu = (ROOT / "configs/accelerate" / name for name in ("loop.yaml", "cpu2.yaml"))
+    with pytest.raises(ConfigError, match=r"^continual\.num_processes: 2 processes, and 1 GPU"):
+        child.check_launch(ContinualConfig(num_processes=2))
+    with pytest.raises(ConfigError, match=r"^continual\.accelerate_config: 2 processes, and 1 GPU"):
+        child.check_launch(ContinualConfig(accelerate_config=two))
+    child.check_launch(ContinualConfig(accelerate_config=two, num_processes=1))
+    child.check_launch(ContinualConfig(accelerate_config=on_cpu))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    child.check_launch(ContinualConfig(accelerate_config=two))
+    monkeypatch.setattr(child, "gpu_precision", lambda: None)
+    child.check_launch(ContinualConfig(num_processes=4))
+
+
+def test_a_configuration_of_accelerates_that_can_not_be_read_is_told_at_the_start(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "own.yaml"
+    for content in (b"num_processes: [", b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"^continual\.accelerate_config: {path}: "):
+            child.check_launch(ContinualConfig(accelerate_config=path))
+
+
 def test_float32_on_a_gpu_is_told_with_the_way_to_bf16() -> None:
     assert precision.described(False, "cpu") == "float32"
     assert precision.described(True, "cuda") == "bf16 autocast over float32 weights"
