@@ -29,6 +29,7 @@ FINISH_SECONDS = 20.0  # for a service that answers
 _FLUSH = {"x_transaction_log_flush_interval": 1.0}
 _CORE = "wandb-core"
 STEP = "training_step"
+_NAME_CHARS = 128  # a path may be longer than what W&B takes for a name
 _MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 _AWAY = (502, 503, 504)  # what proxies say of a service behind them
 
@@ -125,7 +126,7 @@ def open_run(
             resume="allow",
             project=config.project,
             entity=config.entity,
-            name=config.name or str(folder),
+            name=config.name or str(folder)[-_NAME_CHARS:],
             config=dict(settings),
             dir=str(folder),
             settings=wandb.Settings(
