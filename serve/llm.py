@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
@@ -84,8 +85,9 @@ def run(config: Config, plans: list[ServerPlan]) -> int:
             log("stopping")
         return 0
     finally:
-        for server in servers:
-            server.stop()
+        # At once: who stops this program waits for so long, and would leave them behind.
+        with ThreadPoolExecutor(max(1, len(servers))) as threads:
+            list(threads.map(lambda server: server.stop(), servers))
 
 
 def main(argv: list[str] | None = None) -> int:

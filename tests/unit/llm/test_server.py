@@ -9,7 +9,8 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -335,3 +336,22 @@ def test_a_replica_that_dies_is_started_again(lm_folder: Path, tmp_path: Path) -
         child.terminate()
         _, told = child.communicate(timeout=40)
     assert child.returncode == 0 and "died with code -9; started again" in told
+
+
+def test_servers_are_stopped_at_once(lm_folder: Path) -> None:
+    """One after the other takes longer than who stops serve/llm.py waits, which kills it then."""
+    program = runpy.run_path(str(ROOT / "serve" / "llm.py"))["run"]
+    config = _config(lm_folder, agent={"url": "http://127.0.0.1:8102"})
+    stopping, together = [], Barrier(2)
+    stubs = {
+        "Server": lambda *_: SimpleNamespace(log="log", start=lambda: None, stop=stop),
+        "serves": lambda _: False,
+        "on_stop": stopping.append,
+        "wait_ready": lambda *_: stopping[0]("SIGTERM"),
+    }
+
+    def stop() -> None:
+        together.wait(10.0)  # raises where the other is not being stopped, too
+
+    program.__globals__.update(stubs)
+    assert program(config, plan_servers(config)) == 0
