@@ -55,9 +55,9 @@ def check_launch(config: ContinualConfig) -> None:
     processes. Here and not with the other settings, which programs read that train nothing, and
     elsewhere.
     """
-    if gpu_precision() is not None:
-        check_gpus(config, len(visible_gpus()))
     _read(config.accelerate_config)
+    if gpu_precision() is not None and (gpus := len(visible_gpus())):  # else nobody has counted
+        check_gpus(config, gpus)
 
 
 def check_gpus(config: ContinualConfig, gpus: int) -> None:

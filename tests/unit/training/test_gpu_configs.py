@@ -122,6 +122,9 @@ def test_more_processes_than_gpus_are_refused_at_the_start(monkeypatch: pytest.M
     child.check_launch(ContinualConfig(accelerate_config=on_cpu))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
     child.check_launch(ContinualConfig(accelerate_config=two))
+    with monkeypatch.context() as patch:
+        patch.setattr(child, "visible_gpus", list)  # as without nvidia-smi, or with AMD's
+        child.check_launch(ContinualConfig(num_processes=4))
     monkeypatch.setattr(child, "gpu_precision", lambda: None)
     child.check_launch(ContinualConfig(num_processes=4))
 
