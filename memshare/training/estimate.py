@@ -32,10 +32,11 @@ class Estimate:
     """Counts, and bytes on each process; the activations' part is a rule (`activations`).
 
     ``frozen_bytes``: the vectors of all docs, where the memories' tower does not learn.
-    ``precision``: in words. ``free_bytes``: what a process can have of its device's memory, its
-    weights included.
+    ``encoder`` and ``precision``: in words. ``free_bytes``: what a process can have of its device's
+    memory, its weights included.
     """
 
+    encoder: str
     parameters: int
     trainable: int
     examples: int
@@ -66,6 +67,7 @@ class Estimate:
         each = ", ".join(f"{name} {size // mib:,}" for name, size in parts.items())
         return "\n".join(
             (
+                self.encoder,
                 f"model: {self.parameters:,} parameters, {self.trainable:,} trainable",
                 f"data: {self.examples:,} examples, {self.steps:,} steps of about "
                 f"{self.tokens_per_step:,} tokens over all processes",
@@ -108,6 +110,7 @@ def estimate(
     rows = min(TILE_ROWS, -(-len(batch.rows) // processes))
     weights = everything * _FLOAT
     return Estimate(
+        encoder=str(encoder),
         parameters=everything,
         trainable=trainable,
         examples=len(batches.items),

@@ -4,8 +4,9 @@ Model FLOPs after PaLM (Chowdhery et al. 2022, appendix B), embeddings left out:
 ``2 N`` in the forward pass and twice that in the backward pass, N being the weights of the matrix
 products, and a sequence of T tokens another ``12 L d T`` a token for attention (L layers of width
 d; both passes, all pairs of tokens). A weight that is not trained saves the product that would be
-its gradient. Padding and the second forward pass of gradient caching do not count: what counts is
-what the model needs, not what the hardware did.
+its gradient. Dense layers after the pooling, which see a text and not a token, are left out, too.
+Padding and the second forward pass of gradient caching do not count: what counts is what the model
+needs, not what the hardware did.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from memshare.arrays import Ints
+from memshare.retrieval import dense
 
 # Dense bf16 tensor-core FLOP/s by words of `torch.cuda.get_device_name`, from the maker's data
 # sheets (figures with sparsity halved); a name's first match counts.
@@ -40,8 +42,9 @@ class ModelCost:
     @classmethod
     def of(cls, model: Any) -> ModelCost:
         """That of a transformers model, with or without adapters."""
-        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in tables]
+        out = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        out |= {id(p) for layer in dense.of(model) for p in layer.parameters()}
+        matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in out]
         return cls(
             weights=sum(p.numel() for p in matrices),
             trainable=sum(p.numel() for p in matrices if p.requires_grad),

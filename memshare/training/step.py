@@ -81,6 +81,7 @@ class ContrastiveStep:
         self._packed = packing.enable(towers, world.device, half=half, dropout=config.dropout)
         if world.main:
             how = "packed without padding" if self._packed else "padded to the longest"
+            log(str(encoder))
             log(f"texts are {how}; computing in {described(half, world.device.type)}")
         self._cost = ModelCost.of(encoder.tower("query"))
         self._peak = bf16_peak(world.device) if half else None

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from memshare.config import LoRAConfig
+from memshare.retrieval.dense import Dense
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.ragged import Ragged
 from memshare.training.flops import ModelCost, _peak, bf16_peak
@@ -53,6 +54,13 @@ def test_frozen_weights_cost_no_gradient(encoder: Encoder) -> None:
     done = counted(encoder, 20, backward=True)
     assert done <= adapted.step(lengths) <= done + first
     assert adapted.step(lengths) < whole.step(lengths)
+
+
+def test_what_comes_after_the_pooling_is_no_tokens_work(encoder: Encoder) -> None:
+    without = ModelCost.of(encoder.model)
+    layer = Dense(torch.nn.Linear(encoder.dim, 2 * encoder.dim), torch.nn.Tanh())
+    encoder.model.add_module("dense_after_pooling", torch.nn.Sequential(layer))
+    assert ModelCost.of(encoder.model) == without
 
 
 @pytest.mark.parametrize(
