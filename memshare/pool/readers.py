@@ -6,13 +6,16 @@ Lines count from 1; a data set's line is its row. Nothing here holds more than o
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
-from collections.abc import Generator, Mapping
+import zlib
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from memshare.pool.errors import InvalidMemory, TransferError
 from memshare.pool.mapping import Mappings, check_columns, from_strings
@@ -33,7 +36,7 @@ Rows = Generator[tuple[int, object], None, None]
 
 def read_jsonl(path: Path) -> Rows:
     """One JSON value a line; blank lines are skipped, a byte order mark is ignored."""
-    with open_file(path) as handle:
+    with _told_if_torn(path), open_file(path) as handle:
         number = 0
         while line := handle.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -67,22 +70,42 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def read_csv(path: Path, mapping: Mappings) -> Rows:
-    """Records of a CSV file with a header line, as RFC 4180 has it, in UTF-8.
+    """Memories of a CSV file, whose header has their fields or the mapped columns.
 
-    Raises `TransferError` if the header lacks a mapped column.
+    Raises `TransferError` if the header lacks one.
+    """
+    for number, record in read_records(path, lambda head: check_columns(str(path), head, mapping)):
+        if isinstance(record, BadRow):
+            yield number, record
+            continue
+        try:
+            yield number, from_strings(record, mapping)
+        except InvalidMemory as error:
+            yield number, BadRow(str(error))
+
+
+def read_records(
+    path: Path, check: Callable[[list[str]], None], delimiter: str = ","
+) -> Generator[tuple[int, dict[str, str] | BadRow]]:
+    """Records, by column, of a CSV file with a header line, as RFC 4180 has it, in UTF-8.
+
+    ``check`` is given the header before any of them.
     """
     # By itself csv gives up at 128 KiB, within the field, and takes its next line for a record.
     csv.field_size_limit(MAX_LINE_BYTES)
     # Bytes that are no UTF-8 come through as lone surrogates, so that they spoil only their record.
-    with TextIOWrapper(open_file(path), "utf-8-sig", "surrogateescape", newline="") as handle:
-        records = csv.reader(handle, strict=True)
+    with (
+        _told_if_torn(path),
+        TextIOWrapper(open_file(path), "utf-8-sig", "surrogateescape", newline="") as handle,
+    ):
+        records = csv.reader(handle, strict=True, delimiter=delimiter)
         try:
             header = next(records, None)
         except csv.Error as error:
             raise TransferError(f"{path}: line 1: {error}") from None
         if header is None:
             return
-        check_columns(str(path), header, mapping)
+        check(header)
         while True:
             number = records.line_num + 1
             try:
@@ -93,18 +116,15 @@ def read_csv(path: Path, mapping: Mappings) -> Rows:
                 yield number, BadRow(f"bad CSV: {error}")
                 continue
             if record:
-                yield number, _csv_row(header, record, mapping)
+                yield number, _csv_row(header, record)
 
 
-def _csv_row(header: list[str], record: list[str], mapping: Mappings) -> object:
+def _csv_row(header: list[str], record: list[str]) -> dict[str, str] | BadRow:
     if len(record) != len(header):
         return BadRow(f"{len(record)} columns, but the header has {len(header)}")
     if any(_ESCAPED_BYTE.search(text) for text in record):
         return BadRow("not UTF-8")
-    try:
-        return from_strings(dict(zip(header, record, strict=True)), mapping)
-    except InvalidMemory as error:
-        return BadRow(str(error))
+    return dict(zip(header, record, strict=True))
 
 
 def read_dataset(name: str, mapping: Mappings, split: str, subset: str | None) -> Rows:
@@ -153,8 +173,18 @@ def _name_labels(row: Mapping[str, Any], labels: Mapping[str, Any]) -> object:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open for reading; raises `TransferError`."""
+    """Open for reading, through gzip where its name ends so; raises `TransferError`."""
     try:
+        if path.suffix == ".gz":
+            return cast(BinaryIO, gzip.open(path, "rb"))
         return path.open("rb")
     except OSError as error:
         raise TransferError(f"{path}: can't be read: {error.strerror}") from error
+
+
+@contextmanager
+def _told_if_torn(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise TransferError(f"{path}: no whole gzip file: {error}") from error

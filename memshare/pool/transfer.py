@@ -117,7 +117,7 @@ def import_memories(
 def detect(source: str) -> Format:
     """The format that a source's name tells; raises `TransferError` for a file it can't tell of."""
     path = Path(source)
-    suffix = path.suffix.lower()
+    suffix = Path(source.removesuffix(".gz")).suffix.lower()
     if suffix in (".jsonl", ".ndjson", ".csv"):
         return "csv" if suffix == ".csv" else "jsonl"
     if path.is_file():

@@ -1,17 +1,18 @@
 """Training examples from elsewhere: queries with texts that answer them and texts that do not.
 
-One JSON object a line, ``{"query": str, "pos": [str, ...], "neg": [str, ...]}``, the form in which
-FlagEmbedding and many published retrieval sets come. They become a folder of examples as mining
+Rows ``{"query": str, "pos": [str, ...], "neg": [str, ...]}``, the form of FlagEmbedding and many
+published retrieval sets; `foreign` reads others so. They become a folder of examples as mining
 writes it, with given labels: every ``pos`` is a positive, and every ``neg`` a hard negative, the
 first ones first. A text is what the encoder reads of a memory. ``pos_scores`` and ``neg_scores``, a
 number a text, are what a teacher (a cross-encoder, say) thinks of them: they are distilled with
 ``training.distill_weight``, and of more than ``training.positives`` the best are taken. Other keys
-are ignored.
+are ignored; of ``prompt``, an instruction of the query's own, that is told.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -27,9 +28,10 @@ from pydantic import (
 )
 
 from memshare.pool.errors import TransferError
-from memshare.pool.readers import BadRow, read_jsonl
-from memshare.progress import track
+from memshare.pool.readers import BadRow
+from memshare.progress import log, track
 from memshare.records import Candidate, Example, answer_key
+from memshare.training import foreign
 from memshare.training.examples import MARKER, shard_path, write_marker, write_shard
 from memshare.training.shard import ExamplesError
 
@@ -55,6 +57,7 @@ class Row(BaseModel):
     neg: tuple[Text, ...] = ()
     pos_scores: tuple[FiniteFloat, ...] | None = None
     neg_scores: tuple[FiniteFloat, ...] | None = None
+    prompt: object = None
 
     @model_validator(mode="after")
     def _a_score_each(self) -> Self:
@@ -79,16 +82,17 @@ class Row(BaseModel):
         return list(zip((*self.pos, *self.neg), labels, strict=True))
 
 
-def import_examples(path: Path, folder: Path, pool: str) -> int:
+def import_examples(path: Path, folder: Path, pool: str, split: str = "train") -> int:
     """Write the rows of ``path`` as a finished round of examples; returns how many there are.
 
-    ``pool`` is the data set's name: negatives within a batch come from one pool alone. Not more
-    than a shard is in memory. Raises `ExamplesError` naming the line that can't be used, or where
-    ``folder`` has examples already.
+    ``pool`` is the data set's name: negatives within a batch come from one pool alone. ``split`` is
+    of a folder of BEIR's. Of a file not more than a shard is in memory. Raises `ExamplesError`
+    naming the line that can't be used, or where ``folder`` has examples already.
     """
     if (folder / MARKER).exists():
         raise ExamplesError(f"{folder}: has examples already; give another folder")
-    examples = _examples(path, pool)
+    prompts: Counter[str] = Counter()
+    examples = _examples(path, pool, split, prompts)
     count = shards = 0
     while shard := list(islice(examples, SHARD)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,20 +101,29 @@ def import_examples(path: Path, folder: Path, pool: str) -> int:
     if not count:
         raise ExamplesError(f"{path}: has no rows")
     write_marker(folder, {"round": 1, "shards": shards, "examples": count, "labels": "given"})
+    if prompts:
+        often, _ = prompts.most_common(1)[0]
+        log(
+            f"{prompts.total()} rows have a prompt, which no query is given: what comes before "
+            f"every query is encoder.query_prefix, such as {often!r}"
+        )
     return count
 
 
-def _examples(path: Path, pool: str) -> Iterator[Example]:
+def _examples(path: Path, pool: str, split: str, prompts: Counter[str]) -> Iterator[Example]:
     try:
-        for line, found in track(read_jsonl(path), f"importing {path.name}"):
+        for line, found in track(foreign.read_rows(path, split), f"importing {path.name}"):
             if isinstance(found, BadRow):
                 raise ExamplesError(f"{path}:{line}: {found.reason}")
             try:
-                yield _example(Row.model_validate(found), line, pool)
+                row = Row.model_validate(found)
             except ValidationError as error:
                 first = error.errors()[0]
                 where = ".".join(map(str, first["loc"])) or "the row"
                 raise ExamplesError(f"{path}:{line}: {where}: {first['msg']}") from None
+            if row.prompt:
+                prompts[str(row.prompt)] += 1
+            yield _example(row, line, pool)
     except TransferError as error:
         raise ExamplesError(str(error)) from error
 

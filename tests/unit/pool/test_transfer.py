@@ -1,5 +1,6 @@
 """Imports and exports: what is taken, what is reported, and that both stream."""
 
+import gzip
 import json
 import os
 import tracemalloc
@@ -134,6 +135,15 @@ def test_a_named_pipe_is_opened_once(store: PoolStore, tmp_path: Path, fmt: Form
         wrote = thread.submit(path.write_text, rows[fmt])
         assert counts(import_memories(store, "main", path, fmt)) == (1, 0, 0)
         assert wrote.result(timeout=60)
+
+
+def test_files_packed_by_gzip(store: PoolStore, write: Write) -> None:
+    rows = b'{"prompt": "a", "answer": "b"}\n', b"prompt,answer\nc,d\ne,f\n"
+    packed = [gzip.compress(content) for content in rows]
+    assert counts(import_memories(store, "main", write("f.jsonl.gz", packed[0]))) == (1, 0, 0)
+    assert counts(import_memories(store, "main", write("f.csv.gz", packed[1]))) == (2, 0, 0)
+    with pytest.raises(TransferError, match=r"g\.csv\.gz: no whole gzip file"):
+        import_memories(store, "main", write("g.csv.gz", packed[1][:-9]))
 
 
 def test_chat_rows_are_one_exchange(store: PoolStore, write: Write) -> None:
