@@ -3,9 +3,9 @@
 A file has a row a line, or record: JSON lines, CSV or TSV with a header (each also compressed,
 ``.gz``), or Parquet. A row is in that form (FlagEmbedding's), or has columns as
 sentence-transformers' data sets: ``anchor`` (or ``query``, ``question``), ``positive`` (or
-``answer``), and ``negative``, ``negative_1`` and so on, where there are any. A folder is one of
-BEIR's: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/SPLIT.tsv``; a query's judgements are its
-row.
+``answer``), and ``negative``, ``negative_1`` and so on, where there are any; or it is Tevatron's,
+with ``positive_passages`` and ``negative_passages``. A folder is one of BEIR's: ``corpus.jsonl``,
+``queries.jsonl`` and ``qrels/SPLIT.tsv``; a query's judgements are its row.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from memshare.pool.readers import BadRow, read_jsonl, read_records
 Rows = Iterator[tuple[int, object]]
 
 _QUERIES = ("query", "anchor", "question")
-_POSITIVES = ("positive", "answer")
-_NEGATIVE = re.compile(r"negative(_\d+)?")
+_POSITIVES = ("positive", "answer", "positive_passages")
+_NEGATIVE = re.compile(r"negative(_\d+|_passages)?")
 # Of a pair, or of a triplet's difference: what they mean, a number can't tell.
 _VERDICTS = ("score", "scores", "label", "labels", "similarity")
 
@@ -77,7 +77,14 @@ def _one_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str | BadRow:
 
 def _texts(value: object) -> list[object]:
     """A column's texts: it, or the list that it is; rows with fewer negatives leave some empty."""
-    return [text for text in (value if isinstance(value, list) else [value]) if text]
+    return [_text(one) for one in (value if isinstance(value, list) else [value]) if one]
+
+
+def _text(passage: object) -> object:
+    """A passage with a title as one text, as BEIR's own code reads it; any other as it is."""
+    if isinstance(passage, dict) and isinstance(passage.get("text"), str):
+        return f"{passage.get('title') or ''} {passage['text']}".strip()
+    return passage
 
 
 def _read_parquet(path: Path) -> Rows:
@@ -145,17 +152,17 @@ def _judgements(folder: Path, split: str) -> dict[str, dict[str, float]]:
     return judged
 
 
-def _part(folder: Path, name: str, wanted: set[str]) -> dict[str, str]:
-    """Texts by id, of ``wanted`` alone; a title comes before its text, as in BEIR's own code."""
+def _part(folder: Path, name: str, wanted: set[str]) -> dict[str, object]:
+    """Texts by id, of ``wanted`` alone."""
     path = folder / f"{name}.jsonl"
     if not path.is_file() and path.with_name(f"{path.name}.gz").is_file():
         path = path.with_name(f"{path.name}.gz")
-    texts: dict[str, str] = {}
+    texts: dict[str, object] = {}
     for number, row in read_jsonl(path):
         if isinstance(row, BadRow):
             raise TransferError(f"{path}:{number}: {row.reason}")
         if not isinstance(row, dict) or not isinstance(row.get("text"), str) or "_id" not in row:
             raise TransferError(f"{path}:{number}: wanted: _id, text, and title if there is one")
         if str(row["_id"]) in wanted:
-            texts[str(row["_id"])] = f"{row.get('title') or ''} {row['text']}".strip()
+            texts[str(row["_id"])] = _text(row)
     return texts

@@ -71,11 +71,17 @@ def test_negatives_are_in_their_columns_order_and_may_be_fewer(tmp_path: Path) -
         {"query": "q", "answer": "a", **many, "id": 7},
         {"question": "r", "positive": ["a", "b"], "negative_1": None, "negative_2": ""},
         {"query": "s", "pos": ["a"], "neg": ["n"], "score": 0.5, "type": "normal"},
-    ]
+        {
+            "query_id": "7", "query": "t", "answers": [],
+            "positive_passages": [{"docid": "1", "title": "A", "text": "about a"}],
+            "negative_passages": [{"docid": "2", "text": "about b"}, {"title": "", "text": "c"}],
+        },
+    ]  # fmt: skip
     assert texts(read(jsonl(tmp_path / "f", *rows))) == [
         ("q", ["a"], ["n1", "n2", "n10"]),
         ("r", ["a", "b"], []),
         ("s", ["a"], ["n"]),
+        ("t", ["A about a"], ["about b", "c"]),
     ]
 
 
@@ -84,7 +90,7 @@ def test_negatives_are_in_their_columns_order_and_may_be_fewer(tmp_path: Path) -
     [
         (
             {"sentence1": "a", "sentence2": "b"},
-            "2: has no positive or answer, only sentence1, sent",
+            "2: has no positive or answer or positive_passages, only sent",
         ),
         ({"text": "a", "answer": "b"}, "2: has no query or anchor or question, only text, answer"),
         ({"query": "a", "anchor": "b", "answer": "c"}, "2: has query and anchor, and one of them"),
