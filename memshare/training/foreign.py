@@ -37,7 +37,7 @@ def read_rows(source: Path, split: str) -> Rows:
     elif name.endswith((".csv", ".tsv")):
         found = read_records(source, _distinct, "\t" if name.endswith(".tsv") else ",")
     else:
-        found = read_jsonl(source)
+        found = _read_lines(source)
     return ((number, in_form(row)) for number, row in found)
 
 
@@ -85,6 +85,16 @@ def _text(passage: object) -> object:
     if isinstance(passage, dict) and isinstance(passage.get("text"), str):
         return f"{passage.get('title') or ''} {passage['text']}".strip()
     return passage
+
+
+def _read_lines(path: Path) -> Rows:
+    for number, row in read_jsonl(path):
+        if number == 1 and isinstance(row, list | BadRow):  # many a .json is one list
+            told = row.reason if isinstance(row, BadRow) else "a list"
+            row = BadRow(
+                f"{told}; one JSON object a line is wanted, which jq -c '.[]' makes of a list"
+            )
+        yield number, row
 
 
 def _read_parquet(path: Path) -> Rows:

@@ -188,6 +188,10 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         torn.write_bytes(packed)
         with pytest.raises(ExamplesError, match=r"f\.jsonl\.gz: no whole gzip file"):
             read(torn)
+    for one_list in ('[{"query": "q", "pos": ["p"]}]', '[\n{"query": "q", "pos": ["p"]}\n]'):
+        (tmp_path / "f.json").write_text(one_list)
+        with pytest.raises(ExamplesError, match=r"f\.json:1: .*; one JSON object a line is wanted"):
+            read(tmp_path / "f.json")
     (tmp_path / "f.parquet").write_bytes(b"PAR1")
     with pytest.raises(ExamplesError, match=r"f\.parquet: can't be read as Parquet"):
         read(tmp_path / "f.parquet")
