@@ -114,7 +114,12 @@ class Encoder:
         )
         explicit = {name: chosen[name] for name in config.model_fields_set if name in chosen}
         told = {"pooling_told": "pooling" in explicit}
-        settings = Settings(**{**chosen, **told, **stored_settings(folder), **explicit})
+        stored = stored_settings(folder)
+        notes = [*stored.pop("notes", ())]
+        for name in ("pooling", "query_prefix", "memory_prefix"):
+            if name in explicit and stored.get(name, explicit[name]) != explicit[name]:
+                notes.append(f"encoder.{name} is set, and its folder has {stored[name]!r}")
+        settings = Settings(**{**chosen, **told, **stored, **explicit, "notes": tuple(notes)})
         encoder = cls._open(folder, settings, config.device)
         encoder.compute_as(config)
         return encoder

@@ -230,6 +230,14 @@ def test_an_encoder_tells_how_it_reads_texts(tmp_path: Path) -> None:
         "encoder: distilbert, 32 dimensions, mean pooling, at most 40 tokens, 'q: ' before "
         "queries and '' before memories"
     )
+    own = {"pooling": "mean", "query_prefix": "q: ", "memory_prefix": "m: "}
+    path: Any = {"model": str(folder), "device": "cpu"}
+    assert "set" not in str(Encoder.load(EncoderConfig(**path, **own)))
+    other = str(
+        Encoder.load(EncoderConfig(**path, **{**own, "pooling": "cls", "query_prefix": ""}))
+    )
+    assert "; encoder.pooling is set, and its folder has 'mean'; encoder.query_pr" in other
+    assert other.endswith("encoder.query_prefix is set, and its folder has 'q: '")
     modules, about = folder / "modules.json", folder / "config_sentence_transformers.json"
     modules.write_text(json.dumps(json.loads(modules.read_text())[:2]))
     about.write_text(json.dumps({"similarity_fn_name": "cosine"}))
