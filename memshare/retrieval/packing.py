@@ -84,10 +84,23 @@ def forward(model: Any, ids: Tensor, positions: Tensor, lengths: Tensor, borders
         if model.config.model_type in _DECODERS:
             how["use_cache"] = False  # keys and values that nobody reads on from
     elif (padding := model.embeddings.position_embeddings.padding_idx) is not None:
-        positions = positions + padding + 1  # where RoBERTa and its kin begin to count
+        positions = _counted(ids, borders, padding)
     output = model(input_ids=ids, position_ids=positions, **how)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
+
+
+def _counted(ids: Tensor, borders: Tensor, padding: int) -> Tensor:
+    """Positions (1, tokens) as RoBERTa and its kin count them: from ``padding`` + 1 in each text.
+
+    A token that is ``padding`` itself, which a text may contain, has that position and no other.
+    """
+    real = (ids != padding).long()
+    seen = real.cumsum(dim=1)
+    before = (seen - real)[0].index_select(0, borders[:-1])
+    # With the size told, nobody waits for a GPU to add it up.
+    skipped = before.repeat_interleave(borders.diff(), output_size=ids.shape[1])
+    return (seen - skipped) * real + padding
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # its loop is as long as the batch has texts: nothing to compile

@@ -75,21 +75,26 @@ def test_a_model_that_packs_pads_as_before_and_is_saved_as_before(tmp_path: Path
     assert (Encoder.from_folder(tmp_path / "again", device="cpu").encode(texts) == before).all()
 
 
-def test_positions_of_a_family_that_counts_them_from_its_padding_token() -> None:
+@pytest.mark.parametrize(
+    "lists", [LISTS, [[5, 1, 7, 1, 1, 6], [8] * 9, [1, 9, 1], [1]]], ids=["texts", "with <pad> in"]
+)
+def test_positions_of_a_family_that_counts_them_from_its_padding_token(
+    lists: list[list[int]],
+) -> None:
+    """Where a text has that token itself, as one about tokenizers may, it is not counted."""
     torch.manual_seed(3)
     config = RobertaConfig(
         vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=64, max_position_embeddings=40, pad_token_id=1,
     )  # fmt: skip
     model = RobertaModel(config, add_pooling_layer=False).eval()
-    width = max(map(len, LISTS))
-    ids = torch.tensor([row + [1] * (width - len(row)) for row in LISTS])
-    mask = (ids != 1).long()
+    rows = Ragged.of(lists)
+    ids, mask = (torch.from_numpy(part) for part in rows.padded(1))
     want = pool_embeddings(model(ids, attention_mask=mask).last_hidden_state, mask, "mean")
     assert enable(model)
-    batch = packing.collate(ROWS, torch.device("cpu"))
+    batch = packing.collate(rows, torch.device("cpu"))
     hidden = packing.forward(model, **batch)
-    assert hidden.shape == (len(ROWS.ids), 32)
+    assert hidden.shape == (len(rows.ids), 32)
     got = torch.nn.functional.normalize(packing.pool(hidden, batch["borders"], "mean"), dim=-1)
     assert torch.allclose(got, want, atol=1e-6)
 
