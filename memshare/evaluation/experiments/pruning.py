@@ -43,7 +43,8 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
     that policy is left out. ``random``: whoever is unlucky whenever the cap is exceeded. ``nothing
     pruned, random``: random shots, from all of it.
 
-    A memory is relevant if it is of the question's group and its answer is right.
+    A memory is relevant if it is of the question's group and its answer is right, left or not:
+    whoever keeps little must not be measured by that little.
     """
     domains = lab.sampled()
     reference = {name: as_memories(name, domain.pairs) for name, domain in domains.items()}
@@ -54,6 +55,7 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
     for name, domain in domains.items():
         seeds, memories = await arrivals(lab, domain)
         right = rightly_answered(domain, memories)
+        relevant = [memory for memory in memories if memory.id in right]
         stream = Stream(
             memories,
             encoder.encode_queries([memory.prompt for memory in memories]),
@@ -64,13 +66,13 @@ async def rows(lab: Lab) -> AsyncIterator[Row]:
         for (arm, at), left in pools.items():
             key = Key(arm, at, name, LEFT, names, "decontaminated")
             yield count_row(key, len(left), len(memories), lab.seed)
-            good = [memory for memory in left if memory.id in right]
-            yield count_row(key._replace(metric=RIGHT), len(good), len(left), lab.seed)
+            good = sum(memory.id in right for memory in left)
+            yield count_row(key._replace(metric=RIGHT), good, len(left), lab.seed)
             ranker = lab.dense(left, encoder)
             for row in await lab.answers({arm: ranker}, domain, left, at=at):
                 yield row
             if domain.keys:
-                for row in found(lab, domain, good, {arm: ranker}, at):
+                for row in found(lab, domain, relevant, {arm: ranker}, at):
                     yield row
         # Elsewhere the control is what pruning at random leaves. Last, as it is in no other plot.
         control = {f"{EVERYTHING}, random": lab.random(memories)}
