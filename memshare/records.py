@@ -205,6 +205,12 @@ class Example:
     baseline_loglik: float | None
     candidates: tuple[Candidate, ...]
 
+    @property
+    def exhaustive(self) -> bool:
+        """Whether all else is not relevant: nobody proposed these, they are a data set's."""
+        ranks = ((one.bm25_rank, one.dense_rank) for one in self.candidates)
+        return self.labels == "given" and all(rank == (None, None) for rank in ranks)
+
 
 @dataclass(frozen=True, slots=True)
 class Hit:

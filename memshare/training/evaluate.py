@@ -1,10 +1,14 @@
 """Evaluation while training: does the encoder rank held-out queries' useful memories first?
 
-The queries are held-out memories that were mined and labelled as training queries are (`mining`).
-Each one's own judged candidates are ranked, and nothing else is (condensed lists: Sakai 2007,
-"Alternatives to Bpref"). Nobody judged the rest of the pool: taking it for useless would count what
-a better encoder newly finds against it, while the encoder that training starts from, which proposed
-many of the candidates, has all of its own finds judged.
+Held-out memories that were mined and labelled as training queries are (`mining`) rank their own
+judged candidates, and nothing else (condensed lists: Sakai 2007, "Alternatives to Bpref"). Nobody
+judged the rest of the pool: taking it for useless would count what a better encoder newly finds
+against it, while the encoder that training starts from, which proposed many of the candidates, has
+all of its own finds judged.
+
+The queries of a data set (`imported`) come with what answers them, and often with nothing else.
+They rank all of its held-out texts, of which those that they don't name are not relevant, as in any
+test collection.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from memshare.arrays import Floats
 from memshare.config import Config
 from memshare.metrics.ir import METRICS, MORE_RECALL, ir_metrics, mean_metrics
 from memshare.records import Example, normalise
@@ -26,39 +31,40 @@ from memshare.training.batching import deal
 from memshare.training.examples import held_out_dir, read_examples
 from memshare.training.gather import World
 from memshare.training.relevance import mined_gains
-from memshare.training.select import Selected, distinct_candidates
+from memshare.training.select import Selected, distinct_candidates, text_key
 from memshare.training.shard import ExamplesError
 
 EVALUATED = (*METRICS, *MORE_RECALL)
+DEPTH = 10  # the last rank that they look at
+BLOCK = 256  # queries whose similarities to all texts of a data set are in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
     """What is evaluated on; false where there is nothing.
 
-    ``queries``: query id -> text. ``grades``: query id -> memory id -> grade 0 to 3 (`grades`), in
-    the order of proposal. ``texts``: memory id -> text. ``without_relevant`` and ``trained`` count
-    queries that were left out.
+    ``queries``: query id -> text. ``grades``: query id -> memory id -> grade 0 to 3 (`grades`).
+    ``texts``: memory id -> text; a data set's have their keys (`text_key`) for ids, so that copies
+    are one. ``ranked``: queries, and the ids of what each of them ranks. ``indifferent`` and
+    ``trained`` count queries that were left out.
     """
 
     queries: Mapping[str, str] = field(default_factory=dict)
     grades: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
-    without_relevant: int = 0
+    ranked: Sequence[tuple[Sequence[str], Sequence[str]]] = ()
+    indifferent: int = 0
     trained: int = 0
 
     @classmethod
     def of(cls, examples: Iterable[Example], gain: float, trained: Collection[str] = ()) -> HeldOut:
         """Judge by the gate's rule: a candidate is relevant if its gain is above ``gain``.
 
-        Queries without a relevant candidate tell nothing and are left out; so are those that
-        ``trained`` has, by id, as memories that were split otherwise when those were mined, or by
-        what is asked (as `normalise` has it), as in data from elsewhere. Of a query that comes
-        twice the later counts.
+        Queries to which all that they rank is equally relevant tell nothing and are left out; so
+        are those that ``trained`` has, by id, as memories that were split otherwise when those were
+        mined, or by what is asked (as `normalise` has it), as in data from elsewhere. Of a memory
+        that is a query twice the later counts; rows of a data set that ask the same are one query.
         """
-        queries: dict[str, str] = {}
-        graded: dict[str, dict[str, int]] = {}
-        texts: dict[str, str] = {}
         known = set(trained)
         latest = {example.query_id: example for example in examples}
         fresh = [
@@ -66,16 +72,25 @@ class HeldOut:
             for example in latest.values()
             if known.isdisjoint((example.query_id, normalise(example.query)))
         ]
+        groups: dict[str, list[Example]] = {}
         for example in fresh:
-            candidates = distinct_candidates(example)
-            found = grades(mined_gains(example, candidates), gain)
-            if any(found):
-                queries[example.query_id] = example.query
-                ids = [candidate.id for candidate in candidates]
-                graded[example.query_id] = dict(zip(ids, found, strict=True))
-                texts |= {candidate.id: candidate.text for candidate in candidates}
-        idle, old = len(fresh) - len(queries), len(latest) - len(fresh)
-        return cls(queries, graded, texts, idle, old)
+            name = f"set {example.pool}" if example.exhaustive else f"query {example.query_id}"
+            groups.setdefault(name, []).append(example)
+        queries: dict[str, str] = {}
+        graded: dict[str, dict[str, int]] = {}
+        texts: dict[str, str] = {}
+        ranked = []
+        indifferent = 0
+        for group in groups.values():
+            asked, judged, docs = _judged(group, gain)
+            telling = [id for id in asked if _tells(asked[id], judged[id], docs)]
+            indifferent += len(asked) - len(telling)
+            if telling:
+                queries |= {id: asked[id] for id in telling}
+                graded |= {id: judged[id] for id in telling}
+                texts |= docs
+                ranked.append((telling, list(docs)))
+        return cls(queries, graded, texts, ranked, indifferent, len(latest) - len(fresh))
 
     def __bool__(self) -> bool:
         return bool(self.queries)
@@ -84,8 +99,8 @@ class HeldOut:
         nothing = "" if self else "; warning: nothing is evaluated, and the last step is exported"
         return (
             f"{len(self.queries)} held-out queries with {len(self.texts)} memories to rank "
-            f"({self.without_relevant} without a relevant one, {self.trained} trained on: left out)"
-            + nothing
+            f"({self.indifferent} to which all of theirs are alike, {self.trained} trained on: "
+            f"left out){nothing}"
         )
 
     @property
@@ -95,6 +110,34 @@ class HeldOut:
             return None
         content = repr((self.queries, self.grades, self.texts))
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _judged(
+    group: Sequence[Example], gain: float
+) -> tuple[dict[str, str], dict[str, dict[str, int]], dict[str, str]]:
+    """Queries, grades and texts, as `HeldOut` has them, of those that rank the same memories."""
+    queries: dict[str, str] = {}
+    graded: dict[str, dict[str, int]] = {}
+    texts: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for example in group:
+        id = first.setdefault(normalise(example.query), example.query_id)
+        queries.setdefault(id, example.query)
+        known = graded.setdefault(id, {})
+        candidates = distinct_candidates(example)
+        found = grades(mined_gains(example, candidates), gain)
+        for candidate, grade in zip(candidates, found, strict=True):
+            doc = text_key(candidate.text) if example.exhaustive else candidate.id
+            known[doc] = max(grade, known.get(doc, 0))
+            texts.setdefault(doc, candidate.text)
+    return queries, graded, texts
+
+
+def _tells(query: str, graded: Mapping[str, int], ranked: Collection[str]) -> bool:
+    """Whether not all that a query ranks is equally relevant to it; it does not rank itself."""
+    own = text_key(query)
+    others = len(ranked) - len(graded) - (own in ranked and own not in graded)
+    return len({*graded.values(), *([0] if others else [])}) > 1
 
 
 def read_held_out(
@@ -124,8 +167,7 @@ def read_held_out(
 def evaluate(held_out: HeldOut, encoder: Encoder, world: World) -> dict[str, float]:
     """Means of `EVALUATED` over the queries; equal on all processes, which share the texts.
 
-    The model's train or eval mode and the random state are as before. Equally similar memories are
-    ranked worst first, so that a collapsed encoder does not get the order of proposal for free.
+    The model's train or eval mode and the random state are as before.
     """
     queries = {id: ("query", encoder.query_prefix + t) for id, t in held_out.queries.items()}
     docs = {id: ("memory", encoder.memory_prefix + t) for id, t in held_out.texts.items()}
@@ -139,14 +181,31 @@ def evaluate(held_out: HeldOut, encoder: Encoder, world: World) -> dict[str, flo
         local[at] = torch.from_numpy(encoder.encode([mine[i][1] for i in at], side=side))
     vectors = world.gather_rows(local.to(world.device), owners).cpu().numpy()
     runs = {}
-    for id, text in queries.items():
-        graded = held_out.grades[id]
-        near = vectors[[row[docs[doc]] for doc in graded]] @ vectors[row[text]]
-        order = sorted(zip(-near, graded.values(), graded, strict=True))
-        runs[id] = [doc for _, _, doc in order]
+    for asking, ranked in held_out.ranked:
+        near = vectors[[row[docs[id]] for id in ranked]]
+        for low in range(0, len(asking), BLOCK):
+            asked = asking[low : low + BLOCK]
+            similar = vectors[[row[queries[id]] for id in asked]] @ near.T
+            for id, each in zip(asked, similar, strict=True):
+                found = _best(each, ranked, held_out.grades[id])
+                runs[id] = [doc for doc in found if doc != text_key(held_out.queries[id])][:DEPTH]
     means = mean_metrics(ir_metrics(runs, held_out.grades, EVALUATED), EVALUATED)
     # Processor and BLAS may differ between processes, what they decide by it must not.
     figures = torch.tensor([means[name] for name in EVALUATED], dtype=torch.float64)
     figures = figures.to(world.device)
     world.broadcast([figures])
     return dict(zip(EVALUATED, figures.tolist(), strict=True))
+
+
+def _best(similar: Floats, ranked: Sequence[str], graded: Mapping[str, int]) -> list[str]:
+    """The ids of the most similar of ``ranked``, best first: `DEPTH` of them and one.
+
+    Equally similar ones are ranked worst first, so that a collapsed encoder does not get the order
+    of proposal for free.
+    """
+    least = -np.inf
+    if len(ranked) > DEPTH + 1:
+        least = np.partition(similar, -DEPTH - 1)[-DEPTH - 1]
+    places = np.flatnonzero(similar >= least).tolist()
+    order = sorted((-similar[i], graded.get(ranked[i], 0), ranked[i]) for i in places)
+    return [doc for *_, doc in order[: DEPTH + 1]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,13 @@ import pytest
 import torch
 
 from memshare.config import load_config
+from memshare.metrics.ir import ir_metrics, mean_metrics
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.text import memory_text
-from memshare.training.evaluate import HeldOut, evaluate, read_held_out
-from memshare.training.examples import held_out_dir
+from memshare.training.evaluate import EVALUATED, HeldOut, evaluate, read_held_out
+from memshare.training.examples import held_out_dir, read_examples
 from memshare.training.gather import World
+from memshare.training.imported import import_examples
 from memshare.training.select import Selected
 from memshare.training.shard import ExamplesError
 from tests.tiny import tiny_encoder
@@ -70,9 +74,9 @@ def test_hand_computed() -> None:
 
 def test_an_evaluation_on_nothing_is_a_warning() -> None:
     some = HeldOut.of(examples(2), 0.05)
-    assert str(some).endswith("(0 without a relevant one, 0 trained on: left out)")
+    assert str(some).endswith("(0 to which all of theirs are alike, 0 trained on: left out)")
     none = HeldOut.of(examples(2), 99.0)
-    assert str(none).startswith("0 held-out queries") and "2 without a relevant one" in str(none)
+    assert str(none).startswith("0 held-out queries") and "(2 to which all" in str(none)
     assert "; warning: nothing is evaluated, " in str(none)
 
 
@@ -91,16 +95,76 @@ def test_equal_similarities_are_no_merit() -> None:
 
 def test_only_what_was_judged_is_ranked() -> None:
     """Another query's memory, nearer than all of its own, is neither right nor wrong."""
-    mine = example("mine", query="at 0", candidates=(candidate("a", "40", -1.0),))
-    other = example("other", query="at 90", candidates=(candidate("b", "1", -1.0),))
+    mine = example("mine", query="at 0",
+                   candidates=(candidate("a", "40", -1.0), candidate("c", "60", -9.0)))  # fmt: skip
+    other = example("other", query="at 90",
+                    candidates=(candidate("b", "1", -1.0), candidate("d", "0", -9.0)))  # fmt: skip
     assert measure(HeldOut.of([mine, other], 0.05))["P@1"] == 1.0
 
 
 def test_its_own_memory_and_copies_are_not_ranked() -> None:
     own = memory_text("question q", "answer q")
     row = (candidate("q", own, -0.1), candidate("copy", own.upper(), -0.1),
-           candidate("other", "other", -1.0))  # fmt: skip
-    assert HeldOut.of([example("q", candidates=row)], 0.05).grades == {"q": {"other": 3}}
+           candidate("other", "other", -1.0), candidate("last", "last", -9.0))  # fmt: skip
+    graded = HeldOut.of([example("q", candidates=row)], 0.05).grades
+    assert graded == {"q": {"other": 3, "last": 0}}
+
+
+def test_a_query_to_which_all_candidates_are_alike_tells_nothing() -> None:
+    both = (candidate("a", "40", -1.0), candidate("b", "60", -1.0))
+    held_out = HeldOut.of([example("mine", candidates=both), *examples(1)], 0.05)
+    assert list(held_out.queries) == ["main-0"] and held_out.indifferent == 1
+
+
+def imported(folder: Path, *rows: dict[str, object], pool: str = "imported") -> Path:
+    file = folder.with_suffix(".jsonl")
+    file.write_text("\n".join(map(json.dumps, rows)))
+    import_examples(file, folder, pool)
+    return folder
+
+
+def test_a_data_sets_queries_rank_all_of_its_texts(tmp_path: Path) -> None:
+    """Pairs alone: what answers another query is not relevant, unless it is named for this one."""
+    pairs = imported(
+        tmp_path / "pairs",
+        {"query": "at 0", "pos": ["a 30"]},
+        {"query": "at 90", "pos": ["a 85"]},
+        {"query": "at 20", "pos": ["a 85"], "neg": ["no 21"]},
+        {"query": "AT 0", "pos": ["A  10"]},  # the first one asked again
+        {"query": "at 45", "pos": ["at 0"]},  # a text that is a query does not answer itself
+    )
+    other = imported(tmp_path / "other", {"query": "at 1", "pos": ["o 1"]}, pool="other")
+    held_out = HeldOut.of([*read_examples(pairs), *read_examples(other)], 0.05)
+    assert (len(held_out.queries), len(held_out.texts)) == (4, 5)
+    assert held_out.indifferent == 1  # the other data set has no text but the answer
+    # at 0: a 10, no 21, a 30, a 85; at 90: a 85, ...; at 20: no 21, a 30 and a 10, at 0, a 85
+    # at 45: a 30, no 21, a 10, a 85, at 0
+    assert measure(held_out) == pytest.approx(
+        {
+            "P@1": 2 / 4,
+            "MRR@10": (1 + 1 + 1 / 5 + 1 / 5) / 4,
+            "nDCG@10": ((1 + 1 / 2) / (1 + 1 / math.log2(3)) + 1 + 2 / math.log2(6)) / 4,
+            "recall@10": 1.0,
+            "recall@1": (1 / 2 + 1) / 4,
+            "recall@3": (1 + 1) / 4,
+        }
+    )
+
+
+def test_many_texts_beside_a_sort_of_all(tmp_path: Path) -> None:
+    places = list(range(180))
+    random.Random(0).shuffle(places)
+    rows = [{"query": f"q {i}", "pos": [f"a {place}.3"]} for i, place in enumerate(places)]
+    rows += [{"query": f"q {i}", "pos": [f"a {i}.3"]} for i in range(0, 180, 3)]  # another answer
+    held_out = HeldOut.of(read_examples(imported(tmp_path / "many", *rows)), 0.05)
+    assert len(held_out.queries) == len(held_out.texts) == 180
+    angle = {id: float(text.split()[1]) for id, text in held_out.texts.items()}
+    runs: dict[str, list[str]] = {}
+    for id, text in held_out.queries.items():
+        distance = {doc: abs(at - float(text.split()[1])) for doc, at in angle.items()}
+        runs[id] = sorted(distance, key=distance.__getitem__)
+    want = mean_metrics(ir_metrics(runs, held_out.grades, EVALUATED), EVALUATED)
+    assert measure(held_out) == pytest.approx(want) and 0.3 < want["MRR@10"] < 0.5
 
 
 @pytest.mark.parametrize(
@@ -126,7 +190,7 @@ def test_relevance_by_labels(
     held_out = HeldOut.of([item], 0.05)
     ids = [item.id for item in row]
     assert held_out.grades == ({} if want is None else {"q": dict(zip(ids, want, strict=True))})
-    assert held_out.without_relevant == (want is None) and bool(held_out) == (want is not None)
+    assert held_out.indifferent == (want is None) and bool(held_out) == (want is not None)
 
 
 def test_the_encoder_and_the_random_state_are_as_before(tmp_path: Path) -> None:
