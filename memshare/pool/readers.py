@@ -127,10 +127,13 @@ def _csv_row(header: list[str], record: list[str]) -> dict[str, str] | BadRow:
     return dict(zip(header, record, strict=True))
 
 
-def read_dataset(name: str, mapping: Mappings, split: str, subset: str | None) -> Rows:
+def read_dataset(
+    name: str, check: Callable[[list[str]], None], split: str, subset: str | None
+) -> Rows:
     """Rows of a Hugging Face data set: a hub name, a saved one's folder, or a folder of files.
 
-    Class labels become their names. Raises `TransferError` if it can't be loaded.
+    ``check`` is given its columns, where they are known. Class labels become their names. Raises
+    `TransferError` if it can't be loaded.
     """
     import datasets  # slow to import, and only needed here
 
@@ -138,7 +141,7 @@ def read_dataset(name: str, mapping: Mappings, split: str, subset: str | None) -
         data = _load(datasets, name, split, subset)
         features = dict(data.features or {})
         if features:
-            check_columns(name, features, mapping)
+            check(list(features))
         labels = {
             column: feature
             for column, feature in features.items()

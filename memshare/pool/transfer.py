@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, TextIO
 
 from memshare.files import fsync_dir, is_stream
 from memshare.pool.errors import InvalidMemory, TransferError
-from memshare.pool.mapping import Mappings, to_memory
+from memshare.pool.mapping import Mappings, check_columns, to_memory
 from memshare.pool.readers import BadRow, Rows, read_csv, read_dataset, read_jsonl
 from memshare.pool.store import PoolStore
 from memshare.pool.validate import check_memory
@@ -129,7 +129,9 @@ def _read(kind: Format, source: str, mapping: Mappings, split: str, subset: str 
     if kind == "csv":
         return read_csv(Path(source), mapping)
     if kind == "datasets":
-        return read_dataset(source, mapping, split, subset)
+        return read_dataset(
+            source, lambda columns: check_columns(source, columns, mapping), split, subset
+        )
     return read_jsonl(Path(source))
 
 

@@ -15,14 +15,26 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "import",
         help="from queries with texts that answer them",
         description='JSON lines, CSV, TSV (these also .gz) or Parquet, with {"query": ..., "pos": '
-        '[...], "neg": [...]} or the columns anchor, positive, negative, negative_1, ...; or a '
-        "folder of BEIR's: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.",
+        '[...], "neg": [...]} or the columns anchor, positive, negative, negative_1, ...; a data '
+        "set that has them; or a folder of BEIR's: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.",
     )
-    action.add_argument("file", type=Path, metavar="FILE")
+    action.add_argument("source", metavar="SOURCE", help="a file, a folder, or a hub's data set")
     action.add_argument("folder", type=Path, metavar="DIR", help="for train/contrastive.py")
     action.add_argument("--pool", default="imported", help="the data set's name")
-    action.add_argument("--split", default="train", help="of BEIR's judgements (default: train)")
+    action.add_argument("--split", default="train", help="of a data set, or of BEIR's judgements")
+    action.add_argument("--subset", help="of a data set, where it has several")
+    action.add_argument(
+        "--held-out", type=_share, default=0.0, metavar="SHARE",
+        help="of the queries, put aside in DIR/held_out: training.eval_every evaluates on them",
+    )  # fmt: skip
     action.set_defaults(func=_import)
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0.0 <= share < 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is no share from 0 to less than 1")
+    return share
 
 
 def _import(args: argparse.Namespace) -> int:
@@ -30,9 +42,12 @@ def _import(args: argparse.Namespace) -> int:
     from memshare.training.shard import ExamplesError
 
     try:
-        count = import_examples(args.file, args.folder, args.pool, args.split)
+        count, held_out = import_examples(
+            args.source, args.folder, args.pool, args.split, args.subset, args.held_out
+        )
     except ExamplesError as error:
         print(f"memshare: {error}", file=sys.stderr)
         return 2
-    print(f"{count} examples in {args.folder}")
+    beside = f", and {held_out} held out" if args.held_out else ""
+    print(f"{count} examples in {args.folder}{beside}")
     return 0

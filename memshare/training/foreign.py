@@ -1,7 +1,8 @@
 """Labelled texts as others publish them, read as rows of query, pos and neg.
 
 A file has a row a line, or record: JSON lines, CSV or TSV with a header (each also compressed,
-``.gz``), or Parquet. A row is in that form (FlagEmbedding's), or has columns as
+``.gz``), or Parquet. What is no file is a data set of the hub's, or a folder of `datasets`. A row
+is in that form (FlagEmbedding's), or has columns as
 sentence-transformers' data sets: ``anchor`` (or ``query``, ``question``), ``positive`` (or
 ``answer``), and ``negative``, ``negative_1`` and so on, where there are any; or it is Tevatron's,
 with ``positive_passages`` and ``negative_passages``. A folder is one of BEIR's: ``corpus.jsonl``,
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from memshare.pool.errors import TransferError
-from memshare.pool.readers import BadRow, read_jsonl, read_records
+from memshare.pool.readers import BadRow, read_dataset, read_jsonl, read_records
 
 Rows = Iterator[tuple[int, object]]
 
@@ -27,17 +28,24 @@ _NEGATIVE = re.compile(r"negative(_\d+|_passages)?")
 _VERDICTS = ("score", "scores", "label", "labels", "similarity")
 
 
-def read_rows(source: Path, split: str) -> Rows:
-    """The rows of a file or a folder, with their numbers. Raises `TransferError`."""
-    if source.is_dir():
-        return _read_beir(source, split)
-    name = source.name.lower().removesuffix(".gz")
+def read_rows(source: str, split: str, subset: str | None = None) -> Rows:
+    """The rows of a file, a folder or a data set, with their numbers. Raises `TransferError`.
+
+    ``split`` is of a folder of BEIR's or a data set, ``subset`` of the latter.
+    """
+    path = Path(source)
+    if (path / "qrels").is_dir() or (path / "corpus.jsonl").is_file():
+        return _read_beir(path, split)
+    name = path.name.lower().removesuffix(".gz")
+    found: Rows
     if name.endswith(".parquet"):
-        found = _read_parquet(source)
+        found = _read_parquet(path)
     elif name.endswith((".csv", ".tsv")):
-        found = read_records(source, _distinct, "\t" if name.endswith(".tsv") else ",")
+        found = read_records(path, _distinct, "\t" if name.endswith(".tsv") else ",")
+    elif path.is_file() or name.endswith((".jsonl", ".ndjson", ".json")):
+        found = _read_lines(path)
     else:
-        found = _read_lines(source)
+        found = read_dataset(source, _distinct, split, subset)
     return ((number, in_form(row)) for number, row in found)
 
 
@@ -145,7 +153,7 @@ def _judgements(folder: Path, split: str) -> dict[str, dict[str, float]]:
         if not there:
             raise TransferError(
                 f"{folder}: no folder of BEIR's, which has corpus.jsonl, queries.jsonl and "
-                "qrels/SPLIT.tsv; give a file, or such a folder"
+                "qrels/SPLIT.tsv"
             )
         raise TransferError(f"{path}: is not there; --split may be {', '.join(there)}")
     judged: dict[str, dict[str, float]] = {}

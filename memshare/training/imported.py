@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -30,9 +29,15 @@ from pydantic import (
 from memshare.pool.errors import TransferError
 from memshare.pool.readers import BadRow
 from memshare.progress import log, track
-from memshare.records import Candidate, Example, answer_key
+from memshare.records import Candidate, Example, answer_key, normalise
 from memshare.training import foreign
-from memshare.training.examples import MARKER, shard_path, write_marker, write_shard
+from memshare.training.examples import (
+    MARKER,
+    held_out_dir,
+    shard_path,
+    write_marker,
+    write_shard,
+)
 from memshare.training.shard import ExamplesError
 
 SHARD = 10_000  # examples
@@ -82,45 +87,88 @@ class Row(BaseModel):
         return list(zip((*self.pos, *self.neg), labels, strict=True))
 
 
-def import_examples(path: Path, folder: Path, pool: str, split: str = "train") -> int:
-    """Write the rows of ``path`` as a finished round of examples; returns how many there are.
+def import_examples(
+    source: str | Path,
+    folder: Path,
+    pool: str,
+    split: str = "train",
+    subset: str | None = None,
+    held_out: float = 0.0,
+) -> tuple[int, int]:
+    """Write the rows of ``source`` (`foreign.read_rows`) as a finished round of examples.
 
-    ``pool`` is the data set's name: negatives within a batch come from one pool alone. ``split`` is
-    of a folder of BEIR's. Of a file not more than a shard is in memory. Raises `ExamplesError`
-    naming the line that can't be used, or where ``folder`` has examples already.
+    ``pool`` is the data set's name: negatives within a batch come from one pool alone. A share
+    ``held_out`` of the queries, by a hash of what is asked, goes into the folder that evaluates.
+    Returns how many train and how many are held out. Of a file not more than a shard of either is
+    in memory. Raises `ExamplesError` naming the line that can't be used, or where ``folder`` has
+    examples already.
     """
-    if (folder / MARKER).exists():
-        raise ExamplesError(f"{folder}: has examples already; give another folder")
+    train, evaluate = _Folder(folder), _Folder(held_out_dir(folder))
     prompts: Counter[str] = Counter()
-    examples = _examples(path, pool, split, prompts)
-    count = shards = 0
-    while shard := list(islice(examples, SHARD)):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_shard(shard_path(folder, shards), shard)
-        count, shards = count + len(shard), shards + 1
-    if not count:
-        raise ExamplesError(f"{path}: has no rows")
-    write_marker(folder, {"round": 1, "shards": shards, "examples": count, "labels": "given"})
+    for example in _examples(str(source), pool, split, subset, prompts):
+        (evaluate if _drawn(example.query) < held_out else train).add(example)
+    if not train.count:
+        why = f"all {evaluate.count} rows would be held out" if evaluate.count else "has no rows"
+        raise ExamplesError(f"{source}: {why}")
+    if evaluate.count:
+        evaluate.finish()  # before the round that it is part of
+    train.finish()
     if prompts:
         often, _ = prompts.most_common(1)[0]
         log(
             f"{prompts.total()} rows have a prompt, which no query is given: what comes before "
             f"every query is encoder.query_prefix, such as {often!r}"
         )
-    return count
+    return train.count, evaluate.count
 
 
-def _examples(path: Path, pool: str, split: str, prompts: Counter[str]) -> Iterator[Example]:
+class _Folder:
+    """A folder of examples that is filled shard by shard."""
+
+    def __init__(self, path: Path) -> None:
+        if (path / MARKER).exists():
+            raise ExamplesError(f"{path}: has examples already; give another folder")
+        self._path, self._rows, self._shards, self.count = path, list[Example](), 0, 0
+
+    def add(self, example: Example) -> None:
+        self._rows.append(example)
+        self.count += 1
+        if len(self._rows) == SHARD:
+            self._write()
+
+    def _write(self) -> None:
+        self._path.mkdir(parents=True, exist_ok=True)
+        write_shard(shard_path(self._path, self._shards), self._rows)
+        self._rows, self._shards = [], self._shards + 1
+
+    def finish(self) -> None:
+        """What is in it counts from here on."""
+        if self._rows:
+            self._write()
+        told = {"round": 1, "shards": self._shards, "examples": self.count, "labels": "given"}
+        write_marker(self._path, told)
+
+
+def _drawn(query: str) -> float:
+    """A number in 0..1 that is the same for all rows that ask the same."""
+    digest = hashlib.sha256(normalise(query).encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+
+def _examples(
+    source: str, pool: str, split: str, subset: str | None, prompts: Counter[str]
+) -> Iterator[Example]:
+    rows = foreign.read_rows(source, split, subset)
     try:
-        for line, found in track(foreign.read_rows(path, split), f"importing {path.name}"):
+        for line, found in track(rows, f"importing {Path(source).name}"):
             if isinstance(found, BadRow):
-                raise ExamplesError(f"{path}:{line}: {found.reason}")
+                raise ExamplesError(f"{source}:{line}: {found.reason}")
             try:
                 row = Row.model_validate(found)
             except ValidationError as error:
                 first = error.errors()[0]
                 where = ".".join(map(str, first["loc"])) or "the row"
-                raise ExamplesError(f"{path}:{line}: {where}: {first['msg']}") from None
+                raise ExamplesError(f"{source}:{line}: {where}: {first['msg']}") from None
             if row.prompt:
                 prompts[str(row.prompt)] += 1
             yield _example(row, line, pool)

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -63,6 +64,24 @@ def test_columns_of_sentence_transformers_in_any_file(tmp_path: Path, name: str)
         packed.write_bytes(gzip.compress(path.read_bytes()))
         path = packed
     assert texts(read(path)) == WANTED
+
+
+def test_data_sets(tmp_path: Path) -> None:
+    """As `datasets` saves them, one or by splits, and as a folder of its files."""
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(tmp_path / "one" / "saved")
+    assert texts(read(tmp_path / "one" / "saved")) == WANTED
+    splits = datasets.DatasetDict({"train": data.select([1]), "dev": data})
+    splits.save_to_disk(tmp_path / "saved")
+    assert texts(read(tmp_path / "saved", split="dev")) == WANTED
+    folder = tmp_path / "files" / "some"
+    folder.mkdir(parents=True)
+    data.to_parquet(folder / "train.parquet")
+    assert texts(read(folder)) == WANTED
+    with pytest.raises(
+        ExamplesError, match="split no: can't be read: it has the splits train, dev"
+    ):
+        import_examples(tmp_path / "saved", tmp_path / "none", "p", split="no")
 
 
 def test_negatives_are_in_their_columns_order_and_may_be_fewer(tmp_path: Path) -> None:
@@ -159,8 +178,11 @@ def test_folders_that_are_refused(beir: Path, tmp_path: Path) -> None:
     with pytest.raises(ExamplesError, match=r"dev\.tsv: is not there; --split may be test, train"):
         read(beir, split="dev")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ExamplesError, match="empty: no folder of BEIR's, which has corpus"):
+    with pytest.raises(ExamplesError, match="empty, split train: can't be read"):
         read(tmp_path / "empty")
+    (tmp_path / "half" / "qrels").mkdir(parents=True)
+    with pytest.raises(ExamplesError, match="half: no folder of BEIR's, which has corpus"):
+        read(tmp_path / "half")
     judged = beir / "qrels" / "train.tsv"
     whole = judged.read_text()
     for line, told in (

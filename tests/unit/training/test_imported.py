@@ -11,7 +11,12 @@ import pytest
 from memshare.cli import main
 from memshare.config import TrainingConfig
 from memshare.training import imported
-from memshare.training.examples import read_training, shard_path
+from memshare.training.examples import (
+    held_out_dir,
+    read_examples,
+    read_training,
+    shard_path,
+)
 from memshare.training.imported import import_examples
 from memshare.training.relevance import mined_gains
 from memshare.training.select import Selected, select
@@ -35,7 +40,10 @@ ROWS = [
 
 
 def test_every_row_is_a_query_with_its_own_labels(tmp_path: Path) -> None:
-    assert import_examples(written(tmp_path / "f.jsonl", *ROWS), tmp_path / "made", "bread") == 3
+    assert import_examples(written(tmp_path / "f.jsonl", *ROWS), tmp_path / "made", "bread") == (
+        3,
+        0,
+    )
     first, second, third = selected(tmp_path / "made", positives=4, hard_negatives=1)
     assert [p.text for p in first.positives] == ["flour, water, heat", "a recipe"]
     assert [p.text for p in first.negatives] == ["iron"]
@@ -69,6 +77,30 @@ def test_shards_hold_all_rows_in_order(tmp_path: Path, monkeypatch: pytest.Monke
     assert [item.query for item in selected(made)] == [row["query"] for row in rows]
 
 
+def test_a_share_of_the_queries_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(imported, "SHARD", 50)
+    rows = [{"query": f"q{i}", "pos": [f"p{i}"]} for i in range(400)]
+    rows += [{"query": f" Q{i} ", "pos": [f"another {i}"]} for i in range(400)]  # asked again
+    file, made = str(written(tmp_path / "f", *rows)), tmp_path / "made"
+    assert main(["examples", "import", file, str(made), "--held-out", "0.25"]) == 0
+    train = [example.query.strip().lower() for example in read_examples(made)]
+    held_out = [example.query.strip().lower() for example in read_examples(held_out_dir(made))]
+    assert (
+        f"{len(train)} examples in {made}, and {len(held_out)} held out" in capsys.readouterr().out
+    )
+    assert len(train) + len(held_out) == 800 and 70 * 2 < len(held_out) < 130 * 2
+    assert not set(train) & set(held_out)
+    assert main(["examples", "import", file, str(tmp_path / "few"), "--held-out", "0.001"]) == 0
+    assert not held_out_dir(tmp_path / "few").exists() and ", and 0 held" in capsys.readouterr().out
+    with pytest.raises(ExamplesError, match="all 1 rows would be held out"):
+        import_examples(written(tmp_path / "one", ROWS[2]), tmp_path / "no", "p", held_out=0.999)
+    with pytest.raises(SystemExit):
+        main(["examples", "import", file, str(tmp_path / "no"), "--held-out", "1"])
+    assert "1 is no share" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("row", "told"),
     [
@@ -92,7 +124,7 @@ def test_a_bad_row_is_named_and_nothing_passes_for_whole(
         import_examples(written(tmp_path / "f.jsonl", ROWS[0], row), made, "p")
     with pytest.raises(ExamplesError, match="no finished round"):
         selected(made)
-    assert import_examples(written(tmp_path / "f.jsonl", ROWS[0]), made, "p") == 1  # and again
+    assert import_examples(written(tmp_path / "f.jsonl", ROWS[0]), made, "p") == (1, 0)  # and again
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,5 +137,9 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import_examples(file, made, "p")
     assert main(["examples", "import", str(file), str(made)]) == 2
     assert "has examples already" in capsys.readouterr().err
-    assert main(["examples", "import", str(tmp_path / "absent"), str(tmp_path / "other")]) == 2
-    assert "absent: can't be read" in capsys.readouterr().err
+    for absent, told in {
+        "absent.jsonl": "absent.jsonl: can't be read",
+        "absent": "absent, split train: can't be read",
+    }.items():
+        assert main(["examples", "import", str(tmp_path / absent), str(tmp_path / "other")]) == 2
+        assert told in capsys.readouterr().err
