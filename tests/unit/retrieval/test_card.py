@@ -133,6 +133,20 @@ def test_a_trainings_card_tells_of_the_step_that_was_exported(encoder: Encoder) 
     assert "MRR@10" not in model_card(encoder, {"training": {**TRAINING, "evaluation": None}})
 
 
+def test_the_card_of_a_training_on_a_data_set_tells_of_texts_not_of_memories(
+    encoder: Encoder,
+) -> None:
+    found = {"MRR@10": 0.5, "nDCG@10": 0.25}
+    told = {"queries": 64, "best_step": 8, "best": found, "start": found, "stopped_early": False}
+    given = {"labels": ["given"], "scorers": ["given"], "evaluation": told}
+    said = model_card(encoder, {"training": {**TRAINING, **given}})
+    assert "# Retriever\n" in said and "memor" not in said.replace("memory-sharing", "")
+    assert "on 9 examples\n(7 of a\\|b, 2 of p) with\nthe labels that they came with." in said
+    assert "all held-out texts of its data set." in said
+    mined = {**given, "labels": ["given"], "scorers": ["given:label"]}
+    assert "its own judged candidates" in model_card(encoder, {"training": {**TRAINING, **mined}})
+
+
 @pytest.mark.parametrize(
     "gate",
     [{"passed": True, "reason": "no held-out queries", "queries": 0}, {"passed": True}, None],
