@@ -32,6 +32,7 @@ def options(base: Path, output: Path, *more: str, steps: int = 60) -> list[str]:
         "training.batch_size": 8,
         "training.lr": 1e-3,
         "training.checkpoint_every": 5,
+        "training.dropout": "true",  # so that random numbers matter to what goes on or is resumed
         "wandb.mode": "disabled",
     }
     return [

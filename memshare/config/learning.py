@@ -101,7 +101,8 @@ class TrainingConfig(Section):
     encoded twice (gradient caching), so that memory does not grow with the batch. ``compile``: the
     encoder's layers by torch.compile, which takes a minute or so at the start; dropout draws other
     numbers then, the same ones when a text is encoded again. ``dropout``: as the encoder's own
-    configuration and ``lora`` have it, or none. ``distill_weight``: weight of the KL divergence
+    configuration and ``lora`` have it; by default none, since texts can't be packed with dropout of
+    attention weights. ``distill_weight``: weight of the KL divergence
     from the LM's preference among the chosen candidates (5: as LLM-R weighs the two, and then with
     several ``hard_negatives``), ``distill_temperature`` softens that preference; ``matryoshka``:
     widths at which the first entries of the vectors are trained as vectors too. ``towers``: one
@@ -131,7 +132,7 @@ class TrainingConfig(Section):
     batch_tokens: PositiveInt = 4096
     graph_tokens: NonNegativeInt = 8192
     compile: bool = False
-    dropout: bool = True
+    dropout: bool = False
     epochs: PositiveFloat = 1.0
     max_steps: PositiveInt | None = None  # wins over epochs
     lr: PositiveFloat = 3e-5
