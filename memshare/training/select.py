@@ -117,6 +117,7 @@ class Selection:
     ``items`` are read from disk one by one. ``pools``: how many there are of each; ``labels`` and
     ``scorers``: what kinds of labels the usable ones have, and what measured them. ``idle``: that
     `training.distill_weight` is set, and no query has two measured passages to prefer one of.
+    ``more_positives``: queries of data sets that have more of them than `training.positives` takes.
     """
 
     items: Sequence[Selected]
@@ -126,6 +127,7 @@ class Selection:
     labels: tuple[str, ...]
     scorers: tuple[str, ...]
     idle: bool = False
+    more_positives: int = 0
 
     def counts(self) -> dict[str, Any]:
         """For a report."""
@@ -144,9 +146,13 @@ class Selection:
             "; warning: training.distill_weight does nothing, since no example has two measured "
             "candidates (see mining.labels, training.hard_negatives)"
         )
+        more = (
+            f"; of {self.more_positives} not all positives are learned from (see "
+            "training.positives, training.positives_per_step)"
+        )
         return (
             f"{len(self.items)} usable examples ({self.without_negatives} without hard "
-            f"negatives){reasons}{idle if self.idle else ''}"
+            f"negatives){reasons}{more if self.more_positives else ''}{idle if self.idle else ''}"
         )
 
 
@@ -158,12 +164,16 @@ class _Kind(NamedTuple):
     scorer: str
     bare: bool
     distils: bool
+    more: bool
 
     @classmethod
     def of(cls, example: Example, chosen: Selected, config: TrainingConfig) -> _Kind:
         trained = (*chosen.positives[: config.positives_per_step], *chosen.negatives)
         distils = sum(passage.loglik is not None for passage in trained) > 1
-        return cls(example.pool, example.labels, example.scorer, not chosen.negatives, distils)
+        good = sum(one.loglik is not None and one.loglik >= 0.0 for one in example.candidates)
+        more = example.exhaustive and good > config.positives
+        bare = not chosen.negatives
+        return cls(example.pool, example.labels, example.scorer, bare, distils, more)
 
 
 def select(examples: Iterable[Example], config: TrainingConfig) -> Selection:
@@ -196,6 +206,7 @@ def select(examples: Iterable[Example], config: TrainingConfig) -> Selection:
         labels=tuple(sorted({kind.labels for kind in usable})),
         scorers=tuple(sorted({kind.scorer for kind in usable})),
         idle=bool(usable) and config.distill_weight > 0 and not any(k.distils for k in usable),
+        more_positives=sum(count for kind, count in usable.items() if kind.more),
     )
 
 

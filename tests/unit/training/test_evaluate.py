@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.evaluation import InformationRetrievalEvaluator
 
 from memshare.config import load_config
 from memshare.metrics.ir import ir_metrics, mean_metrics
@@ -22,7 +24,7 @@ from memshare.training.imported import import_examples
 from memshare.training.select import Selected
 from memshare.training.shard import ExamplesError
 from tests.tiny import tiny_encoder
-from tests.training_data import candidate, example, examples, write_round
+from tests.training_data import TOPICS, candidate, example, examples, write_round
 
 ONE = World(torch.device("cpu"))
 
@@ -149,6 +151,25 @@ def test_a_data_sets_queries_rank_all_of_its_texts(tmp_path: Path) -> None:
             "recall@3": (1 + 1) / 4,
         }
     )
+
+
+def test_a_data_set_is_evaluated_as_sentence_transformers_does(tmp_path: Path) -> None:
+    folder = tiny_encoder(tmp_path / "tiny")
+    rng = random.Random(0)
+    topics = [" ".join(rng.choices(TOPICS, k=4)) for _ in range(60)]
+    rows = [
+        {"query": f"{topic} {i}", "pos": [f"{topic[:9]} {i + 1}"]} for i, topic in enumerate(topics)
+    ]
+    held_out = HeldOut.of(read_examples(imported(tmp_path / "pairs", *rows)), 0.05)
+    theirs = InformationRetrievalEvaluator(
+        dict(held_out.queries), dict(held_out.texts),
+        {id: {doc for doc, grade in graded.items() if grade} for id, graded in held_out.grades.items()},
+    )(SentenceTransformer(str(folder), device="cpu"))  # fmt: skip
+    ours = evaluate(held_out, Encoder.from_folder(folder, "cpu"), ONE)
+    names = {"P@1": "accuracy@1", "MRR@10": "mrr@10", "nDCG@10": "ndcg@10",
+             "recall@1": "recall@1", "recall@3": "recall@3", "recall@10": "recall@10"}  # fmt: skip
+    assert ours == pytest.approx({name: theirs[f"cosine_{other}"] for name, other in names.items()})
+    assert 0.05 < ours["MRR@10"] < 0.95
 
 
 def test_many_texts_beside_a_sort_of_all(tmp_path: Path) -> None:

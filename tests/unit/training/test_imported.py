@@ -52,6 +52,16 @@ def test_every_row_is_a_query_with_its_own_labels(tmp_path: Path) -> None:
     assert first.prompt == second.prompt and first.query_id != second.query_id
 
 
+def test_positives_that_are_not_learned_from_are_told(tmp_path: Path) -> None:
+    import_examples(written(tmp_path / "f.jsonl", *ROWS), tmp_path / "made", "bread")
+    told = [
+        str(select(read_training([tmp_path / "made"]), TrainingConfig(positives=count)))
+        for count in (1, 2)
+    ]
+    assert "; of 1 not all positives are learned from (see training.positives" in told[0]
+    assert "learned from" not in told[1]
+
+
 def test_a_teachers_scores_choose_positives_and_are_there_to_distil(tmp_path: Path) -> None:
     row = {"query": "q", "pos": ["fair", "good"], "neg": ["near", "far"],
            "pos_scores": [2, 5.0], "neg_scores": [4.5, -3]}  # fmt: skip
