@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ class Estimate:
     """Counts, and bytes on each process; the activations' part is a rule (`activations`).
 
     ``frozen_bytes``: the vectors of all docs, where the memories' tower does not learn.
+    ``twice``: tokens of a step that a process encodes twice, having dropped their activations, and
+    ``twice_bytes`` what it would take to keep these.
     ``encoder`` and ``precision``: in words. ``free_bytes``: what a process can have of its device's
     memory, its weights included.
     """
@@ -45,6 +48,8 @@ class Estimate:
     weights_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    twice: int
+    twice_bytes: int
     logits_bytes: int
     frozen_bytes: int
     precision: str
@@ -72,10 +77,20 @@ class Estimate:
                 f"data: {self.examples:,} examples, {self.steps:,} steps of about "
                 f"{self.tokens_per_step:,} tokens over all processes",
                 f"memory per process: about {self.needed_bytes // mib:,} MiB ({each})",
+                *self._cached(),
                 f"precision: {self.precision}",
                 *self._warnings(),
             )
         )
+
+    def _cached(self) -> list[str]:
+        if not self.twice:
+            return []
+        return [
+            f"gradient caching: about {self.twice:,} tokens of a step are encoded twice by a "
+            f"process; to keep their activations would take {self.twice_bytes // 2**20:,} MiB more "
+            "(training.graph_tokens)"
+        ]
 
     def _warnings(self) -> list[str]:
         if self.needed_bytes <= self.free_bytes:
@@ -107,6 +122,9 @@ def estimate(
     tower = encoder.tower("query")
     packed = packing.possible([tower], device, half=half, dropout=config.dropout)
     kept = activations.of(tower, device, half=half, packed=packed, dropout=config.dropout)
+    share = lengths[deal(lengths, processes)[0]]
+    held, twice = _most(share, kept, config)
+    all_held, _ = _most(share, kept, config.model_copy(update={"graph_tokens": sys.maxsize}))
     rows = min(TILE_ROWS, -(-len(batch.rows) // processes))
     weights = everything * _FLOAT
     return Estimate(
@@ -118,7 +136,9 @@ def estimate(
         tokens_per_step=int(lengths.sum()),
         weights_bytes=weights,
         optimizer_bytes=round((trainable * copies + shares) * _FLOAT),
-        activation_bytes=_most(lengths[deal(lengths, processes)[0]], kept, config),
+        activation_bytes=held,
+        twice=twice,
+        twice_bytes=all_held - held,
         logits_bytes=similarities(rows, batch.docs, config),
         frozen_bytes=len(batches.doc_rows) * encoder.dim * _FLOAT if frozen else 0,
         precision=described(half, device.type),
@@ -145,13 +165,14 @@ def similarities(rows: int, docs: int, config: TrainingConfig) -> int:
     return round(rows * docs * _FLOAT * (kept + working))
 
 
-def _most(lengths: Ints, kept: Activations, config: TrainingConfig) -> int:
-    """The most that is held of a step's activations, in bytes; ``lengths`` longest first.
+def _most(lengths: Ints, kept: Activations, config: TrainingConfig) -> tuple[int, int]:
+    """The most that is held of a step's activations, in bytes, and the tokens encoded twice.
 
-    The micro-batches of `ContrastiveStep`: as many as fit in ``graph_tokens`` are kept together,
-    the others come one by one, once those are gone; one is worked on all the time.
+    ``lengths`` longest first. The micro-batches of `ContrastiveStep`: as many as fit in
+    ``graph_tokens`` are kept together, the others come one by one, once those are gone; one is
+    worked on all the time.
     """
-    together = alone = working = padded = 0
+    together = alone = working = padded = twice = 0
     for part in (cut_packed if kept.packed else cut)(lengths, config.batch_tokens):
         texts, width = lengths[part], int(lengths[part].max())
         tokens = int(texts.sum()) if kept.packed else len(texts) * width
@@ -161,8 +182,9 @@ def _most(lengths: Ints, kept: Activations, config: TrainingConfig) -> int:
             together += held
         else:
             alone = max(alone, held)
+            twice += tokens
         working = max(working, kept.working(tokens))
-    return max(together, alone) + working
+    return max(together, alone) + working, twice
 
 
 def _free(device: torch.device) -> int:

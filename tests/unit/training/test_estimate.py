@@ -165,7 +165,7 @@ def test_more_than_there_is_free_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         told = told_of(config, MINI_LM, tmp_path, half=False, kind="cpu")
         assert told.free_bytes == free + told.weights_bytes
         assert ("warning: that is more than the" in str(told)) == warned
-        assert ("training.graph_tokens" in str(told)) == warned
+        assert ("lower training.graph_tokens" in str(told)) == warned
 
 
 def test_free_memory_is_shared_by_the_processes_of_a_machine(
@@ -213,10 +213,22 @@ def test_only_what_is_kept_at_a_time_counts() -> None:
     lengths = torch.full((10,), 10).numpy()
     work = rule.working(20)
 
-    def most(graph_tokens: int) -> int:
+    def most(graph_tokens: int) -> tuple[int, int]:
         changed = config.model_copy(update={"graph_tokens": graph_tokens})
         return estimate_module._most(lengths, rule, changed)
 
-    assert most(0) == rule.kept(20, 10) + work
-    assert most(60) == most(79) == 3 * rule.kept(20, 10) + work
-    assert most(100) == most(10**6) == rule.kept(100, 10) + work
+    assert most(0) == (rule.kept(20, 10) + work, 100)
+    assert most(60) == most(79) == (3 * rule.kept(20, 10) + work, 40)
+    assert most(100) == most(10**6) == (rule.kept(100, 10) + work, 0)
+
+
+def test_what_keeping_all_activations_would_take_is_told(tmp_path: Path) -> None:
+    few, all_of_them = (
+        told_of(load_config(None, [f"training.graph_tokens={kept}"]), MINI_LM, tmp_path / str(kept),
+                half=False, kind="cpu")
+        for kept in (8192, 10**6)
+    )  # fmt: skip
+    assert few.twice > 0 == all_of_them.twice == all_of_them.twice_bytes
+    assert few.activation_bytes + few.twice_bytes == all_of_them.activation_bytes
+    assert f"about {few.twice:,} tokens of a step are encoded twice" in str(few)
+    assert "encoded twice" not in str(all_of_them)

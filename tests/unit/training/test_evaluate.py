@@ -163,7 +163,7 @@ def test_a_data_set_is_evaluated_as_sentence_transformers_does(tmp_path: Path) -
     held_out = HeldOut.of(read_examples(imported(tmp_path / "pairs", *rows)), 0.05)
     theirs = InformationRetrievalEvaluator(
         dict(held_out.queries), dict(held_out.texts),
-        {id: {doc for doc, grade in graded.items() if grade} for id, graded in held_out.grades.items()},
+        {id: {doc for doc in graded if graded[doc]} for id, graded in held_out.grades.items()},
     )(SentenceTransformer(str(folder), device="cpu"))  # fmt: skip
     ours = evaluate(held_out, Encoder.from_folder(folder, "cpu"), ONE)
     names = {"P@1": "accuracy@1", "MRR@10": "mrr@10", "nDCG@10": "ndcg@10",
