@@ -247,7 +247,9 @@ class WandbConfig(Section):
     """Weights & Biases. ``mode`` ``auto``: online with a key, offline without one.
 
     ``project``, ``entity`` (None: the key's own) and ``name`` of the run (None: the folder that is
-    trained into; every round of a loop is a run of its own).
+    trained into; every round of a loop is a run of its own), and the ``group`` that it is shown in
+    (None: what ``WANDB_RUN_GROUP`` says, or the folder around that one, so that a loop's rounds
+    are together).
     ``samples``: for so many held-out questions, what the generation before and the new one find is
     shown as a table. Their texts leave the pool for W&B, where deleting a memory does not reach
     them; so none are by default.
@@ -257,4 +259,5 @@ class WandbConfig(Section):
     project: str = "memshare"
     samples: NonNegativeInt = 0
     entity: str | None = None
+    group: str | None = None
     name: str | None = None

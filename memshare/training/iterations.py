@@ -21,6 +21,11 @@ def iteration_dirs(folder: Path) -> list[Path]:
     return [folder, *sorted(later, key=iteration_of)]
 
 
+def round_of(folder: Path) -> Path:
+    """The folder of the round whose iteration has ``folder``."""
+    return folder.parent if folder.name.startswith(_NAME) else folder
+
+
 def iteration_of(path: Path) -> int:
     """Which iteration the file or folder ``path`` of a round belongs to."""
     for name in (each.name for each in (path, *path.parents)):

@@ -21,6 +21,7 @@ import psutil
 
 from memshare.config import ConfigError, WandbConfig
 from memshare.progress import log
+from memshare.training.iterations import round_of
 
 PROBE_SECONDS = 2.0
 INIT_SECONDS = 30.0
@@ -127,6 +128,7 @@ def open_run(
             project=config.project,
             entity=config.entity,
             name=config.name or str(folder)[-_NAME_CHARS:],
+            group=config.group or os.environ.get("WANDB_RUN_GROUP") or _around(folder),
             config=dict(settings),
             dir=str(folder),
             settings=wandb.Settings(
@@ -149,6 +151,11 @@ def open_run(
         log(f"W&B can't be reached ({error}); its run is offline")
         wandb.teardown()  # the run that could not be opened would keep its id from the next
         return start("offline"), "offline"
+
+
+def _around(folder: Path) -> str | None:
+    """The folder that holds a loop's rounds, or a training and its like; None where none does."""
+    return str(round_of(folder).parent)[-_NAME_CHARS:] if len(folder.parts) > 1 else None
 
 
 def chart(run: Any, names: Iterable[str]) -> None:

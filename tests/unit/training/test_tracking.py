@@ -247,7 +247,30 @@ def test_steps_that_were_lost_and_told_once_more_are_charted_where_they_belong(
     over = {each["1"]: names[each["5"] - 1] for each in metrics if "5" in each}
     assert over == {"loss": "training_step"}
     # Of a loop's rounds each has a run, which a name that is made up would not tell apart.
-    assert f'"displayName":"{tmp_path}"'.encode() in b"".join(service.received)
+    sent = b"".join(service.received)
+    assert f'"displayName":"{tmp_path}"'.encode() in sent
+    assert f'"groupName":"{tmp_path.parent}"'.encode() in sent
+
+
+@pytest.mark.parametrize(
+    ("folder", "config", "environment", "group"),
+    [
+        ("runs/x/training/000003", {}, "", "runs/x/training"),
+        ("runs/x/training/000003/iteration-2", {}, "", "runs/x/training"),
+        ("out", {}, "", None),
+        ("runs/x/training/000003", {}, "theirs", "theirs"),
+        ("runs/x/training/000003", {"group": "mine"}, "theirs", "mine"),
+    ],
+)
+def test_a_loops_rounds_are_a_group(
+    monkeypatch: pytest.MonkeyPatch, folder: str, config: dict[str, str], environment: str,
+    group: str | None,
+) -> None:  # fmt: skip
+    asked: dict[str, object] = {}
+    monkeypatch.setenv("WANDB_RUN_GROUP", environment)
+    monkeypatch.setattr("wandb.init", lambda **how: asked.update(how))
+    wandb_run.open_run(WandbConfig(**config), "offline", "a1", {}, Path(folder))
+    assert asked["group"] == group
 
 
 @pytest.mark.parametrize("fails", [False, True])
