@@ -71,8 +71,8 @@ class LoRAConfig(Section):
     """Low-rank adapters through peft, where ``enabled``; merged into the weights on export.
 
     ``r``: their rank; ``alpha``: what they add is scaled by ``alpha / r``; ``dropout``: share of
-    their inputs that is dropped; ``target_modules``: the linear layers that get one, all of them or
-    those of these names, or ends of names.
+    their inputs that is dropped, where ``training.dropout`` is on; ``target_modules``: the linear
+    layers that get one, all of them or those of these names, or ends of names.
     """
 
     enabled: bool = False
@@ -160,6 +160,9 @@ class TrainingConfig(Section):
     def _kept(cls, value: LoRAConfig, info: ValidationInfo) -> LoRAConfig:
         if value.enabled and info.data.get("warm_optimizer"):
             raise ValueError("adapters are new in each round: training.warm_optimizer can't be set")
+        asked = value.dropout not in (0.0, LoRAConfig().dropout)
+        if value.enabled and asked and not info.data.get("dropout", True):
+            raise ValueError("its dropout has no effect while training.dropout is off")
         return value
 
     @field_validator("patience")

@@ -266,6 +266,14 @@ def test_adapters_have_no_past() -> None:
         load_config(None, ["training.warm_optimizer=true", "training.lora.enabled=true"])
 
 
+def test_adapters_that_are_to_drop_inputs_need_dropout() -> None:
+    asked = ["training.lora.enabled=true", "training.lora.dropout=0.2"]
+    with pytest.raises(ConfigError, match=r"training\.lora: .*while training\.dropout is off"):
+        load_config(None, asked)
+    load_config(None, [*asked, "training.dropout=true"])
+    load_config(None, asked[:1])
+
+
 def test_what_is_shown_of_a_configuration_is_all_of_it() -> None:
     config = load_config(None, ["encoder.query_prefix='q: '", "training.matryoshka=[8, 4]"])
     assert public(config) == config.model_dump(mode="json")
