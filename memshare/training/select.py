@@ -31,7 +31,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from memshare.config import TrainingConfig
@@ -51,8 +51,7 @@ def text_key(text: str) -> str:
     return hashlib.blake2b(normalise(text).encode(), digest_size=12).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class Passage:
+class Passage(NamedTuple):
     """One memory as the encoder sees it: its text, and the keys that tell copies and answers.
 
     ``loglik``: what an LM measured of it for this query, None where none did. ``prompt``: the key
@@ -213,8 +212,7 @@ def select(examples: Iterable[Example], config: TrainingConfig) -> Selection:
 def _to_json(item: Selected) -> list[Any]:
     return [
         item.query_id, item.query, item.pool, item.principal, item.round, item.answer,
-        [astuple(passage) for passage in item.positives],
-        [astuple(passage) for passage in item.negatives], sorted(item.never_negative),
+        item.positives, item.negatives, sorted(item.never_negative),
     ]  # fmt: skip
 
 
