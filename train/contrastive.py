@@ -191,7 +191,7 @@ def train(
             facts = {"base_model": base_model(model), "training": report}
             export(encoder, args.output / "encoder", facts)
         outcome.write_result(args.output, "trained" if done else "stopped", **report)
-    say(f"{state.step} of {steps} steps done" + ("" if done else "; stopped as asked"))
+    say(validation.told(state))
     return outcome.EXIT_CODES["trained" if done else "stopped"]
 
 

@@ -97,6 +97,19 @@ class Validation:
         if self.weights:
             put_weights(self._encoder.model, self.weights)
 
+    def told(self, state: TrainState) -> str:
+        """How the training ended, and whose weights are exported.
+
+        Where they are those from before the first step, it was in vain, and should say so.
+        """
+        done = f"{state.step} of {self._steps} steps done"
+        if not self.finished(state):
+            return f"{done}; stopped as asked"
+        if (best := state.best) is None:
+            return done
+        of = f"after step {best.step}" if best.step else "it started from, as none were better"
+        return f"{done}; exported are the weights {of} ({JUDGED_BY} {best.metrics[JUDGED_BY]:.4f})"
+
     def report(self, state: TrainState) -> dict[str, Any] | None:
         """For ``result.json``; None where nothing was evaluated."""
         if state.best is None:

@@ -79,8 +79,11 @@ def test_best_and_patience(
     told = watch.report(state)
     assert told is not None
     assert (told["best_step"], told["stopped_early"]) == (best, stopped is not None)
-    assert told["best"]["nDCG@10"] == max(scores[: state.step // 2 + 1])
+    highest = max(scores[: state.step // 2 + 1])
+    assert told["best"]["nDCG@10"] == highest
     assert told["start"]["nDCG@10"] == scores[0]
+    of = f"after step {best}" if best else "it started from, as none were better"
+    assert f"exported are the weights {of} (nDCG@10 {highest:.4f})" in watch.told(state)
     watch.choose()
     assert all((param == best).all() for param in encoder.model.parameters())
 
@@ -88,6 +91,7 @@ def test_best_and_patience(
 def test_nothing_to_evaluate_on(tmp_path: Path) -> None:
     state, watch, encoder = run((0.9, 0.1, 0.1), tmp_path, NONE, eval_every=1, patience=1)
     assert (state.step, state.best, watch.report(state)) == (2, None, None)
+    assert watch.told(state) == "2 of 2 steps done"
     watch.choose()
     assert all((param == 2).all() for param in encoder.model.parameters())
     assert not (tmp_path / "log.jsonl").read_text()
