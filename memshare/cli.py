@@ -23,7 +23,7 @@ COMMANDS = {
     "prune": ("memshare.pruning.cli", "make a pool smaller, by score, age, use, ..."),
     "bootstrap": ("memshare.bootstrap_cli", "fill a pool from a small seed set"),
     "eval": ("memshare.evaluation.cli", "run the paper's experiments and write their report"),
-    "examples": ("memshare.training.cli", "make training examples of labelled texts"),
+    "examples": ("memshare.training.cli", "labelled texts: to train on, and to evaluate"),
     "trainings": ("memshare.training.push", "push what a training made to the hub"),
     "generations": ("memshare.retrieval.cli", "list, verify, activate, unpin and push generations"),
     "slurm": ("memshare.slurm.cli", "render and submit jobs for a SLURM cluster"),

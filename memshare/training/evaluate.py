@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from memshare.arrays import Floats
-from memshare.config import Config
+from memshare.config import BM25Config, Config
 from memshare.metrics.ir import METRICS, MORE_RECALL, ir_metrics, mean_metrics
 from memshare.records import Example, normalise
+from memshare.retrieval.bm25 import BM25
 from memshare.retrieval.encoder import SIDES, Encoder
 from memshare.retrieval.gate import grades
 from memshare.training.batching import deal
@@ -180,21 +181,39 @@ def evaluate(held_out: HeldOut, encoder: Encoder, world: World) -> dict[str, flo
         at = [i for i, (kind, _) in enumerate(mine) if kind == side]
         local[at] = torch.from_numpy(encoder.encode([mine[i][1] for i in at], side=side))
     vectors = world.gather_rows(local.to(world.device), owners).cpu().numpy()
-    runs = {}
+    runs: dict[str, list[str]] = {}
     for asking, ranked in held_out.ranked:
         near = vectors[[row[docs[id]] for id in ranked]]
         for low in range(0, len(asking), BLOCK):
             asked = asking[low : low + BLOCK]
             similar = vectors[[row[queries[id]] for id in asked]] @ near.T
             for id, each in zip(asked, similar, strict=True):
-                found = _best(each, ranked, held_out.grades[id])
-                runs[id] = [doc for doc in found if doc != text_key(held_out.queries[id])][:DEPTH]
-    means = mean_metrics(ir_metrics(runs, held_out.grades, EVALUATED), EVALUATED)
+                runs[id] = _best(each, ranked, held_out.grades[id])
+    means = _means(held_out, runs)
     # Processor and BLAS may differ between processes, what they decide by it must not.
     figures = torch.tensor([means[name] for name in EVALUATED], dtype=torch.float64)
     figures = figures.to(world.device)
     world.broadcast([figures])
     return dict(zip(EVALUATED, figures.tolist(), strict=True))
+
+
+def evaluate_bm25(held_out: HeldOut, config: BM25Config) -> dict[str, float]:
+    """The same of BM25, which nobody trains."""
+    runs: dict[str, list[str]] = {}
+    for asked, ranked in held_out.ranked:
+        index = BM25(config).fit(ranked, [held_out.texts[id] for id in ranked])
+        found = index.top([held_out.queries[id] for id in asked], DEPTH + 1)
+        runs |= {id: [doc for doc, _ in each] for id, each in zip(asked, found, strict=True)}
+    return _means(held_out, runs)
+
+
+def _means(held_out: HeldOut, runs: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """``runs``: query id -> ids, best first, `DEPTH` and one, since a text does not find itself."""
+    others = {
+        id: [doc for doc in found if doc != text_key(held_out.queries[id])][:DEPTH]
+        for id, found in runs.items()
+    }
+    return mean_metrics(ir_metrics(others, held_out.grades, EVALUATED), EVALUATED)
 
 
 def _best(similar: Floats, ranked: Sequence[str], graded: Mapping[str, int]) -> list[str]:

@@ -13,11 +13,18 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.evaluation import InformationRetrievalEvaluator
 
-from memshare.config import load_config
+from memshare.cli import main
+from memshare.config import BM25Config, load_config
 from memshare.metrics.ir import ir_metrics, mean_metrics
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.text import memory_text
-from memshare.training.evaluate import EVALUATED, HeldOut, evaluate, read_held_out
+from memshare.training.evaluate import (
+    EVALUATED,
+    HeldOut,
+    evaluate,
+    evaluate_bm25,
+    read_held_out,
+)
 from memshare.training.examples import held_out_dir, read_examples
 from memshare.training.gather import World
 from memshare.training.imported import import_examples
@@ -170,6 +177,40 @@ def test_a_data_set_is_evaluated_as_sentence_transformers_does(tmp_path: Path) -
              "recall@1": "recall@1", "recall@3": "recall@3", "recall@10": "recall@10"}  # fmt: skip
     assert ours == pytest.approx({name: theirs[f"cosine_{other}"] for name, other in names.items()})
     assert 0.05 < ours["MRR@10"] < 0.95
+
+
+def test_bm25_beside_encoders(tmp_path: Path) -> None:
+    """Words alone: the second query finds another one's answer, the third one's text is itself."""
+    rows = [
+        {"query": "red iron gate", "pos": ["a gate of iron"], "neg": ["a wooden door"]},
+        {"query": "wooden", "pos": ["made of timber"]},
+        {"query": "a wooden door", "pos": ["a door of wood"]},
+    ]
+    held_out = HeldOut.of(read_examples(imported(tmp_path / "made", *rows)), 0.05)
+    found = evaluate_bm25(held_out, BM25Config())
+    assert found["recall@10"] == 1.0 and found["P@1"] == pytest.approx(2 / 3)
+
+
+def test_encoders_are_compared_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = imported(tmp_path / "made", *({"query": f"q {i}", "pos": [f"a {i}"]} for i in range(9)))
+    encoders = [str(tiny_encoder(tmp_path / name, dim=dim)) for name, dim in (("x", 32), ("y", 64))]
+    file = tmp_path / "figures.json"
+    ways = [f"--encoder={name}" for name in encoders]
+    assert main(["examples", "evaluate", str(made), *ways, "--json", str(file)]) == 0
+    told = json.loads(file.read_text())
+    held_out = HeldOut.of(read_examples(made), 0.05)
+    assert (told["queries"], told["texts"]) == (9, 9)
+    for name in encoders:
+        assert told[name] == evaluate(held_out, Encoder.from_folder(name, "cpu"), ONE)
+    one = imported(tmp_path / "one", {"query": "q", "pos": ["a"]})
+    assert main(["examples", "evaluate", str(one)]) == 2
+    assert main(["examples", "evaluate", str(made), "--encoder", str(tmp_path / "no")]) == 2
+    assert main(["examples", "evaluate", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    for reason in ("no query there for which", "no finished round of examples"):
+        assert reason in said
 
 
 def test_many_texts_beside_a_sort_of_all(tmp_path: Path) -> None:
