@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from memshare.config import add_config_arguments, load_config
+from memshare.config import add_config_arguments, load_config, positive
 from memshare.files import write_json
 
 
@@ -30,6 +30,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     action.add_argument(
         "--held-out", type=_share, default=0.0, metavar="SHARE",
         help="of the queries, put aside in DIR/held_out: training.eval_every evaluates on them",
+    )  # fmt: skip
+    action.add_argument(
+        "--bm25-negatives", type=positive, default=0, metavar="N",
+        help="fill each query's negatives up to N with what BM25 finds for it among all texts",
     )  # fmt: skip
     action.set_defaults(func=_import)
     action = actions.add_parser(
@@ -58,8 +62,9 @@ def _import(args: argparse.Namespace) -> int:
 
     try:
         count, held_out = import_examples(
-            args.source, args.folder, args.pool, args.split, args.subset, args.held_out
-        )
+            args.source, args.folder, args.pool, args.split, args.subset, args.held_out,
+            args.bm25_negatives,
+        )  # fmt: skip
     except ExamplesError as error:
         print(f"memshare: {error}", file=sys.stderr)
         return 2

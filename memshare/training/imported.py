@@ -26,11 +26,13 @@ from pydantic import (
     model_validator,
 )
 
+from memshare.config import BM25Config
 from memshare.pool.errors import TransferError
 from memshare.pool.readers import BadRow
 from memshare.progress import log, track
-from memshare.records import Candidate, Example, answer_key, normalise
+from memshare.records import DATA_SET, Candidate, Example, answer_key, normalise
 from memshare.training import foreign
+from memshare.training.bm25_negatives import add_negatives
 from memshare.training.examples import (
     MARKER,
     held_out_dir,
@@ -94,14 +96,16 @@ def import_examples(
     split: str = "train",
     subset: str | None = None,
     held_out: float = 0.0,
+    negatives: int = 0,
 ) -> tuple[int, int]:
     """Write the rows of ``source`` (`foreign.read_rows`) as a finished round of examples.
 
     ``pool`` is the data set's name: negatives within a batch come from one pool alone. A share
     ``held_out`` of the queries, by a hash of what is asked, goes into the folder that evaluates.
-    Returns how many train and how many are held out. Of a file not more than a shard of either is
-    in memory. Raises `ExamplesError` naming the line that can't be used, or where ``folder`` has
-    examples already.
+    ``negatives``: each of the others has as many, where BM25 finds them (`bm25_negatives`). Returns
+    how many train and how many are held out. Of a file not more than a shard of either is in
+    memory, but for BM25. Raises `ExamplesError` naming the line that can't be used, or where
+    ``folder`` has examples already.
     """
     train, evaluate = _Folder(folder), _Folder(held_out_dir(folder))
     prompts: Counter[str] = Counter()
@@ -110,6 +114,10 @@ def import_examples(
     if not train.count:
         why = f"all {evaluate.count} rows would be held out" if evaluate.count else "has no rows"
         raise ExamplesError(f"{source}: {why}")
+    shards, beside = train.close(), evaluate.close()
+    if negatives:
+        added = add_negatives(shards, beside, negatives, BM25Config())
+        log(f"BM25 found {added} negatives for {train.count} examples")
     if evaluate.count:
         evaluate.finish()  # before the round that it is part of
     train.finish()
@@ -141,10 +149,14 @@ class _Folder:
         write_shard(shard_path(self._path, self._shards), self._rows)
         self._rows, self._shards = [], self._shards + 1
 
-    def finish(self) -> None:
-        """What is in it counts from here on."""
+    def close(self) -> list[Path]:
+        """Its shards, all of them on disk."""
         if self._rows:
             self._write()
+        return [shard_path(self._path, number) for number in range(self._shards)]
+
+    def finish(self) -> None:
+        """What is in it counts from here on."""
         told = {"round": 1, "shards": self._shards, "examples": self.count, "labels": "given"}
         write_marker(self._path, told)
 
@@ -185,7 +197,7 @@ def _example(row: Row, line: int, pool: str) -> Example:
         principal=None,
         round=1,
         seq=line,
-        scorer="given",
+        scorer=DATA_SET,
         labels="given",
         baseline_loglik=None,
         candidates=tuple(
