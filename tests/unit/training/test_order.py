@@ -61,7 +61,7 @@ def test_a_pool_too_small_for_a_batch_of_an_epoch_has_one_all_the_same() -> None
 def written(made: list[Selected], positives: list[list[str | None]]) -> list[Selected]:
     """The same queries, each with as many positives as there are authors given."""
     return [
-        replace(item, positives=tuple(replace(item.positives[0], principal=who) for who in authors))
+        replace(item, positives=tuple(item.positives[0]._replace(principal=who) for who in authors))
         for item, authors in zip(made, positives, strict=True)
     ]
 
