@@ -31,7 +31,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from memshare.config import TrainingConfig
@@ -143,7 +143,7 @@ class Selection:
         reasons = "".join(f"; {count} dropped: {why}" for why, count in self.dropped.items())
         idle = (
             "; warning: training.distill_weight does nothing, since no example has two measured "
-            "candidates (see mining.labels, training.hard_negatives)"
+            "candidates (see mining.labels, training.hard_negatives, and pos_scores of a data set)"
         )
         more = (
             f"; of {self.more_positives} not all positives are learned from (see "
@@ -265,7 +265,22 @@ def select_one(example: Example, config: TrainingConfig) -> Selected | str:
         rest = sorted(scored, key=_score)
     taken = {p.id for p in best}
     rest = [p for p in rest if p.id not in taken]
-    return _selected(example, own, best, rest, floor=floor, count=config.hard_negatives)
+    chosen = _selected(example, own, best, rest, floor=floor, count=config.hard_negatives)
+    return _unmeasured(chosen) if config.distill_weight > 0 and _only_labelled(example) else chosen
+
+
+def _only_labelled(example: Example) -> bool:
+    """Whether a data set's row came without a teacher's scores, so that 0 and -1 stand for them."""
+    return example.exhaustive and all(one.loglik in (0.0, -1.0) for one in example.candidates)
+
+
+def _unmeasured(item: Selected) -> Selected:
+    """Without scores: there is nothing to distil of labels."""
+    good, bad = (
+        tuple(passage._replace(loglik=None) for passage in part)
+        for part in (item.positives, item.negatives)
+    )
+    return replace(item, positives=good, negatives=bad)
 
 
 def _score(passage: Passage) -> float:

@@ -78,6 +78,22 @@ def test_a_teachers_scores_choose_positives_and_are_there_to_distil(tmp_path: Pa
     assert mined_gains(example, example.candidates) == [1.0, 1.0, 0.0, 0.0]
 
 
+def test_labels_without_a_teacher_are_not_distilled(tmp_path: Path) -> None:
+    """They are 0 and -1, which a teacher that hardly knows would say of them."""
+    bare = {"query": "q", "pos": ["good"], "neg": ["far", "near"]}
+    scored = {**bare, "query": "r", "pos_scores": [3.0], "neg_scores": [1, 2.5]}
+    told = []
+    for name, rows in (("bare", [bare]), ("mixed", [bare, scored])):
+        import_examples(written(tmp_path / f"{name}.jsonl", *rows), tmp_path / name, "p")
+        made = select(read_training([tmp_path / name]), TrainingConfig(distill_weight=1.0))
+        told.append("warning: training.distill_weight does nothing" in str(made))
+    assert told == [True, False]
+    first, second = selected(tmp_path / "mixed", distill_weight=1.0)
+    assert [p.loglik for p in (*first.positives, *first.negatives)] == [None, None, None]
+    assert [p.text for p in first.negatives] == ["far", "near"]
+    assert [p.loglik for p in (*second.positives, *second.negatives)] == [0.0, -2.0, -0.5]
+
+
 def test_shards_hold_all_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imported, "SHARD", 2)
     rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": ["n"]} for i in range(5)]
