@@ -107,8 +107,13 @@ class Validation:
             return f"{done}; stopped as asked"
         if (best := state.best) is None:
             return done
-        of = f"after step {best.step}" if best.step else "it started from, as none were better"
-        return f"{done}; exported are the weights {of} ({JUDGED_BY} {best.metrics[JUDGED_BY]:.4f})"
+        found = f"{JUDGED_BY} {best.metrics[JUDGED_BY]:.4f}"
+        if best.step == 0:
+            return (
+                f"{done}; warning: no evaluation was better than the first ({found}): what is "
+                "exported is what the training started from (see training.lr, training.epochs)"
+            )
+        return f"{done}; exported are the weights after step {best.step} ({found})"
 
     def report(self, state: TrainState) -> dict[str, Any] | None:
         """For ``result.json``; None where nothing was evaluated."""

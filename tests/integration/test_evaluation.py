@@ -104,7 +104,7 @@ def test_the_best_step_is_exported(base: Path, tmp_path: Path, program: ModuleTy
 
 @pytest.mark.parametrize("lora", ["false", "true"])
 def test_training_that_only_harms_stops_early_and_exports_the_start(
-    base: Path, tmp_path: Path, program: ModuleType, lora: str
+    base: Path, tmp_path: Path, program: ModuleType, lora: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     wild = [
@@ -118,6 +118,7 @@ def test_training_that_only_harms_stops_early_and_exports_the_start(
     )  # fmt: skip
     assert result(output)["steps"] == 6 and list(evaluations(output)) == [0, 2, 4, 6]
     assert told["best"] == told["start"]
+    assert "what is exported is what the training started from" in capsys.readouterr().err
     before = load_file(base / "encoder" / "model.safetensors")
     assert same(exported(output), before)
     shutil.rmtree(output / "encoder")

@@ -133,6 +133,14 @@ def test_a_trainings_card_tells_of_the_step_that_was_exported(encoder: Encoder) 
     assert "MRR@10" not in model_card(encoder, {"training": {**TRAINING, "evaluation": None}})
 
 
+def test_a_card_tells_that_training_was_in_vain(encoder: Encoder) -> None:
+    found = {"MRR@10": 0.5, "nDCG@10": 0.25}
+    told = {"queries": 64, "best_step": 0, "best": found, "start": found, "stopped_early": True}
+    said = model_card(encoder, {"training": {**TRAINING, "evaluation": told}})
+    assert "None of these steps made it better" in said and "after step" not in said
+    assert said.count("| 0.5000 | 0.2500 |") == 1
+
+
 def test_the_card_of_a_training_on_a_data_set_tells_of_texts_not_of_memories(
     encoder: Encoder,
 ) -> None:

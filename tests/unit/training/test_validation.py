@@ -82,8 +82,9 @@ def test_best_and_patience(
     highest = max(scores[: state.step // 2 + 1])
     assert told["best"]["nDCG@10"] == highest
     assert told["start"]["nDCG@10"] == scores[0]
-    of = f"after step {best}" if best else "it started from, as none were better"
-    assert f"exported are the weights {of} (nDCG@10 {highest:.4f})" in watch.told(state)
+    said, found = watch.told(state), f"(nDCG@10 {highest:.4f})"
+    assert (f"warning: no evaluation was better than the first {found}" in said) == (best == 0)
+    assert (f"exported are the weights after step {best} {found}" in said) == (best > 0)
     watch.choose()
     assert all((param == best).all() for param in encoder.model.parameters())
 
