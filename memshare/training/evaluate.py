@@ -14,7 +14,7 @@ test collection.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,15 +63,16 @@ class HeldOut:
 
         Queries to which all that they rank is equally relevant tell nothing and are left out; so
         are those that ``trained`` has, by id, as memories that were split otherwise when those were
-        mined, or by what is asked (as `normalise` has it), as in data from elsewhere. Of a memory
-        that is a query twice the later counts; rows of a data set that ask the same are one query.
+        mined, or, as in data from elsewhere, by what is asked (as `normalise` has it) or by a pair
+        that is also there the other way round (`_turned`). Of a memory that is a query twice the
+        later counts; rows of a data set that ask the same are one query.
         """
         known = set(trained)
         latest = {example.query_id: example for example in examples}
         fresh = [
             example
             for example in latest.values()
-            if known.isdisjoint((example.query_id, normalise(example.query)))
+            if known.isdisjoint((example.query_id, normalise(example.query), *_pairs(example)))
         ]
         groups: dict[str, list[Example]] = {}
         for example in fresh:
@@ -134,6 +135,20 @@ def _judged(
     return queries, graded, texts
 
 
+def _turned(query: str, text: str) -> str:
+    """Names the pair of ``text`` as a query and ``query`` as its answer, both by their keys."""
+    return f"{text} {query}"
+
+
+def _pairs(example: Example) -> Iterator[str]:
+    """A data set's query with each text that answers it: of paraphrases either may ask."""
+    if example.exhaustive:
+        asked = text_key(example.query)
+        for one in example.candidates:
+            if one.loglik is not None and one.loglik >= 0.0:
+                yield f"{asked} {text_key(one.text)}"
+
+
 def _tells(query: str, graded: Mapping[str, int], ranked: Collection[str]) -> bool:
     """Whether not all that a query ranks is equally relevant to it; it does not rank itself."""
     own = text_key(query)
@@ -161,6 +176,7 @@ def read_held_out(
     for item in trained:
         seen |= {item.query_id, normalise(item.query)}
         seen |= {passage.id for passage in (*item.positives, *item.negatives)}
+        seen |= {_turned(item.prompt, passage.key) for passage in item.positives}
     mined = (example for folder in folders for example in read_examples(folder))
     return HeldOut.of(mined, config.relevant_above, seen)
 

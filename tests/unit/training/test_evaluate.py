@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.evaluation import InformationRetrievalEvaluator
 
 from memshare.cli import main
-from memshare.config import BM25Config, load_config
+from memshare.config import BM25Config, TrainingConfig, load_config
 from memshare.metrics.ir import ir_metrics, mean_metrics
 from memshare.retrieval.encoder import Encoder
 from memshare.retrieval.text import memory_text
@@ -28,7 +28,7 @@ from memshare.training.evaluate import (
 from memshare.training.examples import held_out_dir, read_examples
 from memshare.training.gather import World
 from memshare.training.imported import import_examples
-from memshare.training.select import Selected
+from memshare.training.select import Selected, select
 from memshare.training.shard import ExamplesError
 from tests.tiny import tiny_encoder
 from tests.training_data import TOPICS, candidate, example, examples, write_round
@@ -158,6 +158,20 @@ def test_a_data_sets_queries_rank_all_of_its_texts(tmp_path: Path) -> None:
             "recall@3": (1 + 1) / 4,
         }
     )
+
+
+def test_a_pair_that_is_trained_on_the_other_way_round_is_left_out(tmp_path: Path) -> None:
+    """Paraphrases come in both orders: either text may be on the side that evaluates."""
+    asked = {"query": "how old is it?", "pos": ["its age?", "what is its age?"]}
+    other = {"query": "where is it?", "pos": ["in which place is it?"]}
+    turned = {"query": "What is  its age?", "pos": ["how old is it?"], "neg": ["where is it?"]}
+    kept = imported(tmp_path / "kept", asked, other, {"query": "who?", "pos": ["by whom?"]})
+    train = select(read_examples(imported(tmp_path / "train", turned)), TrainingConfig())
+    config = load_config(None, ["training.eval_every=1"])
+    held_out = read_held_out(config, [kept], [], train.items)
+    assert list(held_out.queries.values()) == ["where is it?", "who?"]
+    assert held_out.trained == 1
+    assert read_held_out(config, [kept], [], []).trained == 0
 
 
 def test_a_data_set_is_evaluated_as_sentence_transformers_does(tmp_path: Path) -> None:
