@@ -47,6 +47,7 @@ _WRITTEN = {
     "model_type": "; a section is written {key: value}",
     "dict_type": "; it is written {key: value}",
 }
+_QUOTED = """; a text with a colon is quoted, in --set as in the file: 'KEY="query: "'"""
 
 
 class ConfigError(ValueError):
@@ -204,6 +205,8 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         for wrong in error.errors():
             where, kind = wrong["loc"], wrong["type"]
             hint = _nearest(where) if kind == "extra_forbidden" else _WRITTEN.get(kind, "")
+            if kind == "string_type" and isinstance(wrong["input"], dict):
+                hint = _QUOTED
             variable = environment.gave(where, wrong["input"])
             key = ".".join(map(str, where)) or "(top)"
             lines.append(f"  {key}: {wrong['msg']}{hint}" + (f" ({variable})" if variable else ""))

@@ -183,6 +183,12 @@ def test_a_bad_override_is_named(override: str, message: str) -> None:
     assert "  gate.margin: " in str(caught.value)
 
 
+def test_a_prefix_with_a_colon_is_to_be_quoted() -> None:
+    with pytest.raises(ConfigError, match=r"query_prefix: .*valid string; a text with a colon is"):
+        load_config(None, ["encoder.query_prefix=query: "])
+    assert load_config(None, ['encoder.query_prefix="query: "']).encoder.query_prefix == "query: "
+
+
 @pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "a: \x00", "[]", "false"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
     path = write(tmp_path, content)
