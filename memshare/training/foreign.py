@@ -23,7 +23,7 @@ Rows = Iterator[tuple[int, object]]
 
 _QUERIES = ("query", "anchor", "question")
 _POSITIVES = ("positive", "answer", "positive_passages")
-_NEGATIVE = re.compile(r"negative(_\d+|_passages)?")
+_NEGATIVE = re.compile(r"neg|negative(_\d+|_passages)?")
 # Of a pair, or of a triplet's difference: what they mean, a number can't tell.
 _VERDICTS = ("score", "scores", "label", "labels", "similarity")
 
@@ -66,7 +66,8 @@ def in_form(row: object) -> object:
         )
     negatives = sorted(filter(_NEGATIVE.fullmatch, row), key=lambda name: (len(name), name))
     texts = [text for name in negatives for text in _texts(row[name])]
-    return {"query": row[query], "pos": _texts(row[positives]), "neg": texts}
+    rest = {name: row[name] for name in row if name not in (query, positives, *negatives)}
+    return {**rest, "query": row[query], "pos": _texts(row[positives]), "neg": texts}
 
 
 def _distinct(header: list[str]) -> None:

@@ -6,14 +6,14 @@ writes it, with given labels: every ``pos`` is a positive, and every ``neg`` a h
 first ones first. A text is what the encoder reads of a memory. ``pos_scores`` and ``neg_scores``, a
 number a text, are what a teacher (a cross-encoder, say) thinks of them: they are distilled with
 ``training.distill_weight``, and of more than ``training.positives`` the best are taken. Other keys
-are ignored; of ``prompt``, an instruction of the query's own, that is told.
+are ignored, which is told, as it is of ``prompt``, an instruction of the query's own.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -108,8 +108,8 @@ def import_examples(
     ``folder`` has examples already.
     """
     train, evaluate = _Folder(folder), _Folder(held_out_dir(folder))
-    prompts: Counter[str] = Counter()
-    for example in _examples(str(source), pool, split, subset, prompts):
+    prompts, unread = Counter[str](), dict[str, None]()
+    for example in _examples(str(source), pool, split, subset, prompts, unread):
         (evaluate if _drawn(example.query) < held_out else train).add(example)
     if not train.count:
         why = f"all {evaluate.count} rows would be held out" if evaluate.count else "has no rows"
@@ -121,6 +121,9 @@ def import_examples(
     if evaluate.count:
         evaluate.finish()  # before the round that it is part of
     train.finish()
+    if unread:
+        names = ", ".join(unread)
+        log(f"not read of the rows: {names} (negatives are neg, or negative, negative_1)")
     if prompts:
         often, _ = prompts.most_common(1)[0]
         log(
@@ -168,8 +171,10 @@ def _drawn(query: str) -> float:
 
 
 def _examples(
-    source: str, pool: str, split: str, subset: str | None, prompts: Counter[str]
-) -> Iterator[Example]:
+    source: str, pool: str, split: str, subset: str | None, prompts: Counter[str],
+    unread: dict[str, None],
+) -> Iterator[Example]:  # fmt: skip
+    """``prompts`` and ``unread``, names of keys in order, are filled with what is met."""
     rows = foreign.read_rows(source, split, subset)
     try:
         for line, found in track(rows, f"importing {Path(source).name}"):
@@ -181,6 +186,8 @@ def _examples(
                 first = error.errors()[0]
                 where = ".".join(map(str, first["loc"])) or "the row"
                 raise ExamplesError(f"{source}:{line}: {where}: {first['msg']}") from None
+            assert isinstance(found, Mapping)  # or it were no row
+            unread |= dict.fromkeys(str(key) for key in found if key not in Row.model_fields)
             if row.prompt:
                 prompts[str(row.prompt)] += 1
             yield _example(row, line, pool)

@@ -94,6 +94,29 @@ def test_labels_without_a_teacher_are_not_distilled(tmp_path: Path) -> None:
     assert [p.loglik for p in (*second.positives, *second.negatives)] == [0.0, -2.0, -0.5]
 
 
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"query": "q", "pos": ["p"], "negs": ["n"], "id": 7}, "rows: negs, id (negatives are neg"),
+        ({"anchor": "q", "positive": "p", "negatives": ["n"]}, "rows: negatives (negatives are"),
+        ({"query": "q", "answer": "p", "negative": "n", "prompt": "to: "}, "'to: '"),
+    ],
+)
+def test_what_is_not_read_of_a_row_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any], told: str
+) -> None:
+    """Negatives by another name would be passed over, and nothing would tell."""
+    import_examples(written(tmp_path / "f.jsonl", row, row), tmp_path / "made", "p")
+    said = capsys.readouterr().err
+    assert said.count(told) == 1 and ("not read" in said) == ("prompt" not in row)
+
+
+def test_negatives_beside_a_positive_may_be_a_list_by_our_name(tmp_path: Path) -> None:
+    row = {"query": "q", "positive": "p", "neg": ["n", "m"]}
+    import_examples(written(tmp_path / "f.jsonl", row), tmp_path / "made", "p")
+    assert [p.text for p in selected(tmp_path / "made")[0].negatives] == ["n", "m"]
+
+
 def test_shards_hold_all_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imported, "SHARD", 2)
     rows = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": ["n"]} for i in range(5)]
