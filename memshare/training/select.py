@@ -43,6 +43,7 @@ NO_CANDIDATES = "no candidates"
 NOT_SCORED = "no candidate has a usable score"
 NOT_BETTER = "no positive beats the baseline"
 NO_LABEL = "no candidate has the query's label"
+ITSELF = "their positive is the query itself"
 ALL_ALIKE = "all candidates are worth the same"
 
 
@@ -237,7 +238,7 @@ def select_one(example: Example, config: TrainingConfig) -> Selected | str:
     if example.labels == "none":
         return _selected(example, own, [own], others, floor=math.inf, count=config.hard_negatives)
     if not others:
-        return NO_CANDIDATES
+        return ITSELF if example.exhaustive and example.candidates else NO_CANDIDATES
     # A score that is missing or not finite says nothing; such a candidate is neither.
     scored = [p for p in others if p.loglik is not None]
     if not scored:
@@ -246,7 +247,7 @@ def select_one(example: Example, config: TrainingConfig) -> Selected | str:
     if example.labels == "given":
         good = [p for p in scored if _score(p) >= 0.0]
         if not good:
-            return NO_LABEL
+            return ITSELF if example.exhaustive else NO_LABEL  # a row has a positive
     else:
         least = -math.inf
         if example.baseline_loglik is not None:

@@ -78,6 +78,13 @@ def test_a_teachers_scores_choose_positives_and_are_there_to_distil(tmp_path: Pa
     assert mined_gains(example, example.candidates) == [1.0, 1.0, 0.0, 0.0]
 
 
+def test_rows_whose_positive_is_the_query_are_told_as_such(tmp_path: Path) -> None:
+    rows = [{"query": "a", "pos": [" A"]}, {"query": "b", "pos": ["b"], "neg": ["c"]}, ROWS[0]]
+    import_examples(written(tmp_path / "f.jsonl", *rows), tmp_path / "made", "p")
+    made = select(read_training([tmp_path / "made"]), TrainingConfig())
+    assert made.dropped == {"their positive is the query itself": 2} and len(made.items) == 1
+
+
 def test_labels_without_a_teacher_are_not_distilled(tmp_path: Path) -> None:
     """They are 0 and -1, which a teacher that hardly knows would say of them."""
     bare = {"query": "q", "pos": ["good"], "neg": ["far", "near"]}
