@@ -35,15 +35,19 @@ def base_model(name: str) -> str | None:
 
     A folder goes back to what its card says, if it is a card of ours.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    if not Path(name).expanduser().is_dir():
         return hub_name(name)
-    try:
-        known = metadata_load(folder / CARD) or {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    base = known.get("base_model") if _OURS in (known.get("tags") or ()) else None
+    base = _our_card(name).get("base_model")
     return base if isinstance(base, str) else None
+
+
+def _our_card(name: str) -> dict[str, Any]:
+    """What the card of ours in folder ``name`` says in front; nothing where there is none."""
+    try:
+        known = metadata_load(Path(name).expanduser() / CARD) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return known if _OURS in (known.get("tags") or ()) else {}
 
 
 def model_card(
@@ -83,6 +87,7 @@ def model_card(
         gate=metrics.get("gate"),
         rivals=RIVALS,
         training=training,
+        trained_before=bool(training and _our_card(training["encoder"])),
         settings=yaml.safe_dump(training["settings"], sort_keys=False).strip() if training else "",
     )
     return text

@@ -133,6 +133,18 @@ def test_a_trainings_card_tells_of_the_step_that_was_exported(encoder: Encoder) 
     assert "MRR@10" not in model_card(encoder, {"training": {**TRAINING, "evaluation": None}})
 
 
+def test_a_card_tells_that_its_encoder_had_learned_from_other_texts_before(
+    encoder: Encoder, tmp_path: Path
+) -> None:
+    """They, too, may be in the weights, and no card but the earlier one names them."""
+    given = {**TRAINING, "labels": ["given"], "scorers": ["given"], "encoder": str(tmp_path)}
+    first = model_card(encoder, {"training": given})
+    (tmp_path / CARD).write_text(first)
+    second = model_card(encoder, {"training": given})
+    assert "had been trained by memshare before" in second and str(tmp_path) not in second
+    assert "trained by memshare before" not in first
+
+
 def test_a_card_tells_that_training_was_in_vain(encoder: Encoder) -> None:
     found = {"MRR@10": 0.5, "nDCG@10": 0.25}
     told = {"queries": 64, "best_step": 0, "best": found, "start": found, "stopped_early": True}
