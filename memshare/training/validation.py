@@ -21,6 +21,7 @@ from memshare.training.gather import World
 from memshare.training.tracking import Tracker
 
 JUDGED_BY = "nDCG@10"
+_PERFECT = 1.0 - 1e-9
 
 
 def judged(best: Best | None, step: int, metrics: Mapping[str, float]) -> Best:
@@ -109,9 +110,11 @@ class Validation:
             return done
         found = f"{JUDGED_BY} {best.metrics[JUDGED_BY]:.4f}"
         if best.step == 0:
+            perfect = best.metrics[JUDGED_BY] >= _PERFECT
+            see = "hold out more, or harder ones" if perfect else "see training.lr, training.epochs"
             return (
                 f"{done}; warning: no evaluation was better than the first ({found}): what is "
-                "exported is what the training started from (see training.lr, training.epochs)"
+                f"exported is what the training started from ({see})"
             )
         return f"{done}; exported are the weights after step {best.step} ({found})"
 

@@ -89,6 +89,15 @@ def test_best_and_patience(
     assert all((param == best).all() for param in encoder.model.parameters())
 
 
+def test_held_out_examples_that_leave_nothing_to_gain_are_named_as_the_cause(
+    tmp_path: Path,
+) -> None:
+    for first, cause in ((1.0, "hold out more, or harder ones"), (0.9, "see training.lr")):
+        state, watch, _ = run((first, 0.8), tmp_path, eval_every=1)
+        assert f"the first (nDCG@10 {first:.4f}): what is exported" in watch.told(state)
+        assert cause in watch.told(state)
+
+
 def test_nothing_to_evaluate_on(tmp_path: Path) -> None:
     state, watch, encoder = run((0.9, 0.1, 0.1), tmp_path, NONE, eval_every=1, patience=1)
     assert (state.step, state.best, watch.report(state)) == (2, None, None)
